@@ -1,0 +1,172 @@
+//! Communicators: the same calls over one rank (`solo`), threads of one process (`threads`), and MPI (`mpi`).
+//!
+//! The byte primitives are what an implementation brings; the tensor collectives stand here once. Sums are made by
+//! exchanging the pieces and adding them **in rank order in f32** with one rounding at the end, so a sum has the same bits
+//! over threads and MPI, on every rank, in every run. Calls do not return `Result`: a failed collective panics, and the
+//! hook in `runtime` ends the job.
+
+pub mod mpi;
+mod ordered;
+pub mod solo;
+pub mod threads;
+
+use crate::parallel::layout::{Axis, Coords, ParallelLayout};
+use crate::tensor::Tensor;
+
+/// How values of several ranks become one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReduceOp {
+    /// Added in rank order.
+    Sum,
+    /// The largest.
+    Max,
+}
+
+/// A message to `peer`. Messages between two ranks arrive in the order they were sent for each tag.
+pub struct Send<'a> {
+    /// Receiving rank in this communicator.
+    pub peer: usize,
+    /// Matches the receiver's tag.
+    pub tag: u32,
+    /// What to send.
+    pub tensor: &'a Tensor,
+}
+
+/// A message awaited from `peer`.
+pub struct Recv<'a> {
+    /// Sending rank in this communicator.
+    pub peer: usize,
+    /// Matches the sender's tag.
+    pub tag: u32,
+    /// Where it goes; its size must be that of the message.
+    pub tensor: &'a mut Tensor,
+}
+
+/// Communication under way. It borrows the tensors it reads and writes, so touching them before `wait` does not compile.
+#[must_use = "communication is complete only after wait()"]
+pub struct Pending<'a> {
+    finish: Option<Box<dyn FnOnce() + 'a>>,
+}
+
+impl<'a> Pending<'a> {
+    /// Complete already.
+    pub fn done() -> Self {
+        Pending { finish: None }
+    }
+
+    /// Complete after `finish` has run.
+    pub fn until(finish: impl FnOnce() + 'a) -> Self {
+        Pending { finish: Some(Box::new(finish)) }
+    }
+
+    /// Blocks until the communication is complete.
+    pub fn wait(mut self) {
+        if let Some(finish) = self.finish.take() {
+            finish();
+        }
+    }
+}
+
+impl Drop for Pending<'_> {
+    // A forgotten wait still completes, so no transfer outlives the borrow of its memory.
+    fn drop(&mut self) {
+        if let Some(finish) = self.finish.take()
+            && !std::thread::panicking()
+        {
+            finish();
+        }
+    }
+}
+
+/// A group of ranks that call the same collectives in the same order.
+pub trait Communicator: std::marker::Send + Sync {
+    /// Which of the ranks this is.
+    fn rank(&self) -> usize;
+    /// How many ranks.
+    fn size(&self) -> usize;
+    /// Returns when all ranks have called it.
+    fn barrier(&self);
+    /// The ranks with the same `colour`, in the order of their ranks here, as a communicator of their own. Collective.
+    fn split(&self, colour: usize) -> Box<dyn Communicator>;
+
+    /// full = the shards of all ranks in rank order; full.len() = size * shard.len().
+    fn start_all_gather_bytes<'a>(&'a self, shard: &'a [u8], full: &'a mut [u8]) -> Pending<'a>;
+    /// Piece r of `send` goes to rank r; piece r of `recv` comes from rank r; `size` equal pieces.
+    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], recv: &'a mut [u8]) -> Pending<'a>;
+    /// The root's bytes on all ranks.
+    fn broadcast_bytes(&self, data: &mut [u8], root: usize);
+    /// All sends and receives posted together: both directions at once cannot deadlock.
+    fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a>;
+
+    /// full[R*size, ..] = the shards [R, ..] in rank order.
+    fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {
+        ordered::start_all_gather(self, shard, full)
+    }
+    /// shard[R, ..] = rows rank*R.. of the sum over ranks of full[R*size, ..]; same dtype. The result is assigned at `wait`.
+    fn start_reduce_scatter<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+        ordered::start_reduce_scatter(self, full, shard)
+    }
+    /// x = the sum or the maximum over all ranks; any shape, f32 or bf16.
+    fn all_reduce(&self, x: &mut Tensor, op: ReduceOp) {
+        ordered::all_reduce(self, x, op)
+    }
+    /// Blocking form.
+    fn all_gather(&self, shard: &Tensor, full: &mut Tensor) {
+        self.start_all_gather(shard, full).wait()
+    }
+    /// Blocking form.
+    fn reduce_scatter(&self, full: &Tensor, shard: &mut Tensor) {
+        self.start_reduce_scatter(full, shard).wait()
+    }
+    /// The root's x on all ranks.
+    fn broadcast(&self, x: &mut Tensor, root: usize) {
+        self.broadcast_bytes(x.bytes_mut(), root)
+    }
+    /// Values added in rank order; the same bits on every rank.
+    fn sum_f64(&self, x: f64) -> f64 {
+        self.gather_f64(x).into_iter().sum()
+    }
+    /// One value of each rank, in rank order, on all ranks.
+    fn gather_f64(&self, x: f64) -> Vec<f64> {
+        let mut all = vec![0u8; 8 * self.size()];
+        self.start_all_gather_bytes(&x.to_le_bytes(), &mut all).wait();
+        all.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes"))).collect()
+    }
+    /// Byte strings of different lengths of all ranks, in rank order, on all ranks. For manifests and reports.
+    fn gather_variable(&self, mine: &[u8]) -> Vec<Vec<u8>> {
+        ordered::gather_variable(self, mine)
+    }
+}
+
+/// The communicators of one rank: all ranks, and its tensor-, data- and pipeline-parallel groups.
+pub struct Groups {
+    /// All ranks.
+    pub world: Box<dyn Communicator>,
+    /// Ranks that share a stage and a replica.
+    pub tp: Box<dyn Communicator>,
+    /// Ranks that hold the same shard of the model.
+    pub dp: Box<dyn Communicator>,
+    /// Ranks that together hold one replica's column of stages, in stage order.
+    pub pp: Box<dyn Communicator>,
+    /// The layout the groups were made for.
+    pub layout: ParallelLayout,
+    /// This rank's coordinates.
+    pub at: Coords,
+}
+
+impl Groups {
+    /// Splits the world by the layout. Collective; `world.size()` must be the layout's.
+    pub fn new(world: Box<dyn Communicator>, layout: ParallelLayout) -> Groups {
+        assert_eq!(world.size(), layout.world(), "the world does not fit {layout:?}");
+        let at = layout.coords(world.rank());
+        let tp = world.split(layout.colour(Axis::Tp, at));
+        let dp = world.split(layout.colour(Axis::Dp, at));
+        let pp = world.split(layout.colour(Axis::Pp, at));
+        Groups { world, tp, dp, pp, layout, at }
+    }
+}
+
+/// Agrees on success before going on: all ranks leave by the same door. The error is that of the lowest failing rank.
+pub fn agree<T>(world: &dyn Communicator, mine: crate::error::Result<T>) -> crate::error::Result<T> {
+    ordered::agree(world, mine)
+}

@@ -1,0 +1,344 @@
+//! The device: about thirty fused operations, the vocabulary of this model, not a tensor library.
+//!
+//! Each operation's mathematics, shapes and precision stand here once. Implementations: `cpu` (the reading copy, and the
+//! oracle of every other), later `cuda` and `dry`. Arithmetic and accumulation are f32; bf16 is storage, rounded to
+//! nearest even once at the store. Compute calls do not return `Result`: a failed launch cannot be repaired by the
+//! caller, so it panics with the operation and its shapes, and the hook in `runtime` ends the job.
+//!
+//! Dimension letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv
+//! heads, `D` head dim. `float` means f32 or bf16; all `float` arguments of one call have the same dtype unless said.
+
+pub mod cpu;
+mod scratch;
+
+use crate::error::Result;
+use crate::tensor::{DType, Tensor};
+pub use scratch::{Scratch, ScratchTensor};
+
+/// Transposition and accumulation of a matrix product.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Gemm {
+    /// Use the transpose of `a`.
+    pub trans_a: bool,
+    /// Use the transpose of `b`.
+    pub trans_b: bool,
+    /// Whether `out` is assigned or added to.
+    pub out: Store,
+}
+
+/// What happens to the output of an operation that can do either.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Store {
+    /// out = value
+    Assign,
+    /// out += value
+    Accumulate,
+}
+
+impl Gemm {
+    /// out[m,n] = a[m,k] b[k,n]
+    pub const NN: Gemm = Gemm { trans_a: false, trans_b: false, out: Store::Assign };
+    /// out[m,n] = a[m,k] b[n,k]^T: activations times a weight stored [out, in].
+    pub const NT: Gemm = Gemm { trans_a: false, trans_b: true, out: Store::Assign };
+    /// out[m,n] = a[k,m]^T b[k,n]: a weight gradient.
+    pub const TN: Gemm = Gemm { trans_a: true, trans_b: false, out: Store::Assign };
+
+    /// The same product added to `out`.
+    pub const fn accumulate(self) -> Gemm {
+        Gemm { out: Store::Accumulate, ..self }
+    }
+}
+
+/// Attention heads on this rank.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Heads {
+    /// Query heads, `A`.
+    pub query: usize,
+    /// Key/value heads (groups), `G`; divides `A`.
+    pub kv: usize,
+    /// Head dim, `D`.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Query heads that share one kv head.
+    pub fn queries_per_kv(&self) -> usize {
+        self.query / self.kv
+    }
+
+    /// Columns of the packed qkv row: (A + 2G) D. The row is G groups, each its A/G query heads, then its key head, then
+    /// its value head (Megatron's interleave), so that a tensor-parallel shard is contiguous.
+    pub fn qkv_columns(&self) -> usize {
+        (self.query + 2 * self.kv) * self.dim
+    }
+
+    /// First column of query head `head` in the packed row.
+    pub fn query_column(&self, head: usize) -> usize {
+        let per_kv = self.queries_per_kv();
+        ((head / per_kv) * (per_kv + 2) + head % per_kv) * self.dim
+    }
+
+    /// First column of key head `group` in the packed row.
+    pub fn key_column(&self, group: usize) -> usize {
+        (group * (self.queries_per_kv() + 2) + self.queries_per_kv()) * self.dim
+    }
+
+    /// First column of value head `group` in the packed row.
+    pub fn value_column(&self, group: usize) -> usize {
+        self.key_column(group) + self.dim
+    }
+}
+
+/// The normalisation family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    /// (x - mean) / sqrt(var + eps) * (1 + gain) + bias, biased variance; gain starts at 0 (Megatron's layernorm1p).
+    #[serde(rename = "layernorm1p")]
+    LayerNorm1P,
+    /// x / sqrt(mean(x^2) + eps) * gain; gain starts at 1 (Llama).
+    #[serde(rename = "rmsnorm")]
+    RmsNorm,
+}
+
+/// How to normalise.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Norm {
+    /// Which function.
+    pub kind: NormKind,
+    /// Added to the variance (or the mean square).
+    pub eps: f32,
+}
+
+/// The feed-forward activation family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// out = max(x, 0)^2; x[T,F] -> out[T,F] (So et al. 2021; Nemotron-4).
+    SquaredRelu,
+    /// out_i = silu(x_2i) * x_2i+1; x[T,2F] -> out[T,F], gate and up columns interleaved so that shards are contiguous.
+    Swiglu,
+}
+
+impl Activation {
+    /// Columns of the input for one column of the output.
+    pub fn inputs_per_output(self) -> usize {
+        match self {
+            Activation::SquaredRelu => 1,
+            Activation::Swiglu => 2,
+        }
+    }
+}
+
+/// Rotary position embedding on the first `rotary_dims` of each query and key head, pairs (i, i + rotary_dims/2),
+/// angle = position * base^(-2i/rotary_dims), angles in f64 rounded to f32 cos and sin.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Rope {
+    /// Rotated dims of each head; even; 0 rotates nothing.
+    pub rotary_dims: usize,
+    /// Base of the frequencies.
+    pub base: f64,
+    /// Forward rotation, or the inverse one of the backward pass.
+    pub direction: Direction,
+}
+
+/// Forward or backward through a rotation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// Rotate by +angle.
+    Forward,
+    /// Rotate by -angle (the transpose).
+    Backward,
+}
+
+/// One sequence of an `attention_cached` call: rows `rows` of the packed qkv are its new tokens; it has `past` tokens in
+/// slot `slot` of the cache already.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CacheSpan {
+    /// Rows of qkv and out.
+    pub rows: std::ops::Range<usize>,
+    /// Which slot of the cache.
+    pub slot: usize,
+    /// Tokens in the cache before this call.
+    pub past: usize,
+}
+
+/// Keys and values of past tokens of one layer: each [slots, max_tokens, G*D], float, keys already rotated.
+pub struct KvCache {
+    /// Keys.
+    pub keys: Tensor,
+    /// Values.
+    pub values: Tensor,
+}
+
+/// One parameter shard for AdamW: all of the same shape.
+pub struct AdamwShard<'a> {
+    /// f32 master weights, updated.
+    pub master: &'a mut Tensor,
+    /// First moment, f32, updated.
+    pub m: &'a mut Tensor,
+    /// Second moment, f32, updated.
+    pub v: &'a mut Tensor,
+    /// Gradient, f32.
+    pub grad: &'a Tensor,
+    /// The weight the model computes with, float, assigned from the new master weight.
+    pub weight: &'a mut Tensor,
+}
+
+/// AdamW (Loshchilov and Hutter 2019), decoupled decay, bias-corrected; the denominator is sqrt(v_hat) + eps.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Adamw {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to sqrt(v_hat).
+    pub eps: f32,
+    /// Decoupled weight decay; 0 for norms.
+    pub weight_decay: f32,
+    /// Step number from 1, for the bias correction.
+    pub step: u64,
+    /// The gradient is multiplied by this first (clipping).
+    pub grad_scale: f32,
+}
+
+/// Live and peak memory of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MemoryUse {
+    /// Bytes allocated now.
+    pub live_bytes: usize,
+    /// Most bytes allocated at one time.
+    pub peak_bytes: usize,
+    /// Allocations so far.
+    pub n_allocations: usize,
+}
+
+/// The operations. See the head of this file for letters and precision.
+pub trait Device: Send + Sync {
+    /// For people: "cpu, 2 threads, avx512 avx512bf16".
+    fn name(&self) -> String;
+
+    /// Zeroed memory. Err when there is none left.
+    fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// Host bytes to the device; sizes equal.
+    fn upload(&self, host: &[u8], to: &mut Tensor);
+    /// Device bytes to the host; sizes equal.
+    fn download(&self, from: &Tensor, host: &mut [u8]);
+    /// Live and peak memory.
+    fn memory(&self) -> MemoryUse;
+    /// Waits until everything asked for is done.
+    fn finish(&self);
+
+    /// x = 0
+    fn fill_zero(&self, x: &mut Tensor);
+    /// out = x, converting between f32 and bf16 if the dtypes differ. Equal element counts.
+    fn copy(&self, out: &mut Tensor, x: &Tensor);
+    /// x += y; dtypes may differ.
+    fn add(&self, x: &mut Tensor, y: &Tensor);
+    /// x *= factor
+    fn scale(&self, x: &mut Tensor, factor: f32);
+    /// Sum of squares of an f32 tensor, accumulated in f64 over fixed blocks of 4096 elements in order, so the value does
+    /// not depend on the number of threads.
+    fn sum_squares(&self, x: &Tensor) -> f64;
+
+    /// out[m,n] = or += op(a)[m,k] op(b)[k,n]. a and b both f32 or both bf16; out f32 or bf16 (bf16 out only from bf16
+    /// inputs). Accumulates in f32.
+    fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm);
+
+    /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else 0. tokens[T] u32.
+    fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize);
+    /// dtable[V/tp,H] f32 += rows of dout[T,H] float, added in token order.
+    fn embed_backward(&self, dtable: &mut Tensor, dout: &Tensor, tokens: &Tensor, first_row: usize);
+
+    /// out[T,H] = norm(x[T,H]); stats[T,2] f32 = (mean, 1/sqrt(var + eps)); mean is 0 for RMSNorm. gain[H], bias[H] float;
+    /// bias only for LayerNorm1P.
+    fn norm(&self, out: &mut Tensor, stats: &mut Tensor, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, how: Norm);
+    /// x += delta, then as `norm` of the sum as it was rounded to x's dtype. One pass over memory.
+    #[allow(clippy::too_many_arguments)]
+    fn add_norm(
+        &self,
+        x: &mut Tensor,
+        delta: &Tensor,
+        out: &mut Tensor,
+        stats: &mut Tensor,
+        gain: &Tensor,
+        bias: Option<&Tensor>,
+        how: Norm,
+    );
+    /// dx[T,H] float += gradient through the norm; dgain[H] and dbias[H] f32 accumulated in row order over fixed blocks.
+    /// `x` is the input of the norm, `dy` the gradient of its output.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_backward(
+        &self,
+        dx: &mut Tensor,
+        dgain: &mut Tensor,
+        dbias: Option<&mut Tensor>,
+        dy: &Tensor,
+        x: &Tensor,
+        gain: &Tensor,
+        stats: &Tensor,
+        how: Norm,
+    );
+
+    /// Rotates queries and keys of the packed qkv[T, (A+2G)D] in place; positions[T] u32.
+    fn rope(&self, qkv: &mut Tensor, positions: &Tensor, heads: Heads, how: Rope);
+
+    /// Causal attention within each sequence: out[T, A*D] float; lse[A, T] f32 = log-sum-exp of the scaled scores, kept for
+    /// the backward. Scale 1/sqrt(D). `sequence_starts` = [0, .., T], ascending: sequence i is rows s[i]..s[i+1].
+    /// Online softmax in tiles, never a T x T matrix.
+    fn attention(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], heads: Heads);
+    /// dqkv[T, (A+2G)D] float assigned from dout[T, A*D].
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        qkv: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+    );
+    /// For each span: appends its new (rotated) keys and its values to the cache, then out rows = causal attention of its
+    /// new queries over past and new tokens. Cost is that of the tokens present, not of the cache's size.
+    fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads);
+
+    /// out[T,F] = activation(x[T, F * inputs_per_output]).
+    fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation);
+    /// dx assigned from dout[T,F]; x is the input of the activation.
+    fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation);
+
+    /// max[T] f32 = largest of the first n_valid columns of logits[T, V/tp] float (-inf when n_valid = 0).
+    fn cross_entropy_max(&self, max: &mut Tensor, logits: &Tensor, n_valid: usize);
+    /// sum[T] f32 = sum over the first n_valid columns of exp(logit - max); target_logit[T] f32 = logit of column
+    /// target - first_row if that column is here, else 0. targets[T] u32. max is the maximum over the whole vocabulary.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy_sum(
+        &self,
+        sum: &mut Tensor,
+        target_logit: &mut Tensor,
+        logits: &Tensor,
+        max: &Tensor,
+        targets: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    );
+    /// logits = weight[t] * (exp(logit - max) / sum - [column is target]) in place; 0 in columns past n_valid and in rows
+    /// of weight 0. weights[T] f32.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy_gradient(
+        &self,
+        logits: &mut Tensor,
+        max: &Tensor,
+        sum: &Tensor,
+        targets: &Tensor,
+        weights: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    );
+
+    /// One AdamW step on a shard, one pass over memory.
+    fn adamw(&self, shard: AdamwShard<'_>, how: Adamw);
+}

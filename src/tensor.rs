@@ -1,0 +1,382 @@
+//! Tensors: contiguous, row-major, at most four dims, no strides; rows are the only view.
+//!
+//! A [`Tensor`] owns (a share of) its storage. A view borrows the tensor it was taken from and dereferences to a
+//! `Tensor`, so every operation takes `&Tensor` and `&mut Tensor`, whole or part. Where the bytes lie is the business of
+//! the device that made them. This file knows nothing of devices.
+
+use std::alloc::Layout;
+use std::any::Any;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+
+/// Element types. Accumulation is always f32 (f64 on the host for scalars).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub enum DType {
+    /// IEEE single.
+    F32,
+    /// bfloat16: 1 sign, 8 exponent, 7 mantissa bits.
+    BF16,
+    /// Token ids, positions.
+    U32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::BF16 => 2,
+        }
+    }
+}
+
+/// Up to four dims, row-major and contiguous.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    dims: [usize; 4],
+    n_dims: usize,
+}
+
+impl Shape {
+    /// Panics above four dims.
+    pub fn new(dims: &[usize]) -> Self {
+        assert!((1..=4).contains(&dims.len()), "a shape has 1 to 4 dims, not {dims:?}");
+        let mut all = [1; 4];
+        all[..dims.len()].copy_from_slice(dims);
+        Shape { dims: all, n_dims: dims.len() }
+    }
+
+    /// The dims as a slice.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims[..self.n_dims]
+    }
+
+    /// Number of elements.
+    pub fn n_elements(&self) -> usize {
+        self.dims().iter().product()
+    }
+
+    /// The first dim.
+    pub fn rows(&self) -> usize {
+        self.dims[0]
+    }
+
+    /// Elements of one row: the product of all dims but the first.
+    pub fn row_len(&self) -> usize {
+        self.dims()[1..].iter().product()
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.dims())
+    }
+}
+
+/// Memory behind tensors. Host memory is 64-byte aligned; a device keeps its own handle in `Foreign`.
+enum Storage {
+    Host(HostBuffer),
+    /// Memory of another device. The device that made it downcasts it again.
+    Foreign(Box<dyn Any + Send + Sync>),
+    /// No memory at all: the device that computes nothing.
+    Nothing,
+}
+
+/// Zeroed, 64-byte aligned bytes.
+struct HostBuffer {
+    start: *mut u8,
+    layout: Layout,
+    /// Told the size when the memory goes back, so that a device can count its live bytes.
+    on_drop: Option<Arc<dyn Fn(usize) + Send + Sync>>,
+}
+
+// SAFETY: the buffer is plain memory; aliasing is governed by the borrows of the tensors above it.
+unsafe impl Send for HostBuffer {}
+// SAFETY: as above.
+unsafe impl Sync for HostBuffer {}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        // SAFETY: `start` came from `alloc_zeroed` with this very layout and is freed once.
+        unsafe { std::alloc::dealloc(self.start, self.layout) };
+        if let Some(tell) = &self.on_drop {
+            tell(self.layout.size());
+        }
+    }
+}
+
+/// A contiguous row-major tensor.
+pub struct Tensor {
+    shape: Shape,
+    dtype: DType,
+    storage: Arc<Storage>,
+    offset_bytes: usize,
+}
+
+impl Tensor {
+    /// Zeroed host memory. `None` when the allocator refuses. `on_drop` hears the freed size.
+    pub fn host(shape: &[usize], dtype: DType, on_drop: Option<Arc<dyn Fn(usize) + Send + Sync>>) -> Option<Tensor> {
+        let shape = Shape::new(shape);
+        let size = (shape.n_elements() * dtype.bytes()).max(64);
+        let layout = Layout::from_size_align(size, 64).ok()?;
+        // SAFETY: the layout has a non-zero size.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        if start.is_null() {
+            return None;
+        }
+        Some(Tensor { shape, dtype, storage: Arc::new(Storage::Host(HostBuffer { start, layout, on_drop })), offset_bytes: 0 })
+    }
+
+    /// A host tensor with these values; for tests and small tables.
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Tensor {
+        let mut tensor = Tensor::host(shape, DType::F32, None).expect("memory for a small tensor");
+        tensor.f32_mut().copy_from_slice(values);
+        tensor
+    }
+
+    /// A host tensor with these values, rounded to nearest even bf16.
+    pub fn from_bf16(shape: &[usize], values: &[f32]) -> Tensor {
+        let mut tensor = Tensor::host(shape, DType::BF16, None).expect("memory for a small tensor");
+        assert_eq!(tensor.shape.n_elements(), values.len());
+        for (to, &from) in tensor.bf16_mut().iter_mut().zip(values) {
+            *to = half::bf16::from_f32(from);
+        }
+        tensor
+    }
+
+    /// A host tensor with these values.
+    pub fn from_u32(shape: &[usize], values: &[u32]) -> Tensor {
+        let mut tensor = Tensor::host(shape, DType::U32, None).expect("memory for a small tensor");
+        tensor.u32_mut().copy_from_slice(values);
+        tensor
+    }
+
+    /// Memory of another device; `handle` is what that device finds again by [`Tensor::foreign_handle`].
+    pub fn foreign(shape: &[usize], dtype: DType, handle: Box<dyn Any + Send + Sync>) -> Tensor {
+        Tensor { shape: Shape::new(shape), dtype, storage: Arc::new(Storage::Foreign(handle)), offset_bytes: 0 }
+    }
+
+    /// A tensor without memory, for the device that computes nothing.
+    pub fn nothing(shape: &[usize], dtype: DType) -> Tensor {
+        Tensor { shape: Shape::new(shape), dtype, storage: Arc::new(Storage::Nothing), offset_bytes: 0 }
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Its dims, outermost first.
+    pub fn dims(&self) -> &[usize] {
+        self.shape.dims()
+    }
+
+    /// The first dim.
+    pub fn n_rows(&self) -> usize {
+        self.shape.rows()
+    }
+
+    /// Elements in a row.
+    pub fn row_len(&self) -> usize {
+        self.shape.row_len()
+    }
+
+    /// Its element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn n_elements(&self) -> usize {
+        self.shape.n_elements()
+    }
+
+    /// Bytes of its elements.
+    pub fn n_bytes(&self) -> usize {
+        self.n_elements() * self.dtype.bytes()
+    }
+
+    /// Where its first element lies in the storage, in bytes.
+    pub fn offset_bytes(&self) -> usize {
+        self.offset_bytes
+    }
+
+    /// The handle of a foreign tensor.
+    pub fn foreign_handle(&self) -> Option<&(dyn Any + Send + Sync)> {
+        match &*self.storage {
+            Storage::Foreign(handle) => Some(handle.as_ref()),
+            _ => None,
+        }
+    }
+
+    /// Whether its bytes are host memory.
+    pub fn is_host(&self) -> bool {
+        matches!(&*self.storage, Storage::Host(_))
+    }
+
+    /// The bytes of a host tensor. Panics for other memory.
+    pub fn bytes(&self) -> &[u8] {
+        let Storage::Host(buffer) = &*self.storage else { panic!("bytes() of a tensor that is not in host memory") };
+        assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
+        // SAFETY: in bounds (asserted), alive as long as `self.storage`; `&self` excludes a writer, because views that
+        // write borrow their tensor mutably.
+        unsafe { std::slice::from_raw_parts(buffer.start.add(self.offset_bytes), self.n_bytes()) }
+    }
+
+    /// The bytes of a host tensor, to write. Panics for other memory.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let Storage::Host(buffer) = &*self.storage else { panic!("bytes_mut() of a tensor that is not in host memory") };
+        assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
+        // SAFETY: as in `bytes`; `&mut self` is the only path to these bytes while it lives.
+        unsafe { std::slice::from_raw_parts_mut(buffer.start.add(self.offset_bytes), self.n_bytes()) }
+    }
+
+    /// Elements of an f32 host tensor.
+    pub fn f32(&self) -> &[f32] {
+        assert_eq!(self.dtype, DType::F32);
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// Elements of an f32 host tensor, to write.
+    pub fn f32_mut(&mut self) -> &mut [f32] {
+        assert_eq!(self.dtype, DType::F32);
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    /// Elements of a bf16 host tensor.
+    pub fn bf16(&self) -> &[half::bf16] {
+        assert_eq!(self.dtype, DType::BF16);
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// Elements of a bf16 host tensor, to write.
+    pub fn bf16_mut(&mut self) -> &mut [half::bf16] {
+        assert_eq!(self.dtype, DType::BF16);
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    /// Elements of a u32 host tensor.
+    pub fn u32(&self) -> &[u32] {
+        assert_eq!(self.dtype, DType::U32);
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// Elements of a u32 host tensor, to write.
+    pub fn u32_mut(&mut self) -> &mut [u32] {
+        assert_eq!(self.dtype, DType::U32);
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    /// Elements of an f32 or bf16 host tensor, widened to f32; for tests, samplers and reports.
+    pub fn to_f32_vec(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => self.f32().to_vec(),
+            DType::BF16 => self.bf16().iter().map(|x| x.to_f32()).collect(),
+            DType::U32 => panic!("to_f32_vec() of a u32 tensor"),
+        }
+    }
+
+    fn alias(&self, rows: Range<usize>) -> Tensor {
+        assert!(rows.start <= rows.end && rows.end <= self.n_rows(), "rows {rows:?} of {:?}", self.shape);
+        let mut shape = self.shape;
+        shape.dims[0] = rows.len();
+        let offset_bytes = self.offset_bytes + rows.start * self.row_len() * self.dtype.bytes();
+        Tensor { shape, dtype: self.dtype, storage: Arc::clone(&self.storage), offset_bytes }
+    }
+
+    /// These rows, to read.
+    pub fn rows(&self, rows: Range<usize>) -> TensorView<'_> {
+        TensorView { tensor: self.alias(rows), of: PhantomData }
+    }
+
+    /// These rows, to write.
+    pub fn rows_mut(&mut self, rows: Range<usize>) -> TensorViewMut<'_> {
+        TensorViewMut { tensor: self.alias(rows), of: PhantomData }
+    }
+
+    /// The same elements under another shape of equal size.
+    pub fn reshaped(&self, dims: &[usize]) -> TensorView<'_> {
+        let mut tensor = self.alias(0..self.n_rows());
+        tensor.shape = Shape::new(dims);
+        assert_eq!(tensor.shape.n_elements(), self.n_elements(), "{:?} as {dims:?}", self.shape);
+        TensorView { tensor, of: PhantomData }
+    }
+
+    /// The same elements under another shape of equal size, to write.
+    pub fn reshaped_mut(&mut self, dims: &[usize]) -> TensorViewMut<'_> {
+        let mut tensor = self.alias(0..self.n_rows());
+        tensor.shape = Shape::new(dims);
+        assert_eq!(tensor.shape.n_elements(), self.n_elements(), "{:?} as {dims:?}", self.shape);
+        TensorViewMut { tensor, of: PhantomData }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor{:?} {:?}", self.shape, self.dtype)
+    }
+}
+
+/// Part of a tensor, to read. Dereferences to [`Tensor`].
+pub struct TensorView<'a> {
+    tensor: Tensor,
+    of: PhantomData<&'a Tensor>,
+}
+
+impl Deref for TensorView<'_> {
+    type Target = Tensor;
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+/// Part of a tensor, to write. Dereferences to [`Tensor`]. Never `mem::swap` what it dereferences to: the tensor behind it
+/// would leave the borrow that guards it.
+pub struct TensorViewMut<'a> {
+    tensor: Tensor,
+    of: PhantomData<&'a mut Tensor>,
+}
+
+impl Deref for TensorViewMut<'_> {
+    type Target = Tensor;
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl DerefMut for TensorViewMut<'_> {
+    fn deref_mut(&mut self) -> &mut Tensor {
+        &mut self.tensor
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows are offsets into the same memory, so a write through a view is seen in the whole.
+    #[test]
+    fn rows_are_views() {
+        let mut x = Tensor::from_f32(&[3, 2], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(x.rows(1..3).f32(), &[2.0, 3.0, 4.0, 5.0]);
+        x.rows_mut(1..2).f32_mut()[1] = 9.0;
+        assert_eq!(x.f32(), &[0.0, 1.0, 2.0, 9.0, 4.0, 5.0]);
+        assert_eq!(x.reshaped(&[6]).rows(3..4).f32(), &[9.0]);
+    }
+
+    /// The drop callback hears exactly the bytes that were taken, once, after the last view is gone.
+    #[test]
+    fn freed_bytes_are_told() {
+        let freed = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let tell = Arc::clone(&freed);
+        let on_drop = Arc::new(move |n| {
+            tell.fetch_add(n, std::sync::atomic::Ordering::SeqCst);
+        });
+        let x = Tensor::host(&[100], DType::F32, Some(on_drop)).unwrap();
+        assert_eq!(freed.load(std::sync::atomic::Ordering::SeqCst), 0);
+        drop(x);
+        assert_eq!(freed.load(std::sync::atomic::Ordering::SeqCst), 400);
+    }
+}
