@@ -145,9 +145,7 @@ impl<'a> Worker<'a> {
         if level < lowest {
             return;
         }
-        if block.len() <= 2 * BLOCK_BYTES {
-            self.kept.add(hash, || block.to_string());
-        }
+        self.kept.add(hash, || block[..block.floor_char_boundary(2 * BLOCK_BYTES)].to_string());
         let (sorts, counts) = (self.sorts, &mut self.levels[level]);
         let folded;
         let text = match block.contains(SPACE_MARK) {

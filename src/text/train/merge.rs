@@ -9,8 +9,9 @@
 use super::script::Sorts;
 use crate::error::{Error, Result};
 use crate::text::hash::FoldBuild;
+use crate::text::tables::SPACE_MARK;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::rc::Rc;
 
 const NO_TEXT: u32 = u32::MAX;
@@ -31,6 +32,7 @@ pub struct Merged {
     /// Symbols of every word at the end; [`RARE`] is a character that becomes bytes.
     words: Vec<Word>,
     sorts: Sorts,
+    covered_set: HashSet<char, FoldBuild>,
 }
 
 impl Merged {
@@ -41,13 +43,14 @@ impl Merged {
         if n_rare == 0 {
             return symbols.len();
         }
-        let rare_bytes: usize = word.chars().filter(|c| !self.characters.contains(c)).map(char::len_utf8).sum();
+        let bytes_of = |c: char| if c == ' ' { SPACE_MARK.len_utf8() } else { c.len_utf8() };
+        let rare_bytes: usize = word.chars().filter(|c| !self.covered_set.contains(c)).map(bytes_of).sum();
         symbols.len() - n_rare + rare_bytes
     }
 
     /// Whether a word could be a piece of its own: short enough, all characters covered, one script.
     pub fn could_be_piece(&self, word: &str) -> bool {
-        self.sorts.is_piece(word) && word.chars().all(|c| self.characters.contains(&c))
+        self.sorts.is_piece(word) && word.chars().all(|c| self.covered_set.contains(&c))
     }
 }
 
@@ -68,7 +71,8 @@ pub fn merge(words: &[(Box<str>, u64)], coverage: f64, n_wanted: usize) -> Resul
         pieces.push(trainer.texts[text as usize].text.clone());
         last_count = count;
     }
-    Ok(Merged { pieces, characters, covered, last_count, words: trainer.words, sorts: trainer.sorts })
+    let covered_set = characters.iter().copied().collect();
+    Ok(Merged { pieces, characters, covered, last_count, words: trainer.words, sorts: trainer.sorts, covered_set })
 }
 
 /// The most frequent characters that together make up the coverage, and the share they do make up.

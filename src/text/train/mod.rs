@@ -10,8 +10,8 @@
 //! Ids: `<unk>` 0, `<pad>` 1, `<s>` 2, `</s>` 3 (2 and 3 as in the published Nemotron configurations), `<extra_id_*>`, the 256
 //! byte pieces, merges in the order they were made, characters by falling count.
 //!
-//! Memory: about (length + 100) bytes for every distinct word of the sample, a word being at most [`MAX_WORD_CHARS`] characters;
-//! the sample is at most `sample_bytes`. This module knows nothing of files but through the corpus.
+//! Memory: about 150 bytes and 10 more a character for every distinct word of the sample (in counting: for every thread that
+//! met it), a word being at most [`MAX_WORD_CHARS`] characters, and the sample at most `sample_bytes`. This module knows nothing of files but through the corpus.
 
 mod count;
 mod merge;
@@ -65,7 +65,8 @@ impl Settings {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses settings out of range, before anything is read.
+    pub fn check(&self) -> Result<()> {
         if !(0.98..=1.0).contains(&self.character_coverage) {
             let wrong = format!("character coverage {}, expected 0.98 to 1", self.character_coverage);
             return Err(Error::recipe(wrong).remedy("choose a value in that range (0.9995 is usual)"));
@@ -143,7 +144,9 @@ pub fn train(corpus: &Corpus, settings: &Settings) -> Result<Trained> {
     settings.check()?;
     let counted = count::count(corpus, settings)?;
     if counted.words.is_empty() {
-        return Err(Error::new(Kind::File, format!("an empty corpus: {}", counted.corpus)).remedy("name files or folders with text in them"));
+        return Err(
+            Error::new(Kind::File, format!("an empty corpus: {}", counted.corpus)).remedy("name files or folders with text in them")
+        );
     }
     let n_wanted = settings.vocab_size - settings.n_special();
     let merged = merge::merge(&counted.words, settings.character_coverage, n_wanted)?;
