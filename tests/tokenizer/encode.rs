@@ -20,7 +20,16 @@ fn compare(name: &str, vocab_size: usize, settings: &[&str]) {
     let mut texts = adversarial::by_hand();
     texts.extend(adversarial::random(vocab_size as u64, 6000));
     texts.push(adversarial::corpus(2, 400).into_bytes());
+    texts.extend(endless_words());
     compare_texts(&python, &model, &texts);
+}
+
+/// Words without end: a megabyte of one letter, of two, of spaces, and of letters and foreign characters at random.
+fn endless_words() -> Vec<Vec<u8>> {
+    let mut choices = Choices::new(23);
+    let letters =
+        (0..200_000).map(|_| choices.one(&['a', 'b', 'e', 'i', 'n', 't', 'o', '\u{e9}', '\u{4f60}', '\u{597d}'])).collect::<String>();
+    vec!["a".repeat(1_000_000).into_bytes(), "in".repeat(200_000).into_bytes(), " ".repeat(200_000).into_bytes(), letters.into_bytes()]
 }
 
 /// Every text has SentencePiece's ids, and ids (of texts and at random) decode to SentencePiece's texts.
@@ -108,7 +117,8 @@ fn equals_sentencepiece_on_source_code() {
     compare_texts(&python, &model, &texts);
 }
 
-/// The same for a model of one's own, named by TRIREME_TEST_MODEL: published models are too large to keep beside the tests.
+/// The same for a model of one's own, named by TRIREME_TEST_MODEL (published models are too large to keep beside the tests), on
+/// TRIREME_TEST_STRINGS random strings.
 #[test]
 fn equals_sentencepiece_for_a_model_from_outside() {
     let Some(model) = std::env::var_os("TRIREME_TEST_MODEL") else {
@@ -117,7 +127,8 @@ fn equals_sentencepiece_for_a_model_from_outside() {
     };
     let Some(python) = oracle::python() else { return };
     let mut texts = adversarial::by_hand();
-    texts.extend(adversarial::random(3, 20_000));
+    let n_strings = std::env::var("TRIREME_TEST_STRINGS").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000);
+    texts.extend(adversarial::random(3, n_strings));
     let corpus =
         trireme::text::corpus::Corpus::open(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "/usr/share/doc".into()]).expect("text");
     texts.extend(corpus.documents(0, 40).map(|document| document.expect("UTF-8").text.into_bytes()));
