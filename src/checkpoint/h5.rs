@@ -196,9 +196,7 @@ fn create_dataset(file: &Id, path: &str, dtype: DType, (space, properties): (&Id
     check(unsafe { h5p::H5Pset_create_intermediate_group(links.id, 1) }.into(), "make groups")?;
     let (element, name) = (element_type(dtype)?, c_string(path));
     // SAFETY: live identifiers and a NUL-terminated string.
-    let id = unsafe {
-        h5d::H5Dcreate2(file.id, name.as_ptr(), element.id, space.id, links.id, properties.id, h5p::H5P_DEFAULT)
-    };
+    let id = unsafe { h5d::H5Dcreate2(file.id, name.as_ptr(), element.id, space.id, links.id, properties.id, h5p::H5P_DEFAULT) };
     own(id, h5d::H5Dclose, &format!("create the dataset {path}"))
 }
 
@@ -223,9 +221,8 @@ fn element_type(dtype: DType) -> Result<Id> {
     let copy = own(unsafe { h5t::H5Tcopy(base) }, h5t::H5Tclose, "copy a type")?;
     if dtype == DType::BF16 {
         // SAFETY: a live, modifiable copy. The fields come first: they must lie within the type at every moment.
-        let status = unsafe {
-            h5t::H5Tset_fields(copy.id, 15, 7, 8, 0, 7).min(h5t::H5Tset_size(copy.id, 2)).min(h5t::H5Tset_ebias(copy.id, 127))
-        };
+        let status =
+            unsafe { h5t::H5Tset_fields(copy.id, 15, 7, 8, 0, 7).min(h5t::H5Tset_size(copy.id, 2)).min(h5t::H5Tset_ebias(copy.id, 127)) };
         check(status.into(), "make the bf16 type")?;
     }
     Ok(copy)
@@ -251,9 +248,8 @@ fn write_text(object: &Id, name: &str, text: &str) -> Result<()> {
     // SAFETY: one of the library's own types.
     let element = own(unsafe { h5t::H5Tcopy(*hdf5::globals::H5T_C_S1) }, h5t::H5Tclose, "copy a type")?;
     // SAFETY: a live, modifiable copy; the size is at least 1.
-    let status = unsafe {
-        h5t::H5Tset_size(element.id, text.len().max(1)).min(h5t::H5Tset_cset(element.id, h5t::H5T_cset_t::H5T_CSET_UTF8))
-    };
+    let status =
+        unsafe { h5t::H5Tset_size(element.id, text.len().max(1)).min(h5t::H5Tset_cset(element.id, h5t::H5T_cset_t::H5T_CSET_UTF8)) };
     check(status.into(), "make a text type")?;
     let padded = c_string(text);
     write_attribute(object, name, (&element, &create_scalar()?), padded.as_ptr().cast())

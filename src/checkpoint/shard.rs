@@ -147,15 +147,13 @@ impl ShardWriter {
         let (skeleton, offsets) = h5::skeleton(&datasets)?;
         let bytes = skeleton.metadata().at(dir.join(name))?.len();
         let places = specs.into_iter().zip(datasets).zip(offsets);
-        let mut pieces: Vec<StoredPiece> = places
-            .map(|((spec, dataset), at)| StoredPiece { spec, dataset: dataset.path, at, blocks: String::new() })
-            .collect();
+        let mut pieces: Vec<StoredPiece> =
+            places.map(|((spec, dataset), at)| StoredPiece { spec, dataset: dataset.path, at, blocks: String::new() }).collect();
         pieces.sort_by_key(|piece| piece.at);
         let shard = StoredShard { file: name.into(), bytes, frame_xxh3: String::new(), pieces };
         let (block, frame) = (Xxh3::new(), Xxh3::new());
         let file = HashingFile::create(dir, name)?;
-        let mut writer =
-            ShardWriter { path: dir.join(name), file, skeleton, shard, at: 0, piece: 0, piece_at: 0, block, frame };
+        let mut writer = ShardWriter { path: dir.join(name), file, skeleton, shard, at: 0, piece: 0, piece_at: 0, block, frame };
         writer.write_frame()?;
         Ok(writer)
     }
@@ -319,7 +317,12 @@ pub fn check_table(path: &Path, shard: &StoredShard) -> Result<()> {
         let n_bytes = n_elements.and_then(|n| n.checked_mul(spec.dtype.dtype().bytes())).map(|n| n as u64);
         let stops = n_bytes.and_then(|n| piece.at.checked_add(n));
         let blocks = n_bytes.map(|n| n.div_ceil(BLOCK_BYTES as u64) as usize * 16);
-        if !fits || piece.at < end || stops.is_none_or(|stop| stop > shard.bytes) || blocks != Some(piece.blocks.len()) || !piece.blocks.is_ascii() {
+        if !fits
+            || piece.at < end
+            || stops.is_none_or(|stop| stop > shard.bytes)
+            || blocks != Some(piece.blocks.len())
+            || !piece.blocks.is_ascii()
+        {
             let wrong = format!("the entry of {} in {} contradicts itself", spec.name, shard.file);
             return Err(Error::file(path, wrong).remedy(DAMAGED));
         }
