@@ -6,11 +6,11 @@
 #
 # INPUT            files and folders of text, separated by blanks
 # VOCAB_SIZE       pieces of the tokenizer; model.vocab_size of the recipe must say the same (256000)
-# RECIPE           of trireme-pretrain; its data.train.0.shards and validation.shards are set to OUT/tokens
+# RECIPE           of trireme-pretrain, with a [validation]; its data.train.0.shards and validation.shards are set to OUT/tokens
 # REQUESTS         of trireme-generate
 # OUT              gets tokenizer/, tokens/, run/, responses/ and logs/
-# SBATCH_ALL, SBATCH_TRAIN_TOKENIZER, SBATCH_TOKENIZE, SBATCH_PRETRAIN, SBATCH_GENERATE
-#                  sbatch options of all stages and of one, e.g. SBATCH_PRETRAIN="--nodes=16 --ntasks-per-node=8"
+# OPTIONS_ALL, OPTIONS_TRAIN_TOKENIZER, OPTIONS_TOKENIZE, OPTIONS_PRETRAIN, OPTIONS_GENERATE
+#                  sbatch options of all stages and of one, e.g. OPTIONS_PRETRAIN="--nodes=16 --ntasks-per-node=8"
 # ARGS_TRAIN_TOKENIZER, ARGS_TOKENIZE, ARGS_PRETRAIN, ARGS_GENERATE
 #                  further arguments of one stage's binary
 #
@@ -25,11 +25,11 @@ previous=
 
 # submit STAGE OUT [ARGUMENT..]
 submit() {
-  local stage=$1 out=$2 options=SBATCH_${1^^} args=ARGS_${1^^} dependency=()
+  local stage=$1 out=$2 options=OPTIONS_${1^^} args=ARGS_${1^^} dependency=()
   shift 2
   if [ -n "$previous" ]; then dependency=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes); fi
   previous=$(OUT=$out ARGS="$* ${!args:-}" sbatch --parsable --output="$root/logs/%x-%j.log" "${dependency[@]}" \
-    ${SBATCH_ALL:-} ${!options:-} "$TRIREME_HOME/slurm/$stage.sbatch")
+    ${OPTIONS_ALL:-} ${!options:-} "$TRIREME_HOME/slurm/$stage.sbatch")
   previous=${previous%%;*} # a cluster name follows where there are several
   echo "$previous $stage"
 }
