@@ -4,6 +4,7 @@
 #   dev-cluster.sh up                install what is missing, start munge, slurmctld and a slurmd per node; again: no-op
 #   dev-cluster.sh down              stop all of it and remove its files
 #   dev-cluster.sh status            nodes and daemons
+#   dev-cluster.sh is-up             exit code 0 when it is up
 #   dev-cluster.sh env               what a shell must export to use it:  eval "$(bash slurm/dev-cluster.sh env)"
 #   dev-cluster.sh exec n1 COMMAND   run COMMAND on that node (its network, host name and /dev/shm), outside SLURM
 #   dev-cluster.sh kill-node n1      as by a power cut: slurmd, job steps and ranks of that node are gone at once
@@ -347,6 +348,7 @@ case $command in
   up) up ;;
   down) down ;;
   status) status ;;
+  is-up) running "$ROOT/run/slurmctld.pid" slurmctld ;;
   env) print_env ;;
   exec) on_node "${@:2}" ;;
   kill-node) kill_node "$2" ;;
