@@ -10,7 +10,7 @@ use trireme::comm::agree;
 use trireme::device::cpu::Cpu;
 use trireme::error::Result;
 use trireme::infer::generate::{self, Generator};
-use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, Response, read_requests};
 use trireme::runtime::{DeviceKind, Runtime};
 use trireme::tensor::DType;
@@ -114,7 +114,7 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
     let stored = checkpoint::open(&args.checkpoint)?;
     let model = &stored.meta().model;
     check_layout(model, &layout)?;
-    let tokenizer = stored.tokenizer()?;
+    let tokenizer = load::tokenizer(&stored)?;
     let limits = Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref() };
     let requests = read_requests(&args.requests, limits)?;
     Ok(Prepared { stored, tokenizer, requests, layout })
@@ -122,7 +122,7 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
     let recipe = serde_json::json!({ "dtype": format!("{:?}", args.dtype).to_lowercase() });
-    let inputs = vec![artifact::input("checkpoint", prepared.stored.path())?, artifact::input("requests", &args.requests)?];
+    let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin(&args.out, "responses", recipe, inputs)
 }
 

@@ -10,7 +10,7 @@ use trireme::comm::agree;
 use trireme::data::h5;
 use trireme::device::cpu::Cpu;
 use trireme::error::Result;
-use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Scored, Sequence};
 use trireme::parallel::layout::ParallelLayout;
 use trireme::runtime::{DeviceKind, Runtime};
@@ -109,14 +109,14 @@ fn prepare(args: &LogprobArgs, n_ranks: usize) -> Result<(Stored, Vec<Sequence>,
     let stored = checkpoint::open(&args.checkpoint)?;
     let model = &stored.meta().model;
     check_layout(model, &layout)?;
-    let tokenizer = stored.tokenizer()?;
+    let tokenizer = load::tokenizer(&stored)?;
     let sequences = score::read_sequences(&args.input, model.vocab_size, model.max_tokens, tokenizer.as_ref())?;
     Ok((stored, sequences, layout))
 }
 
 fn begin(args: &LogprobArgs, stored: &Stored) -> Result<Begin> {
     let recipe = serde_json::json!({ "what": "logprobs", "dtype": format!("{:?}", args.dtype).to_lowercase() });
-    let inputs = vec![artifact::input("checkpoint", stored.path())?, artifact::input("sequences", &args.input)?];
+    let inputs = vec![artifact::input("checkpoint", stored.dir())?, artifact::input("sequences", &args.input)?];
     ArtifactWriter::begin(&args.out, "scores", recipe, inputs)
 }
 

@@ -8,6 +8,7 @@ use crate::model::chunk::{Chunk, Purpose};
 use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::tensor::DType;
+use crate::text::Tokenizer;
 
 /// Whether this layout can hold this model for inference.
 pub fn check_layout(config: &ModelConfig, layout: &ParallelLayout) -> Result<()> {
@@ -45,8 +46,14 @@ pub fn load_chunk(device: &dyn Device, stored: &Stored, groups: &Groups, dtype: 
     }
     let mut wanted: Vec<Wanted> =
         views.iter_mut().map(|(name, slice, tensor)| Wanted { name: name.clone(), slice: slice.clone(), tensor }).collect();
-    stored.read(&mut wanted).doing(|| format!("loading {}", stored.path().display()))?;
+    stored.read(&mut wanted).doing(|| format!("loading {}", stored.dir().display()))?;
     drop(wanted);
     drop(views);
     Ok(chunk)
+}
+
+/// The tokenizer that travels with a checkpoint.
+pub fn tokenizer(stored: &Stored) -> Result<Option<Tokenizer>> {
+    let bytes = stored.meta().tokenizer.clone();
+    bytes.map(|bytes| Tokenizer::from_bytes(bytes, &stored.dir().join("tokenizer.model"))).transpose()
 }

@@ -135,7 +135,7 @@ pub fn logprobs(device: &dyn Device, groups: &Groups, chunks: &mut [Chunk], sequ
     for pack in mine {
         // One micro-batch at a time: memory stays that of one, and nothing waits on a whole file.
         let batch = micro_batch(device, sequences, pack)?;
-        let schedule = schedule::forward_only(PipelineShape { pp: groups.layout.pp, vp: 1, n_micro: 1 });
+        let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: 1, n_micro: 1 });
         let starts = batch.sequence_starts.clone();
         let passed = executor::run(&schedule, chunks, &ctx, groups, (&[batch], Keep::Nothing), |_, _| {});
         let losses = &passed.token_losses[0];

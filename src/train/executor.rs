@@ -6,7 +6,7 @@ use crate::device::ScratchTensor;
 use crate::model::chunk::{Chunk, ChunkSaved, MicroBatch, Output};
 use crate::model::ctx::Ctx;
 use crate::parallel::layout::ParallelLayout;
-use crate::parallel::schedule::{Action, Parcel, Schedule, What};
+use crate::parallel::schedule::{Action, ChunkAt, Parcel, PipelineShape, Schedule, What};
 use crate::tensor::DType;
 use std::collections::HashMap;
 
@@ -30,6 +30,7 @@ struct Stage<'a> {
     chunks: &'a mut [Chunk],
     ctx: &'a Ctx<'a>,
     layout: ParallelLayout,
+    shape: PipelineShape,
     stage: usize,
     batches: &'a [MicroBatch],
     keep: Keep,
@@ -56,6 +57,7 @@ pub fn run(
         chunks,
         ctx,
         layout: groups.layout,
+        shape: schedule.shape,
         stage: groups.at.pp,
         batches,
         keep,
@@ -106,14 +108,14 @@ impl Stage<'_> {
 
     /// Hands a result to the neighbouring model chunk: by message, or at once when that chunk lives on this stage too.
     fn pass_on(&mut self, what: What, chunk: usize, micro: usize, tensor: ScratchTensor) {
-        let last_stage = self.layout.pp - 1;
-        let receiver_chunk = match what {
-            What::Activation if self.stage == last_stage => chunk + 1,
-            What::Gradient if self.stage == 0 => chunk - 1,
-            _ => chunk,
+        let here = ChunkAt { stage: self.stage, chunk };
+        let consumer = match what {
+            What::Activation => self.shape.next(here),
+            What::Gradient => self.shape.previous(here),
         };
-        let shelf = if self.layout.pp == 1 { &mut self.inbox } else { &mut self.outbox };
-        shelf.insert((what, receiver_chunk, micro), tensor);
+        let consumer = consumer.expect("the ends of the model hand nothing on");
+        let shelf = if consumer.stage == self.stage { &mut self.inbox } else { &mut self.outbox };
+        shelf.insert((what, consumer.chunk, micro), tensor);
     }
 
     fn exchange(&mut self, pp: &dyn Communicator, sends: &[Parcel], recvs: &[Parcel]) {

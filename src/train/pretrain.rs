@@ -19,7 +19,7 @@ use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::parallel::schedule::{self, PipelineShape, Schedule};
 use crate::progress::Progress;
-use crate::recipe::{Precision, Pretrain, ScheduleKind};
+use crate::recipe::{Precision, Pretrain};
 use crate::tensor::DType;
 use std::path::Path;
 use std::time::Instant;
@@ -184,15 +184,6 @@ fn check_vocabulary(recipe: &Pretrain, path: &Path, shards: &TokenShards) -> Res
     }
 }
 
-/// The schedule a recipe asks for.
-fn make_schedule(recipe: &Pretrain, shape: PipelineShape) -> Schedule {
-    match recipe.parallel.schedule {
-        ScheduleKind::GPipe => schedule::gpipe(shape),
-        ScheduleKind::OneFOneB => schedule::one_f_one_b(shape),
-        ScheduleKind::Interleaved => schedule::interleaved(shape),
-    }
-}
-
 /// One rank's moving parts.
 struct Trainer<'a> {
     job: &'a Job<'a>,
@@ -219,7 +210,7 @@ impl<'a> Trainer<'a> {
         let dp = groups.layout.dp;
         let batch = BatchShape { seq_len: recipe.batch.seq_len, micro: recipe.batch.micro, global: recipe.batch.global, dp };
         let shape = PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro: batch.n_micro() };
-        let schedule = make_schedule(recipe, shape);
+        let schedule = agree(world, schedule::training(recipe.parallel.schedule, shape))?;
         schedule.check().unwrap_or_else(|problem| panic!("the generated schedule is wrong: {problem}"));
         let state = agree(world, TrainState::new(job.device, &recipe.model, groups, dtype))?;
         // All ranks measure at once, as they will compute at once.
@@ -378,7 +369,7 @@ impl<'a> Trainer<'a> {
         let held_out = data.validation.as_ref().expect("asked for only when there is some");
         let (groups, batch) = (self.job.groups, self.batch);
         let n_micro = held_out.n_samples / (batch.dp * batch.micro);
-        let schedule = schedule::forward_only(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro });
+        let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro });
         let first = |micro: usize| ((micro * batch.dp + groups.at.dp) * batch.micro) as u64;
         let read = |micro| micro_batch(self.job.device, &held_out.samples, first(micro)..first(micro) + batch.micro as u64, batch.seq_len, 0.0);
         let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;

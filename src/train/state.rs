@@ -69,7 +69,7 @@ impl TrainState {
                     continue;
                 }
                 let (name, rows) = (&param.spec.name, 0..shard.slice.shape[0]);
-                let master = if from.has(&format!("master/{name}")) { "master" } else { "weights" };
+                let master = if from.tensors().contains_key(&format!("master/{name}")) { "master" } else { "weights" };
                 for (kind, tensor) in [(master, &mut shard.master), ("adam_m", &mut shard.m), ("adam_v", &mut shard.v)] {
                     wanted.push((format!("{kind}/{name}"), shard.slice.clone(), tensor.rows_mut(rows.clone())));
                 }
@@ -77,7 +77,7 @@ impl TrainState {
         }
         let mut requests: Vec<Wanted> =
             wanted.iter_mut().map(|(name, slice, tensor)| Wanted { name: name.clone(), slice: slice.clone(), tensor }).collect();
-        from.read(&mut requests).doing(|| format!("resuming from {}", from.path().display()))?;
+        from.read(&mut requests).doing(|| format!("resuming from {}", from.dir().display()))?;
         drop(requests);
         drop(wanted);
         self.step = from.meta().step;

@@ -20,7 +20,11 @@ pub fn text_of(line: &str, field: &str) -> Result<String, Problem> {
     let text = Field(field).deserialize(&mut json).and_then(|text| json.end().map(|()| text));
     text.map_err(|error| {
         let cause = error.to_string();
-        let cause = cause.rsplit_once(" at line ").map_or(cause.as_str(), |(cause, _)| cause);
+        let cause = match cause.rsplit_once(" at line ").map_or(cause.as_str(), |(cause, _)| cause) {
+            "unexpected end of hex escape" => "a lone surrogate (\\ud800 to \\udbff without its second half)",
+            "lone leading surrogate in hex escape" => "a lone surrogate (\\udc00 to \\udfff without its first half)",
+            cause => cause,
+        };
         Problem { column: error.column(), cause: cause.into() }
     })
 }

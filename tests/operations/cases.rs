@@ -1,0 +1,613 @@
+//! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
+
+use crate::oracle::{self, HeadCounts, Near, U, near};
+use trireme::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Direction, Gemm, Heads, KvCache, Norm, NormKind, Rope, Store};
+use trireme::tensor::{DType, Tensor};
+
+/// Element type of an argument.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Kind {
+    /// The dtype under test.
+    Float,
+    F32,
+    U32,
+}
+
+/// What the operation does with an argument.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Role {
+    Input,
+    /// Poisoned with NaN before the call.
+    Assigned,
+    /// Starts from its initial values.
+    Updated,
+}
+
+/// First values.
+pub enum Init {
+    /// Normal with this standard deviation.
+    Random(f64),
+    Given(Vec<f64>),
+    /// A function of the arguments before it, as they were rounded.
+    From(Box<dyn Fn(&[Vec<f64>]) -> Vec<f64>>),
+}
+
+pub struct Arg {
+    pub dims: Vec<usize>,
+    pub kind: Kind,
+    pub role: Role,
+    pub init: Init,
+}
+
+type Run = Box<dyn Fn(&dyn Device, &mut [Tensor]) + Send + Sync>;
+/// Values of all arguments and the rounding of the dtype under test, to what is near each argument that is not an input.
+type Oracle = Box<dyn Fn(&[Vec<f64>], &dyn Fn(f64) -> f64) -> Vec<Vec<Near>>>;
+
+pub struct Case {
+    pub operation: &'static str,
+    pub shape: String,
+    pub args: Vec<Arg>,
+    pub run: Run,
+    pub oracle: Oracle,
+    /// Multiplications and additions; 0 where memory is what counts.
+    pub flops: f64,
+}
+
+impl Case {
+    /// Fresh tensors; `random` gives normal values for (argument, index).
+    pub fn tensors(&self, dtype: DType, random: &dyn Fn(u64, u64) -> f64) -> Vec<Tensor> {
+        let mut values: Vec<Vec<f64>> = Vec::new();
+        let mut tensors = Vec::new();
+        for (which, arg) in self.args.iter().enumerate() {
+            let n = arg.dims.iter().product::<usize>();
+            let raw: Vec<f64> = match &arg.init {
+                Init::Random(deviation) => (0..n).map(|i| deviation * random(which as u64, i as u64)).collect(),
+                Init::Given(given) => given.clone(),
+                Init::From(function) => function(&values),
+            };
+            assert_eq!(raw.len(), n, "{} {}", self.operation, self.shape);
+            let poisoned = arg.role == Role::Assigned;
+            let floats: Vec<f32> = raw.iter().map(|v| if poisoned { f32::NAN } else { *v as f32 }).collect();
+            let tensor = match (arg.kind, dtype) {
+                (Kind::U32, _) => Tensor::from_u32(&arg.dims, &raw.iter().map(|v| *v as u32).collect::<Vec<_>>()),
+                (Kind::Float, DType::BF16) => Tensor::from_bf16(&arg.dims, &floats),
+                _ => Tensor::from_f32(&arg.dims, &floats),
+            };
+            values.push(widened(&tensor));
+            tensors.push(tensor);
+        }
+        tensors
+    }
+}
+
+/// Elements of any host tensor as f64.
+pub fn widened(tensor: &Tensor) -> Vec<f64> {
+    match tensor.dtype() {
+        DType::U32 => tensor.u32().iter().map(|v| f64::from(*v)).collect(),
+        _ => tensor.to_f32_vec().iter().map(|v| f64::from(*v)).collect(),
+    }
+}
+
+fn arg(dims: &[usize], kind: Kind, role: Role, init: Init) -> Arg {
+    Arg { dims: dims.to_vec(), kind, role, init }
+}
+fn input(dims: &[usize], deviation: f64) -> Arg {
+    arg(dims, Kind::Float, Role::Input, Init::Random(deviation))
+}
+fn ids(values: Vec<usize>) -> Arg {
+    arg(&[values.len()], Kind::U32, Role::Input, Init::Given(values.iter().map(|v| *v as f64).collect()))
+}
+fn assigned(dims: &[usize], kind: Kind) -> Arg {
+    arg(dims, kind, Role::Assigned, Init::Random(1.0))
+}
+fn updated(dims: &[usize], kind: Kind) -> Arg {
+    arg(dims, kind, Role::Updated, Init::Random(1.0))
+}
+fn exact(values: &[f64]) -> Vec<Near> {
+    values.iter().map(|v| near(*v, 0.0)).collect()
+}
+
+pub fn heads_of((query, kv, dim): HeadCounts) -> Heads {
+    Heads { query, kv, dim }
+}
+
+pub fn gemm(how: Gemm, (m, n, k): (usize, usize, usize), out: Kind) -> Case {
+    let a = if how.trans_a { [k, m] } else { [m, k] };
+    let b = if how.trans_b { [n, k] } else { [k, n] };
+    let letters = [how.trans_a, how.trans_b].map(|t| if t { 'T' } else { 'N' });
+    let accumulate = how.out == Store::Accumulate;
+    let out_arg = if accumulate { updated(&[m, n], out) } else { assigned(&[m, n], out) };
+    Case {
+        operation: "gemm",
+        shape: format!("{}{}{} [{m}, {n}, {k}] out {out:?}", letters[0], letters[1], if accumulate { " +=" } else { "" }),
+        args: vec![out_arg, input(&a, 1.0), input(&b, 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, a, b] = tensors else { unreachable!() };
+            device.gemm(out, a, b, how);
+        }),
+        oracle: Box::new(move |v, _| {
+            let old = accumulate.then_some(&v[0][..]);
+            vec![oracle::gemm(&v[1], &v[2], old, (m, n, k), (how.trans_a, how.trans_b))]
+        }),
+        flops: 2.0 * m as f64 * n as f64 * k as f64,
+    }
+}
+
+/// copy, add, scale, fill_zero over n elements; `other` is the kind of the second operand.
+pub fn elementwise(operation: &'static str, n: usize, kinds: (Kind, Kind)) -> Case {
+    let x = if operation == "copy" { assigned(&[n], kinds.0) } else { updated(&[n], kinds.0) };
+    Case {
+        operation,
+        shape: format!("[{n}] {:?} {:?}", kinds.0, kinds.1),
+        args: vec![x, arg(&[n], kinds.1, Role::Input, Init::Random(1.0))],
+        run: Box::new(move |device, tensors| {
+            let [x, y] = tensors else { unreachable!() };
+            match operation {
+                "copy" => device.copy(x, y),
+                "add" => device.add(x, y),
+                "scale" => device.scale(x, 0.37),
+                "fill_zero" => device.fill_zero(x),
+                _ => unreachable!(),
+            }
+        }),
+        oracle: Box::new(move |v, _| {
+            let pairs = v[0].iter().zip(&v[1]);
+            vec![match operation {
+                "copy" => exact(&v[1]),
+                "add" => pairs.map(|(x, y)| near(x + y, U * (x + y).abs())).collect(),
+                "scale" => pairs.map(|(x, _)| f64::from(0.37f32) * x).map(|y| near(y, U * y.abs())).collect(),
+                _ => pairs.map(|_| near(0.0, 0.0)).collect(),
+            }]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn embed(tokens: Vec<usize>, (rows, h): (usize, usize), first_row: usize) -> Case {
+    let t = tokens.len();
+    Case {
+        operation: "embed",
+        shape: format!("[{t}, {h}] of {rows} rows from {first_row}"),
+        args: vec![assigned(&[t, h], Kind::Float), ids(tokens), input(&[rows, h], 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, tokens, table] = tensors else { unreachable!() };
+            device.embed(out, tokens, table, first_row);
+        }),
+        oracle: Box::new(move |v, _| {
+            let here = |t: f64| t as usize >= first_row && (t as usize) < first_row + rows;
+            let value = |t: f64, i: usize| if here(t) { v[2][(t as usize - first_row) * h + i] } else { 0.0 };
+            vec![v[1].iter().flat_map(|t| (0..h).map(|i| near(value(*t, i), 0.0)).collect::<Vec<_>>()).collect()]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn embed_backward(tokens: Vec<usize>, (rows, h): (usize, usize), first_row: usize) -> Case {
+    let t = tokens.len();
+    Case {
+        operation: "embed_backward",
+        shape: format!("[{t}, {h}] of {rows} rows from {first_row}"),
+        args: vec![updated(&[rows, h], Kind::F32), ids(tokens), input(&[t, h], 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [dtable, tokens, dout] = tensors else { unreachable!() };
+            device.embed_backward(dtable, dout, tokens, first_row);
+        }),
+        oracle: Box::new(move |v, _| {
+            let mut out: Vec<Near> = v[0].iter().map(|x| near(*x, (t + 1) as f64 * U * x.abs())).collect();
+            for (row, token) in v[1].iter().enumerate() {
+                let token = *token as usize;
+                if token >= first_row && token < first_row + rows {
+                    for i in 0..h {
+                        let to = &mut out[(token - first_row) * h + i];
+                        to.value += v[2][row * h + i];
+                        to.bound += (t + 1) as f64 * U * v[2][row * h + i].abs();
+                    }
+                }
+            }
+            vec![out]
+        }),
+        flops: 0.0,
+    }
+}
+
+fn norm_of(layer: bool) -> Norm {
+    Norm { kind: if layer { NormKind::LayerNorm1P } else { NormKind::RmsNorm }, eps: 1e-5 }
+}
+
+pub fn norm(layer: bool, (t, h): (usize, usize)) -> Case {
+    Case {
+        operation: "norm",
+        shape: format!("{} [{t}, {h}]", if layer { "layernorm1p" } else { "rmsnorm" }),
+        args: vec![assigned(&[t, h], Kind::Float), assigned(&[t, 2], Kind::F32), input(&[t, h], 2.0), input(&[h], 1.0), input(&[h], 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, stats, x, gain, bias] = tensors else { unreachable!() };
+            device.norm(out, stats, x, gain, layer.then_some(&*bias), norm_of(layer));
+        }),
+        oracle: Box::new(move |v, _| {
+            let (out, stats) = oracle::norm(&v[2], &v[3], layer.then_some(&v[4]), layer, f64::from(1e-5f32));
+            vec![out, stats]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn add_norm(layer: bool, (t, h): (usize, usize)) -> Case {
+    Case {
+        operation: "add_norm",
+        shape: format!("{} [{t}, {h}]", if layer { "layernorm1p" } else { "rmsnorm" }),
+        args: vec![
+            updated(&[t, h], Kind::Float),
+            assigned(&[t, h], Kind::Float),
+            assigned(&[t, 2], Kind::F32),
+            input(&[t, h], 2.0),
+            input(&[h], 1.0),
+            input(&[h], 1.0),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [x, out, stats, delta, gain, bias] = tensors else { unreachable!() };
+            device.add_norm(x, delta, out, stats, gain, layer.then_some(&*bias), norm_of(layer));
+        }),
+        oracle: Box::new(move |v, round| {
+            let sum: Vec<f64> = v[0].iter().zip(&v[3]).map(|(x, d)| round(x + d)).collect();
+            let (out, stats) = oracle::norm(&sum, &v[4], layer.then_some(&v[5]), layer, f64::from(1e-5f32));
+            vec![exact(&sum), out, stats]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn norm_backward(layer: bool, (t, h): (usize, usize)) -> Case {
+    let stats = move |v: &[Vec<f64>]| -> Vec<f64> {
+        let (_, stats) = oracle::norm(&v[4], &v[5], None, layer, f64::from(1e-5f32));
+        stats.iter().map(|s| s.value).collect()
+    };
+    Case {
+        operation: "norm_backward",
+        shape: format!("{} [{t}, {h}]", if layer { "layernorm1p" } else { "rmsnorm" }),
+        args: vec![
+            updated(&[t, h], Kind::Float),
+            updated(&[h], Kind::F32),
+            updated(&[h], Kind::F32),
+            input(&[t, h], 1.0),
+            input(&[t, h], 2.0),
+            input(&[h], 1.0),
+            arg(&[t, 2], Kind::F32, Role::Input, Init::From(Box::new(stats))),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [dx, dgain, dbias, dy, x, gain, stats] = tensors else { unreachable!() };
+            device.norm_backward(dx, dgain, layer.then_some(dbias), dy, x, gain, stats, norm_of(layer));
+        }),
+        oracle: Box::new(move |v, _| {
+            let g = oracle::norm_backward((&v[0], &v[1], &v[2]), &v[3], &v[4], &v[5], &v[6], layer);
+            vec![g.dx, g.dgain, if layer { g.dbias } else { exact(&v[2]) }]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn rope(t: usize, heads: HeadCounts, rotary_dims: usize, direction: Direction) -> Case {
+    let columns = heads_of(heads).qkv_columns();
+    let how = Rope { rotary_dims, base: 10000.0, direction };
+    Case {
+        operation: "rope",
+        shape: format!("[{t}] heads {heads:?} rotary {rotary_dims} {direction:?}"),
+        args: vec![updated(&[t, columns], Kind::Float), ids((0..t).map(|i| (i * 37) % 4099).collect())],
+        run: Box::new(move |device, tensors| {
+            let [qkv, positions] = tensors else { unreachable!() };
+            device.rope(qkv, positions, heads_of(heads), how);
+        }),
+        oracle: Box::new(move |v, _| {
+            let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+            vec![oracle::rope(&v[0], &v[1], heads, (rotary_dims, 10000.0), sign)]
+        }),
+        flops: 0.0,
+    }
+}
+
+/// Multiplications and additions of causal attention, scores and weighted values.
+fn attention_flops(starts: &[usize], (query, _, d): HeadCounts) -> f64 {
+    let pairs: usize = starts.windows(2).map(|e| (e[1] - e[0]) * (e[1] - e[0] + 1) / 2).sum();
+    4.0 * (pairs * query * d) as f64
+}
+
+pub fn attention(starts: Vec<usize>, heads: HeadCounts) -> Case {
+    let t = *starts.last().expect("a sequence end");
+    let h = heads_of(heads);
+    let shape = if starts.len() < 8 { format!("{starts:?}") } else { format!("{} sequences", starts.len() - 1) };
+    let flops = attention_flops(&starts, heads);
+    let oracle_starts = starts.clone();
+    Case {
+        operation: "attention",
+        shape: format!("{shape} heads {heads:?}"),
+        args: vec![assigned(&[t, h.query * h.dim], Kind::Float), assigned(&[h.query, t], Kind::F32), input(&[t, h.qkv_columns()], 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, lse, qkv] = tensors else { unreachable!() };
+            device.attention(out, lse, qkv, &starts, h);
+        }),
+        oracle: Box::new(move |v, _| {
+            let (out, lse) = oracle::attention(&v[2], &oracle_starts, heads);
+            vec![out, lse]
+        }),
+        flops,
+    }
+}
+
+pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
+    let t = *starts.last().expect("a sequence end");
+    let h = heads_of(heads);
+    let shape = if starts.len() < 8 { format!("{starts:?}") } else { format!("{} sequences", starts.len() - 1) };
+    let flops = 2.5 * attention_flops(&starts, heads);
+    let (s1, s2, s3) = (starts.clone(), starts.clone(), starts.clone());
+    let out = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s1, heads).0.iter().map(|o| o.value).collect();
+    let lse = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s2, heads).1.iter().map(|o| o.value).collect();
+    Case {
+        operation: "attention_backward",
+        shape: format!("{shape} heads {heads:?}"),
+        args: vec![
+            assigned(&[t, h.qkv_columns()], Kind::Float),
+            input(&[t, h.qkv_columns()], 1.0),
+            input(&[t, h.query * h.dim], 1.0),
+            arg(&[t, h.query * h.dim], Kind::Float, Role::Input, Init::From(Box::new(out))),
+            arg(&[h.query, t], Kind::F32, Role::Input, Init::From(Box::new(lse))),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [dqkv, qkv, dout, out, lse] = tensors else { unreachable!() };
+            device.attention_backward(dqkv, dout, out, lse, qkv, &starts, h);
+        }),
+        oracle: Box::new(move |v, _| vec![oracle::attention_backward(&v[2], &v[3], &v[4], &v[1], &s3, heads)]),
+        flops,
+    }
+}
+
+/// Spans as (slot, past, new tokens); their rows follow one another.
+pub fn attention_cached(spans: &[(usize, usize, usize)], (slots, max_tokens): (usize, usize), heads: HeadCounts) -> Case {
+    let h = heads_of(heads);
+    let mut first = 0;
+    let mut list = Vec::new();
+    for &(slot, past, new) in spans {
+        list.push(CacheSpan { rows: first..first + new, slot, past });
+        first += new;
+    }
+    let pairs: usize = spans.iter().map(|(_, past, new)| past * new + new * (new + 1) / 2).sum();
+    let cache_dims = [slots, max_tokens, h.kv * h.dim];
+    let (t, oracle_list) = (first, list.clone());
+    Case {
+        operation: "attention_cached",
+        shape: format!("{} spans, {} of {slots} x {max_tokens}, heads {heads:?}", spans.len(), pairs),
+        args: vec![
+            assigned(&[t, h.query * h.dim], Kind::Float),
+            updated(&cache_dims, Kind::Float),
+            updated(&cache_dims, Kind::Float),
+            input(&[t, h.qkv_columns()], 1.0),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [out, keys, values, qkv] = tensors else { unreachable!() };
+            let none = || Tensor::nothing(&[1], DType::F32);
+            let mut cache = KvCache { keys: std::mem::replace(keys, none()), values: std::mem::replace(values, none()) };
+            device.attention_cached(out, qkv, &mut cache, &list, h);
+            (*keys, *values) = (cache.keys, cache.values);
+        }),
+        oracle: Box::new(move |v, _| cached_oracle(v, &oracle_list, max_tokens, heads)),
+        flops: 4.0 * (pairs * h.query * h.dim) as f64,
+    }
+}
+
+fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: HeadCounts) -> Vec<Vec<Near>> {
+    let (query, kv, d) = heads;
+    let (columns, width) = ((query + 2 * kv) * d, kv * d);
+    let (mut keys, mut values, qkv) = (v[1].clone(), v[2].clone(), &v[3]);
+    let mut out = vec![near(f64::NAN, 0.0); v[0].len()];
+    for span in spans {
+        let row = |s: usize| (span.slot * max_tokens + s) * width;
+        for (i, t) in span.rows.clone().enumerate() {
+            for g in 0..kv {
+                let (to, from) = (row(span.past + i) + g * d, t * columns + oracle::key_at(heads, g));
+                keys[to..to + d].copy_from_slice(&qkv[from..][..d]);
+                values[to..to + d].copy_from_slice(&qkv[from + d..][..d]);
+            }
+        }
+        for (i, t) in span.rows.clone().enumerate() {
+            for a in 0..query {
+                let g = a / (query / kv) * d;
+                let k: Vec<&[f64]> = (0..=span.past + i).map(|s| &keys[row(s) + g..][..d]).collect();
+                let x: Vec<&[f64]> = (0..=span.past + i).map(|s| &values[row(s) + g..][..d]).collect();
+                let (o, _) = oracle::attention_row(&qkv[t * columns + oracle::query_at(heads, a)..][..d], &k, &x);
+                out[(t * query + a) * d..][..d].copy_from_slice(&o);
+            }
+        }
+    }
+    vec![out, exact(&keys), exact(&values)]
+}
+
+pub fn activation(kind: Activation, (t, f): (usize, usize)) -> Case {
+    Case {
+        operation: "activation",
+        shape: format!("{kind:?} [{t}, {f}]"),
+        args: vec![assigned(&[t, f], Kind::Float), input(&[t, f * kind.inputs_per_output()], 3.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, x] = tensors else { unreachable!() };
+            device.activation(out, x, kind);
+        }),
+        oracle: Box::new(move |v, _| vec![oracle::activation(&v[1], kind == Activation::Swiglu)]),
+        flops: 0.0,
+    }
+}
+
+pub fn activation_backward(kind: Activation, (t, f): (usize, usize)) -> Case {
+    let inputs = [t, f * kind.inputs_per_output()];
+    Case {
+        operation: "activation_backward",
+        shape: format!("{kind:?} [{t}, {f}]"),
+        args: vec![assigned(&inputs, Kind::Float), input(&[t, f], 1.0), input(&inputs, 3.0)],
+        run: Box::new(move |device, tensors| {
+            let [dx, dout, x] = tensors else { unreachable!() };
+            device.activation_backward(dx, dout, x, kind);
+        }),
+        oracle: Box::new(move |v, _| vec![oracle::activation_backward(&v[1], &v[2], kind == Activation::Swiglu)]),
+        flops: 0.0,
+    }
+}
+
+/// A vocabulary shard: rows, columns, of which valid, first row.
+#[derive(Clone, Copy)]
+pub struct Vocabulary {
+    pub t: usize,
+    pub columns: usize,
+    pub n_valid: usize,
+    pub first_row: usize,
+}
+
+impl Vocabulary {
+    fn shape(&self) -> String {
+        format!("[{}, {}] {} valid from {}", self.t, self.columns, self.n_valid, self.first_row)
+    }
+
+    /// Targets in and around the shard, its first, last valid and first invalid column among them.
+    fn targets(&self) -> Arg {
+        ids((0..self.t).map(|t| [self.first_row, self.first_row + self.n_valid.saturating_sub(1), 0, 5 * t + 3][t % 4]).collect())
+    }
+
+    fn logits(&self, role: Role) -> Arg {
+        arg(&[self.t, self.columns], Kind::Float, role, Init::Random(4.0))
+    }
+
+    /// The largest valid logit plus a little, as if another shard held the maximum.
+    fn max(&self, logits_at: usize) -> Arg {
+        let shape = *self;
+        let max = move |v: &[Vec<f64>]| {
+            let row = |t: usize| v[logits_at][t * shape.columns..][..shape.n_valid].iter().copied().fold(-1.0, f64::max);
+            (0..shape.t).map(|t| row(t) + 0.25 * (t % 3) as f64).collect()
+        };
+        arg(&[self.t], Kind::F32, Role::Input, Init::From(Box::new(max)))
+    }
+}
+
+pub fn cross_entropy_max(shape: Vocabulary) -> Case {
+    Case {
+        operation: "cross_entropy_max",
+        shape: shape.shape(),
+        args: vec![assigned(&[shape.t], Kind::F32), shape.logits(Role::Input)],
+        run: Box::new(move |device, tensors| {
+            let [max, logits] = tensors else { unreachable!() };
+            device.cross_entropy_max(max, logits, shape.n_valid);
+        }),
+        oracle: Box::new(move |v, _| {
+            let row = |t: usize| v[1][t * shape.columns..][..shape.n_valid].iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            vec![(0..shape.t).map(|t| near(row(t), 0.0)).collect()]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn cross_entropy_sum(shape: Vocabulary) -> Case {
+    Case {
+        operation: "cross_entropy_sum",
+        shape: shape.shape(),
+        args: vec![
+            assigned(&[shape.t], Kind::F32),
+            assigned(&[shape.t], Kind::F32),
+            shape.logits(Role::Input),
+            shape.max(2),
+            shape.targets(),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [sum, target_logit, logits, max, targets] = tensors else { unreachable!() };
+            device.cross_entropy_sum(sum, target_logit, logits, max, targets, shape.first_row, shape.n_valid);
+        }),
+        oracle: Box::new(move |v, _| {
+            let (mut sums, mut targets) = (Vec::new(), Vec::new());
+            for t in 0..shape.t {
+                let row = &v[2][t * shape.columns..][..shape.n_valid];
+                // exp(x - max): the subtraction is off by U |x - max|, the exponential by 4 U, the sum by n U.
+                let term = |x: &f64| ((x - v[3][t]).exp(), (x - v[3][t]).abs() + shape.n_valid as f64 + 4.0);
+                let bound = row.iter().map(term).map(|(e, c)| e * c * U).sum();
+                sums.push(near(row.iter().map(|x| term(x).0).sum(), bound));
+                let target = v[4][t] as usize;
+                let here = target >= shape.first_row && target < shape.first_row + shape.n_valid;
+                targets.push(near(if here { row[target - shape.first_row] } else { 0.0 }, 0.0));
+            }
+            vec![sums, targets]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn cross_entropy_gradient(shape: Vocabulary) -> Case {
+    let sum = move |v: &[Vec<f64>]| {
+        let row = |t: usize| v[0][t * shape.columns..][..shape.n_valid].iter().map(|x| (x - v[1][t]).exp()).sum::<f64>();
+        (0..shape.t).map(|t| row(t) + 0.5).collect()
+    };
+    let weights = (0..shape.t).map(|t| if t % 5 == 1 { 0.0 } else { 0.3 + t as f64 }).collect();
+    Case {
+        operation: "cross_entropy_gradient",
+        shape: shape.shape(),
+        args: vec![
+            shape.logits(Role::Updated),
+            shape.max(0),
+            arg(&[shape.t], Kind::F32, Role::Input, Init::From(Box::new(sum))),
+            shape.targets(),
+            arg(&[shape.t], Kind::F32, Role::Input, Init::Given(weights)),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [logits, max, sum, targets, weights] = tensors else { unreachable!() };
+            device.cross_entropy_gradient(logits, max, sum, targets, weights, shape.first_row, shape.n_valid);
+        }),
+        oracle: Box::new(move |v, _| {
+            let element = |at: usize| {
+                let (t, c) = (at / shape.columns, at % shape.columns);
+                if c >= shape.n_valid || v[4][t] == 0.0 {
+                    return near(0.0, 0.0);
+                }
+                let p = (v[0][at] - v[1][t]).exp() / v[2][t];
+                let one = if v[3][t] == (shape.first_row + c) as f64 { 1.0 } else { 0.0 };
+                let bound = U * (p * ((v[0][at] - v[1][t]).abs() + 8.0) + 2.0 * one);
+                near(v[4][t] * (p - one), v[4][t] * bound + 1e-37)
+            };
+            vec![(0..shape.t * shape.columns).map(element).collect()]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn adamw(n: usize, step: u64, weight_decay: f32) -> Case {
+    let how = Adamw { lr: 3e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay, step, grad_scale: 0.7 };
+    let squares = move |v: &[Vec<f64>]| v[1].iter().map(|m| 1.3 * m * m + 1e-6).collect();
+    Case {
+        operation: "adamw",
+        shape: format!("[{n}] step {step} decay {weight_decay}"),
+        args: vec![
+            updated(&[n], Kind::F32),
+            arg(&[n], Kind::F32, Role::Updated, Init::Random(0.1)),
+            arg(&[n], Kind::F32, Role::Updated, Init::From(Box::new(squares))),
+            assigned(&[n], Kind::Float),
+            arg(&[n], Kind::F32, Role::Input, Init::Random(0.3)),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [master, m, v, weight, grad] = tensors else { unreachable!() };
+            device.adamw(AdamwShard { master, m, v, grad, weight }, how);
+        }),
+        oracle: Box::new(move |v, _| {
+            let (b1, b2) = (f64::from(how.beta1), f64::from(how.beta2));
+            let (lr, eps, scale) = (f64::from(how.lr), f64::from(how.eps), f64::from(how.grad_scale));
+            let mut out = vec![Vec::new(); 4];
+            for i in 0..n {
+                let g = v[4][i] * scale;
+                let m = b1 * v[1][i] + (1.0 - b1) * g;
+                let second = b2 * v[2][i] + (1.0 - b2) * g * g;
+                let m_bound = 4.0 * U * ((b1 * v[1][i]).abs() + ((1.0 - b1) * g).abs());
+                let m_hat_scale = 1.0 / (1.0 - b1.powi(step as i32));
+                let denominator = (second / (1.0 - b2.powi(step as i32))).sqrt() + eps;
+                let update = m * m_hat_scale / denominator;
+                let weight = v[0][i] - lr * (update + f64::from(how.weight_decay) * v[0][i]);
+                let step_bound = lr * (m_bound * m_hat_scale / denominator + 12.0 * U * update.abs());
+                let bound = step_bound + 2.0 * U * (v[0][i].abs() + weight.abs());
+                out[0].push(near(weight, bound));
+                out[1].push(near(m, m_bound));
+                out[2].push(near(second, 5.0 * U * second));
+                out[3].push(near(weight, bound));
+            }
+            out
+        }),
+        flops: 0.0,
+    }
+}
