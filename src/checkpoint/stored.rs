@@ -142,7 +142,7 @@ impl Stored {
     }
 
     /// Where it is.
-    pub fn path(&self) -> &Path {
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 

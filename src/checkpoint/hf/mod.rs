@@ -141,7 +141,7 @@ fn widen(bytes: &[u8], value: impl Fn(u16) -> f32) -> Vec<u8> {
 /// safetensors (several files past 5 GB), tokenizer.model. `checkpoint` may be a run.
 pub fn export(checkpoint: &Path, out: &Path, dtype: ExportType) -> Result<Manifest> {
     let stored = stored::open(checkpoint)?;
-    export_weights(&stored, out, dtype).doing(|| format!("exporting {}", stored.path().display()))
+    export_weights(&stored, out, dtype).doing(|| format!("exporting {}", stored.dir().display()))
 }
 
 fn export_weights(stored: &Stored, out: &Path, dtype: ExportType) -> Result<Manifest> {
@@ -149,10 +149,10 @@ fn export_weights(stored: &Stored, out: &Path, dtype: ExportType) -> Result<Mani
     let ids = token_ids(stored)?;
     let main_type = element_of(stored, "embedding.weight", dtype)?;
     let torch_name = if main_type == Element::Bf16 { "bfloat16" } else { "float32" };
-    let config = config::write(stored.path(), model, &ids, torch_name)?;
+    let config = config::write(stored.dir(), model, &ids, torch_name)?;
     let files = plan_files(stored, dtype)?;
     let recipe = json!({"config": config, "dtype": format!("{dtype:?}")});
-    let mut writer = match ArtifactWriter::begin(out, EXPORT_KIND, recipe, vec![artifact::input(KIND, stored.path())?])? {
+    let mut writer = match ArtifactWriter::begin(out, EXPORT_KIND, recipe, vec![artifact::input(KIND, stored.dir())?])? {
         Begin::Finished(manifest) => return Ok(manifest),
         Begin::Write(writer) => writer,
     };
@@ -209,13 +209,13 @@ struct Exported {
 }
 
 fn element_of(stored: &Stored, name: &str, dtype: ExportType) -> Result<Element> {
-    let missing = || Error::file(stored.path(), format!("has no {}", weights_name(name))).remedy("use a checkpoint that holds weights");
+    let missing = || Error::file(stored.dir(), format!("has no {}", weights_name(name))).remedy("use a checkpoint that holds weights");
     let tensor = stored.tensors().get(&weights_name(name)).ok_or_else(missing)?;
     match (dtype, tensor.dtype) {
         (ExportType::F32, _) | (ExportType::AsStored, StoredType::F32) => Ok(Element::F32),
         (ExportType::Bf16, _) | (ExportType::AsStored, StoredType::Bf16) => Ok(Element::Bf16),
         (ExportType::AsStored, StoredType::U32) => {
-            Err(Error::file(stored.path(), format!("{name} is u32, expected f32 or bf16")).remedy("use a checkpoint of this program"))
+            Err(Error::file(stored.dir(), format!("{name} is u32, expected f32 or bf16")).remedy("use a checkpoint of this program"))
         }
     }
 }
