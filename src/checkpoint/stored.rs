@@ -5,7 +5,7 @@ use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES, TOKENIZER};
 use crate::artifact::{FileEntry, Manifest, verify_file};
-use crate::error::{Context, Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
 use crate::text::Tokenizer;
