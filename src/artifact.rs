@@ -362,8 +362,9 @@ impl RunLock {
         for _ in 0..2 {
             match File::options().write(true).create_new(true).open(path) {
                 Ok(mut file) => {
+                    let lock = RunLock { path: path.into() }; // removed again when its text does not fit on the disk
                     file.write_all(&text).at(path)?;
-                    return Ok(RunLock { path: path.into() });
+                    return Ok(lock);
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     let owner: Option<Owner> = fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok());

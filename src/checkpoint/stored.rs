@@ -5,9 +5,10 @@ use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES, TOKENIZER};
 use crate::artifact::{FileEntry, Manifest, verify_file};
-use crate::error::{Context, Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
+use crate::text::Tokenizer;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -145,6 +146,12 @@ impl Stored {
         &self.dir
     }
 
+    /// The tokenizer that the weights belong to, when it is known.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        let parse = |bytes: &Vec<u8>| Tokenizer::from_bytes(bytes.clone(), &self.dir.join(TOKENIZER));
+        self.meta.tokenizer.as_ref().map(parse).transpose()
+    }
+
     /// Its manifest; the fingerprint goes into the manifests of what is made from it.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -155,9 +162,10 @@ impl Stored {
         &self.tensors
     }
 
-    /// Whether it holds master weights and moments to go on training from, or weights only.
+    /// Whether it holds Adam's moments to go on training from, or weights only. (Master weights are kept only where the
+    /// weights are not f32 themselves.)
     pub fn has_optimizer_state(&self) -> bool {
-        ["master/", "adam_m/", "adam_v/"].iter().all(|group| self.has_group(group))
+        self.has_group("adam_m/") && self.has_group("adam_v/")
     }
 
     fn has_group(&self, group: &str) -> bool {
@@ -167,10 +175,6 @@ impl Stored {
     /// Fills every wanted tensor. Ask for everything at once: each shard is then opened once and read in file order. On
     /// an error the tensors are left in any state.
     pub fn read(&self, wanted: &mut [Wanted]) -> Result<()> {
-        self.read_jobs(wanted).doing(|| format!("loading {}", self.dir.display()))
-    }
-
-    fn read_jobs(&self, wanted: &mut [Wanted]) -> Result<()> {
         let mut jobs = Vec::new();
         for (idx, want) in wanted.iter().enumerate() {
             assert_eq!(want.tensor.n_elements(), want.slice.n_elements(), "room for {} of {:?}", want.name, want.slice);
@@ -226,7 +230,7 @@ impl Stored {
 
     fn unknown(&self, name: &str) -> Error {
         let group = name.split_inclusive('/').next().unwrap_or(name);
-        if ["master/", "adam_m/", "adam_v/"].contains(&group) && !self.has_group(group) {
+        if ["master/", "adam_m/", "adam_v/"].contains(&group) && !self.has_optimizer_state() {
             let wrong = format!("holds weights only, no {name}");
             return Error::file(&self.dir, wrong).remedy("start a new run from its weights, or resume from a checkpoint of training");
         }

@@ -134,7 +134,7 @@ fn open_data(job: &Job) -> Result<RunData> {
         let shards = TokenShards::open(path, split)?;
         check_vocabulary(recipe, path, &shards)?;
         if job.groups.world.rank() == 0 {
-            shards.verify()?;
+            shards.verify(recipe.model.vocab_size)?;
         }
         Ok(shards)
     };

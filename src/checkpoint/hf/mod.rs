@@ -16,7 +16,6 @@ use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
-use crate::text::Tokenizer;
 use config::TokenIds;
 use names::{Mapped, Rows, mapping};
 use serde_json::{Value, json};
@@ -193,8 +192,7 @@ fn token_ids(stored: &Stored) -> Result<TokenIds> {
         let id = |key: &str| came_with[key].clone();
         return Ok(TokenIds { bos: id("bos_token_id"), eos: id("eos_token_id"), pad: id("pad_token_id") });
     }
-    let Some(bytes) = &stored.meta().tokenizer else { return Ok(TokenIds::default()) };
-    let tokenizer = Tokenizer::from_bytes(bytes.clone(), &stored.dir().join(TOKENIZER))?;
+    let Some(tokenizer) = stored.tokenizer()? else { return Ok(TokenIds::default()) };
     Ok(TokenIds { bos: json!(tokenizer.bos_id()), eos: json!(tokenizer.eos_id()), pad: json!(tokenizer.pad_id()) })
 }
 
