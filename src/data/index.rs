@@ -90,7 +90,8 @@ impl Index {
             return Err(wrong(format!("{} bytes, but {n_sequences} sequences and {n_documents} documents need {asked}", bytes.len())));
         }
         let n = n_sequences as usize;
-        let lengths: Vec<i32> = bytes[HEADER_BYTES..][..4 * n].chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().expect("4"))).collect();
+        let lengths: Vec<i32> =
+            bytes[HEADER_BYTES..][..4 * n].chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().expect("4"))).collect();
         let i64s = |start: usize, n: usize| -> Vec<i64> {
             bytes[start..][..8 * n].chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().expect("8"))).collect()
         };

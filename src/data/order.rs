@@ -47,7 +47,8 @@ impl DataOrder {
     pub fn new(sources: Vec<(TokenShards, f64)>, seq_len: usize, seed: u64) -> Result<DataOrder> {
         let weights: Vec<f64> = sources.iter().map(|(_, weight)| *weight).collect();
         let blend = Blend::new(&weights)?;
-        let with_count = |(shards, weight)| -> Result<Source> { Ok(Source { n_samples: count_samples(&shards, seq_len)?, shards, weight }) };
+        let with_count =
+            |(shards, weight)| -> Result<Source> { Ok(Source { n_samples: count_samples(&shards, seq_len)?, shards, weight }) };
         Ok(DataOrder { sources: sources.into_iter().map(with_count).collect::<Result<_>>()?, blend, seq_len, seed })
     }
 

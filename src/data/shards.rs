@@ -119,7 +119,8 @@ impl TokenShards {
             Some(manifest) => {
                 for ending in ["bin", "idx"] {
                     let name = format!("{}.{ending}", self.split.name());
-                    let entry = manifest.file(&name).ok_or_else(|| Error::file(self.dir.join(MANIFEST), format!("does not list {name}")))?;
+                    let entry =
+                        manifest.file(&name).ok_or_else(|| Error::file(self.dir.join(MANIFEST), format!("does not list {name}")))?;
                     artifact::verify_file(&self.dir, entry)?;
                 }
             }
