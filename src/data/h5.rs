@@ -4,6 +4,7 @@ use crate::artifact::{self, FileEntry};
 use crate::error::{Error, IoContext, Result};
 use hdf5::types::VarLenUnicode;
 use std::path::Path;
+use std::str::FromStr;
 
 /// Log-probabilities of sequences, flat: sequence i is starts[i]..starts[i+1] of `tokens` and `logprobs`.
 pub struct LogprobTable {
@@ -24,7 +25,9 @@ pub fn write_logprobs(dir: &Path, name: &str, table: &LogprobTable) -> Result<Fi
     let path = dir.join(name);
     let write = || -> hdf5::Result<()> {
         let file = hdf5::File::create(&path)?;
-        let ids: Vec<VarLenUnicode> = table.ids.iter().map(|id| VarLenUnicode::from_str_lossy(id)).collect();
+        // A C string cannot hold a NUL.
+        let text = |id: &String| VarLenUnicode::from_str(&id.replace('\0', "\u{FFFD}")).expect("a string without NUL");
+        let ids: Vec<VarLenUnicode> = table.ids.iter().map(text).collect();
         file.new_dataset_builder().with_data(&ids).create("ids")?;
         file.new_dataset_builder().with_data(&table.starts).create("starts")?;
         file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
