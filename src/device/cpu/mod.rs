@@ -4,7 +4,10 @@
 //! operations stay on the calling thread. Row operations, `sum_squares`, `norm_backward`, `embed_backward` and attention do not
 //! depend on the number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod dot_bf16;
 mod elementwise;
+mod few_rows;
 mod lanes;
 mod loss;
 mod matmul;
@@ -22,22 +25,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use lanes::Isa;
 
-/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
-pub struct Cpu {
-    isa: Isa,
-    live_bytes: Arc<AtomicUsize>,
-    peak_bytes: AtomicUsize,
-    n_allocations: AtomicUsize,
-    rope_tables: rope::Tables,
-    pool: Pool,
-}
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Cpu::new()
-    }
-}
-
 /// Runs the expression with `$E` the Rust type of a dtype.
 macro_rules! float {
     ($dtype:expr, $E:ident => $body:expr) => {
@@ -53,6 +40,23 @@ macro_rules! float {
             DType::U32 => panic!("an operation on floats was given u32"),
         }
     };
+}
+use float;
+
+/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
+pub struct Cpu {
+    isa: Isa,
+    live_bytes: Arc<AtomicUsize>,
+    peak_bytes: AtomicUsize,
+    n_allocations: AtomicUsize,
+    rope_tables: rope::Tables,
+    pool: Pool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu::new()
+    }
 }
 
 impl Cpu {
