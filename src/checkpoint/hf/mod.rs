@@ -97,8 +97,7 @@ fn plan(mapped: &Mapped, weights: &Weights) -> Result<Planned> {
 
 /// A tensor that would be dropped might belong to the function (a bias, an adapter).
 fn refuse_unknown_tensors(hf_dir: &Path, table: &[Mapped], weights: &Weights) -> Result<()> {
-    let known: std::collections::BTreeSet<&str> =
-        table.iter().flat_map(|mapped| &mapped.sources).map(|(name, _)| name.as_str()).collect();
+    let known: std::collections::BTreeSet<&str> = table.iter().flat_map(|mapped| &mapped.sources).map(|(name, _)| name.as_str()).collect();
     let ignored = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
     match weights.entries().keys().find(|name| !known.contains(name.as_str()) && !ignored(name)) {
         Some(name) => {
