@@ -131,10 +131,11 @@ fn agree_on_run_dir(job: &Job, recipe_toml: &str) -> Result<Option<Option<RunDir
 fn open_data(job: &Job) -> Result<RunData> {
     let recipe = job.recipe;
     let open = |path: &Path, split: Split| -> Result<TokenShards> {
-        let shards = TokenShards::open(path, split)?;
+        let mut shards = TokenShards::open(path, split)?;
         check_vocabulary(recipe, path, &shards)?;
+        shards.limit_ids(recipe.model.vocab_size);
         if job.groups.world.rank() == 0 {
-            shards.verify(recipe.model.vocab_size)?;
+            shards.verify()?;
         }
         Ok(shards)
     };
