@@ -90,9 +90,7 @@ pub fn run(out: &Path, corpus: &Corpus, inputs: Vec<Input>, settings: &Settings,
         return Err(Error::recipe("the tokenizer has no end-of-sequence piece").remedy("train one with an eos piece: documents must end"));
     }
     if !(0.0..1.0).contains(&settings.validation_share) {
-        return Err(
-            Error::recipe(format!("--validation-share {} is not in 0..1", settings.validation_share)).remedy("give a share such as 0.01")
-        );
+        return Err(Error::recipe(format!("--validation-share {} is not in 0..1", settings.validation_share)).remedy("give a share such as 0.01"));
     }
     let recipe = serde_json::json!({ "validation_share": settings.validation_share, "tokenizer": settings.tokenizer.fingerprint() });
     let begun = if rank == 0 { ArtifactWriter::begin(out, KIND, recipe, inputs).map(Some) } else { Ok(None) };
