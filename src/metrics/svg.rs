@@ -11,19 +11,24 @@ const RIGHT: f64 = 20.0;
 const TOP: f64 = 50.0;
 const BOTTOM: f64 = 55.0;
 
-/// Colour i of 1..: curves; both sets keep a contrast of at least 3 to their background.
+/// Classes c0.. are the curves' colours; both sets keep a contrast of at least 3 to their background. No CSS variables: not
+/// every viewer knows them, and one without media queries shows the light set.
 const STYLE: &str = "
-  svg { color-scheme: light dark; }
   .paper { fill: #ffffff; } .ink { fill: #24292f; } .faint { fill: #57606a; }
   .grid { stroke: #d0d7de; stroke-width: 1; } .axis { stroke: #57606a; stroke-width: 1; fill: none; }
-  .c0 { --c: #1f6feb; } .c1 { --c: #bc4c00; } .c2 { --c: #1a7f37; } .c3 { --c: #8250df; }
-  .line { stroke: var(--c); stroke-width: 2; fill: none; stroke-linejoin: round; }
-  .spread { fill: var(--c); opacity: 0.2; } .mark { fill: var(--c); }
+  .line { stroke-width: 2; fill: none; stroke-linejoin: round; } .spread { opacity: 0.2; }
+  .c0.line { stroke: #1f6feb; } .c0.spread, .c0.mark { fill: #1f6feb; }
+  .c1.line { stroke: #bc4c00; } .c1.spread, .c1.mark { fill: #bc4c00; }
+  .c2.line { stroke: #1a7f37; } .c2.spread, .c2.mark { fill: #1a7f37; }
+  .c3.line { stroke: #8250df; } .c3.spread, .c3.mark { fill: #8250df; }
   text { font-family: system-ui, sans-serif; font-size: 13px; } .title { font-size: 16px; font-weight: 600; }
   @media (prefers-color-scheme: dark) {
     .paper { fill: #0d1117; } .ink { fill: #e6edf3; } .faint { fill: #9198a1; }
     .grid { stroke: #30363d; } .axis { stroke: #9198a1; }
-    .c0 { --c: #58a6ff; } .c1 { --c: #ffa657; } .c2 { --c: #3fb950; } .c3 { --c: #bc8cff; }
+    .c0.line { stroke: #58a6ff; } .c0.spread, .c0.mark { fill: #58a6ff; }
+    .c1.line { stroke: #ffa657; } .c1.spread, .c1.mark { fill: #ffa657; }
+    .c2.line { stroke: #3fb950; } .c2.spread, .c2.mark { fill: #3fb950; }
+    .c3.line { stroke: #bc8cff; } .c3.spread, .c3.mark { fill: #bc8cff; }
   }
 ";
 

@@ -92,6 +92,20 @@ pub(super) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     known.iter().copied().min_by_key(|name| strsim::damerau_levenshtein(&found.to_lowercase(), name))
 }
 
+/// The fault of a key that is not among `fields`.
+fn unknown_key(table: &str, key: &str, fields: &'static [&'static str]) -> Fault {
+    let path = Node::child(table, key);
+    let name = nearest(key, fields).expect("a table has keys");
+    let offer = Node::child(table, name);
+    let mut fault = Fault::new("is an unknown key").at(&path);
+    fault.remedy = Some(if strsim::damerau_levenshtein(key, name) <= key.len().max(3) / 2 {
+        format!("did you mean {offer}?")
+    } else {
+        format!("the nearest is {offer}; known here: {}", fields.join(", "))
+    });
+    fault
+}
+
 /// A value and its place.
 pub(super) struct Node {
     path: String,
@@ -134,20 +148,11 @@ impl<'de> Deserializer<'de> for Node {
     }
 
     fn deserialize_struct<V: Visitor<'de>>(self, _: &'static str, fields: &'static [&'static str], visitor: V) -> Result<V::Value, Fault> {
-        if let Value::Table(table) = &self.value {
-            for key in table.keys().filter(|key| !fields.contains(&key.as_str())) {
-                let path = Node::child(&self.path, key);
-                let name = nearest(key, fields).expect("a table has keys");
-                let mut fault = Fault::new("is an unknown key").at(&path);
-                fault.remedy = Some(if strsim::damerau_levenshtein(key, name) <= key.len().max(3) / 2 {
-                    format!("did you mean {}?", Node::child(&self.path, name))
-                } else {
-                    format!("the nearest is {}; known here: {}", Node::child(&self.path, name), fields.join(", "))
-                });
-                return Err(fault);
-            }
+        let unknown = self.value.as_table().and_then(|table| table.keys().find(|key| !fields.contains(&key.as_str())));
+        match unknown {
+            Some(key) => Err(unknown_key(&self.path, key, fields)),
+            None => self.deserialize_any(visitor),
         }
-        self.deserialize_any(visitor)
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
