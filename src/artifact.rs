@@ -291,9 +291,7 @@ impl ArtifactWriter {
         let name = out.file_name().ok_or_else(|| Error::file(out, "has no file name").remedy("choose another --out"))?;
         let lock = RunLock::acquire(&parent.join(format!(".{}.lock", name.to_string_lossy())), out)?;
         let tmp = parent.join(format!("{}.tmp-{}", name.to_string_lossy(), job_id()));
-        if tmp.exists() {
-            fs::remove_dir_all(&tmp).at(&tmp)?;
-        }
+        remove_leftovers(parent, &format!("{}.tmp-", name.to_string_lossy()))?;
         fs::create_dir(&tmp).at(&tmp)?;
         let writer = ArtifactWriter {
             out: out.into(),
@@ -341,6 +339,17 @@ impl ArtifactWriter {
         sync_dir(self.out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
         Ok(manifest)
     }
+}
+
+/// What killed jobs left of this artifact. Its lock is held, so nobody is writing there.
+fn remove_leftovers(parent: &Path, prefix: &str) -> Result<()> {
+    for entry in fs::read_dir(parent).at(parent)? {
+        let entry = entry.at(parent)?;
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            fs::remove_dir_all(entry.path()).at(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for ArtifactWriter {

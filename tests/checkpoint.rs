@@ -619,4 +619,10 @@ fn a_killed_save_leaves_whole_checkpoints() {
             assert!(Manifest::open(&folder.join(name), checkpoint::KIND).is_ok(), "{name} is not whole");
         }
     }
+    // Whoever writes a checkpoint next removes what a killed job left of it.
+    for name in entries(&folder).iter().filter_map(|name| name.split_once(".tmp-")).map(|(name, _)| name) {
+        let step = name["step-".len()..].parse().unwrap();
+        save_small(&folder.join(name), step, step);
+    }
+    assert!(!entries(&folder).iter().any(|name| name.contains(".tmp-")), "{:?}", entries(&folder));
 }

@@ -393,3 +393,43 @@ fn lying_tables_are_refused() {
     change("nothing.safetensors", &|table| table["weight_map"]["lm_head.weight"] = json!("nothing.safetensors"));
     change("not a table", &|table| *table = json!([]));
 }
+
+/// The program as a user meets it: done is 0, a wrong file is 3 with one line that names it, a wrong command line is 2; a
+/// damaged checkpoint is told file by file.
+#[test]
+fn exit_codes_and_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    write_hf(&dir.path().join("hf"), &NEMOTRON(), all_of("F32"), 1);
+    let run = |line: &str, code: i32| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint"))
+            .args(line.split(' '))
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert_eq!(output.status.code(), Some(code), "{line}: {out}{err}");
+        assert!(code != 3 || err.lines().count() == 1, "{line}: {err}");
+        (out, err)
+    };
+    run("import hf --out c", 0);
+    run("import hf --out c", 0); // a no-op
+    let (shown, _) = run("show c", 0);
+    let qkv = shown.lines().find(|line| line.starts_with("weights/layers.1.attention.qkv.weight")).unwrap();
+    assert_eq!(qkv.split_whitespace().skip(1).collect::<Vec<_>>(), ["f32", "40", "x", "10", "1"]);
+    assert!(run("verify c", 0).0.contains("every byte as it was written"));
+    run("export c --out e --dtype bf16", 0);
+    assert!(run("import e --out c", 3).1.contains("other inputs"));
+    assert!(run("import nowhere --out d", 3).1.contains("nowhere: no such directory"));
+    run("export c --out x --dtype f8", 2);
+    run("mend c", 2);
+    let shard = dir.path().join("c/shard-00000.h5");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(&shard, bytes).unwrap();
+    let (out, err) = run("verify c", 3);
+    assert!(out.lines().any(|line| line.starts_with("DAMAGED") && line.ends_with("shard-00000.h5")), "{out}");
+    assert!(err.contains("shard-00000.h5"), "{err}");
+    assert!(run("export c --out f", 3).1.contains("shard-00000.h5"));
+    assert!(!dir.path().join("f").exists());
+}
