@@ -126,7 +126,7 @@ fn look(out: &Path, kind: &str, recipe: &serde_json::Value, inputs: &[Input]) ->
         return match old.difference(recipe, inputs) {
             None => Ok(Some(old)),
             Some(difference) => {
-                let wrong = format!("holds a {kind} made otherwise: {difference}");
+                let wrong = format!("holds a {kind} made {difference}");
                 Err(Error::file(out, wrong).remedy(REMEDY))
             }
         };

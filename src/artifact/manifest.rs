@@ -147,14 +147,14 @@ impl Manifest {
     /// The first setting or input in which this artifact differs from what is asked for, with both values.
     pub(super) fn difference(&self, recipe: &serde_json::Value, inputs: &[Input]) -> Option<String> {
         if let Some(difference) = first_difference("", &self.recipe, recipe) {
-            return Some(difference);
+            return Some(format!("with other settings: {difference}"));
         }
         let of = |inputs: &[Input], idx: usize| {
             inputs.get(idx).map_or("nothing".into(), |input| format!("{} {}", input.role, input.fingerprint))
         };
         let n = self.inputs.len().max(inputs.len());
         let (old, new) = (0..n).map(|idx| (of(&self.inputs, idx), of(inputs, idx))).find(|(old, new)| old != new)?;
-        Some(format!("it was made from {old}, this would be from {new}"))
+        Some(format!("from other inputs: it has {old}, this would have {new}"))
     }
 
     /// Closes a manifest: everything is filled in but the fingerprint.
