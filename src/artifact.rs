@@ -48,15 +48,19 @@ impl ArtifactWriter {
     /// Starts `out`. Finished before with the same recipe and inputs: `Begin::Finished`. Finished with others, being written
     /// by another job, or something that is no artifact: an error that says which. One process of a job calls this.
     pub fn begin(out: &Path, kind: &'static str, recipe: serde_json::Value, inputs: Vec<Input>) -> Result<Begin> {
+        let parent = parent_of(out);
+        let name = out.file_name().ok_or_else(|| Error::file(out, "has no file name").remedy("choose another --out"))?;
+        let lock_path = parent.join(joined(&[OsStr::new("."), name, OsStr::new(".lock")]));
         // Before the lock, so that what is finished needs no permission to write; and again under it, because the one who held
         // it may just have finished.
         if let Some(finished) = look(out, kind, &recipe, &inputs)? {
+            if lock_path.exists() {
+                drop(RunLock::acquire(&lock_path, out)); // removes what a job left that died right after the rename
+            }
             return Ok(Begin::Finished(finished));
         }
-        let parent = parent_of(out);
-        let name = out.file_name().ok_or_else(|| Error::file(out, "has no file name").remedy("choose another --out"))?;
         fs::create_dir_all(parent).at(parent)?;
-        let lock = RunLock::acquire(&parent.join(joined(&[OsStr::new("."), name, OsStr::new(".lock")])), out)?;
+        let lock = RunLock::acquire(&lock_path, out)?;
         if let Some(finished) = look(out, kind, &recipe, &inputs)? {
             return Ok(Begin::Finished(finished));
         }

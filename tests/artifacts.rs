@@ -117,7 +117,7 @@ fn failing_at_every_step() {
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(3), "{stderr}");
             let line = stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
-            assert!(line.contains(word) && line.contains("tok"), "{line}");
+            assert!(line.contains(word) && line.contains(dir.path().to_str().unwrap()), "{line}");
             if out.exists() {
                 assert_whole(&out);
             } else {
@@ -169,7 +169,7 @@ fn what_stands_there_is_kept() {
     }
     std::os::unix::fs::symlink("nowhere", dir.path().join("link")).unwrap();
     assert_says(&write(&dir.path().join("link"), recipe.clone()).unwrap_err(), &["link"]);
-    assert_says(&write(&dir.path().join(".."), recipe).unwrap_err(), &["remove it first"]);
+    assert_says(&write(&dir.path().join(".."), recipe).unwrap_err(), &["has no file name"]);
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "mine");
 }
 

@@ -287,7 +287,8 @@ fn contradictory_indices() {
     refused(&index_bytes(4, 4, &[1, 2, 3], &[1, 1, 3]), &["document 0", "sequence 1"]);
     refused(&index_bytes(4, 4, &[1, 2, 3], &[0, 2]), &["2", "3 sequences"]);
     refused(&index_bytes(4, 4, &[1, 2, 3], &[]), &["0 document indices"]);
-    refused(&index_bytes(4, 4, &[1, -2, 3], &[0, 3]), &["24 bytes"]);
+    refused(&index_bytes(4, 4, &[1, -2, 3], &[0, 3]), &["3 tokens at byte -4"]);
+    refused(&index_bytes(4, 4, &[1, 2, 4], &[0, 3]), &["train.bin", "24 bytes", "28"]);
     refused(&index_bytes(4, 4, &[4, -1, 3], &[0, 3]), &["sequence 1", "-1"]);
     let mut gap = good.clone();
     gap[34 + 12 + 8] = 8; // the second sequence starts at byte 8 instead of 4
