@@ -1,13 +1,16 @@
 //! `trireme-tokenize`: text and a tokenizer in, token shards out. Wiring only; the work is `data::tokenize`.
 
 use clap::Parser;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::time::Instant;
 use trireme::artifact;
 use trireme::cli;
 use trireme::comm::agree;
-use trireme::data::tokenize::{self, Settings};
+use trireme::data::shards::Split;
+use trireme::data::tokenize::{self, Settings, Tokenized};
 use trireme::error::Result;
 use trireme::progress::Progress;
 use trireme::runtime::{DeviceKind, Runtime};
@@ -35,7 +38,7 @@ struct Arguments {
     /// Where the shards go
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Share of the documents held out for validation
+    /// Share of the documents held out for validation; 0: none, and no validation files
     #[arg(long, default_value_t = 0.01, value_name = "SHARE")]
     validation_share: f64,
     /// The field of a JSONL line that holds the text
@@ -49,6 +52,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::main_with(|| {
+        tokenize::check_share(arguments.validation_share)?;
         let runtime = Runtime::start(DeviceKind::Cpu)?;
         let result = run(&arguments, &runtime);
         runtime.close(result)
@@ -57,10 +61,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
-    let open = || -> Result<(Tokenizer, Corpus)> {
-        let options = corpus::Options { text_field: arguments.text_field.clone(), max_document_bytes: arguments.max_document_bytes };
-        Ok((Tokenizer::open(&arguments.tokenizer)?, Corpus::open_with(&arguments.input, options)?))
-    };
+    let options = corpus::Options { text_field: arguments.text_field.clone(), max_document_bytes: arguments.max_document_bytes };
+    let reading = serde_json::json!({ "text_field": options.text_field, "max_document_bytes": options.max_document_bytes });
+    let open =
+        || -> Result<(Tokenizer, Corpus)> { Ok((Tokenizer::open(&arguments.tokenizer)?, Corpus::open_with(&arguments.input, options)?)) };
     let (tokenizer, corpus) = agree(world, open())?;
     let inputs = || -> Result<_> {
         let mut inputs = corpus.inputs("corpus")?;
@@ -68,6 +72,7 @@ fn run(arguments: &Arguments, runtime: &Runtime) -> Result<()> {
         Ok(inputs)
     };
     let inputs = agree(world, if runtime.is_first() { inputs() } else { Ok(Vec::new()) })?;
+    let started = Instant::now();
     let share_bytes = corpus.disk_bytes() / world.size() as u64;
     let progress = runtime.is_first().then(|| Mutex::new(Progress::new("tokenize", share_bytes, "B")));
     let advance = |bytes| {
@@ -78,24 +83,36 @@ fn run(arguments: &Arguments, runtime: &Runtime) -> Result<()> {
     let settings = Settings {
         tokenizer: &tokenizer,
         validation_share: arguments.validation_share,
+        reading,
         progress: &advance,
         stop: &|| runtime.stop_requested(),
     };
     let tokenized = tokenize::run(&arguments.out, &corpus, inputs, &settings, world)?;
-    if !runtime.is_first() {
-        return Ok(());
+    if let Some(progress) = progress {
+        progress.into_inner().expect("progress does not panic").finish();
     }
-    if tokenized.was_finished {
-        println!("{}: finished already, nothing to do", arguments.out.display());
-    }
-    for split in ["train", "validation"] {
-        let count = |name: &str| tokenized.manifest.count(&format!("{split}_{name}")).unwrap_or(0);
-        let (tokens, bytes) = (count("tokens"), count("text_bytes"));
-        println!(
-            "{split:<11} {} documents, {tokens} tokens, {bytes} bytes of text, {:.2} bytes a token",
-            count("documents"),
-            bytes as f64 / tokens.max(1) as f64
-        );
+    if runtime.is_first() {
+        print_result(arguments, &tokenized, started.elapsed().as_secs_f64());
     }
     Ok(())
+}
+
+/// What was done, on stdout; a reader that went away has read enough.
+fn print_result(arguments: &Arguments, tokenized: &Tokenized, elapsed_s: f64) {
+    let mut out = std::io::stdout().lock();
+    let _ = match &tokenized.report {
+        None => {
+            writeln!(out, "{}: finished before (fingerprint {}), nothing to do", arguments.out.display(), tokenized.manifest.fingerprint)
+        }
+        Some(report) => {
+            let rate = report.text_bytes as f64 / 1e6 / elapsed_s.max(1e-9);
+            writeln!(out, "corpus      {report}; {elapsed_s:.1} s, {rate:.1} MB/s")
+        }
+    };
+    for split in [Split::Train, Split::Validation].map(Split::name) {
+        let count = |name: &str| tokenized.manifest.count(&format!("{split}_{name}"));
+        let (Some(documents), Some(tokens), Some(bytes)) = (count("documents"), count("tokens"), count("text_bytes")) else { continue };
+        let per_token = bytes as f64 / tokens.max(1) as f64;
+        let _ = writeln!(out, "{split:<11} {documents} documents, {tokens} tokens, {bytes} bytes of text, {per_token:.2} bytes a token");
+    }
 }

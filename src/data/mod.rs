@@ -1,7 +1,7 @@
 //! Training data: token shards on disk, the order in which samples are taken from them, the stage that makes them, and small
 //! named tables in HDF5.
 //!
-//! This module knows nothing of models or devices; only `prepare` knows text, and that there are ranks.
+//! This module knows nothing of models or devices; only `tokenize` knows text, and that there are ranks.
 
 pub mod blend;
 pub mod h5;

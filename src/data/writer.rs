@@ -3,7 +3,9 @@
 
 use super::index::{MAGIC, VERSION};
 use crate::artifact::{FileEntry, HashingFile};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext, Result};
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Code of int32 in the index.
@@ -38,17 +40,6 @@ impl ShardWriter {
         } else {
             self.bin.append(&ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>())
         }
-    }
-
-    /// Announces documents whose tokens come by [`ShardWriter::append_bytes`].
-    pub fn append_lengths(&mut self, lengths: &[i32]) {
-        self.lengths.extend_from_slice(lengths);
-        self.n_tokens += lengths.iter().map(|&length| length as u64).sum::<u64>();
-    }
-
-    /// Appends tokens that are bytes already (a part written elsewhere).
-    pub fn append_bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.bin.append(bytes)
     }
 
     /// Documents so far.
@@ -86,9 +77,44 @@ impl ShardWriter {
         Ok([bin, index.close()?])
     }
 
-    /// The lengths, when the tokens go elsewhere (a part to be appended by another process).
-    pub(super) fn close_part(self) -> Result<Vec<i32>> {
-        self.bin.close()?;
-        Ok(self.lengths)
+    /// Ends a part: its tokens stay in NAME.bin and its lengths go to NAME.lengths, for [`ShardWriter::append_part`].
+    pub fn close_part(self) -> Result<()> {
+        let mut lengths = HashingFile::create(&self.dir, &format!("{}.lengths", self.name))?;
+        for length in &self.lengths {
+            lengths.append(&length.to_le_bytes())?;
+        }
+        lengths.close_unsynced()?;
+        self.bin.close_unsynced()?;
+        Ok(())
+    }
+
+    /// Appends the part NAME, which another writer left in the same directory, and removes its files.
+    pub fn append_part(&mut self, name: &str) -> Result<()> {
+        let [lengths_path, bin_path] = ["lengths", "bin"].map(|ending| self.dir.join(format!("{name}.{ending}")));
+        let bytes = fs::read(&lengths_path).at(&lengths_path)?;
+        let lengths: Vec<i32> = bytes.as_chunks().0.iter().map(|part| i32::from_le_bytes(*part)).collect();
+        let expected = lengths.iter().map(|&length| 4 * length as u64).sum::<u64>();
+        let mut bin = File::open(&bin_path).at(&bin_path)?;
+        let found = bin.metadata().at(&bin_path)?.len();
+        if found != expected {
+            let wrong = format!("{found} bytes, its documents take {expected}");
+            return Err(Error::file(&bin_path, wrong).remedy("something else writes there, or the file system lost data: run again"));
+        }
+        self.append_lengths(&lengths);
+        let mut block = vec![0; 1 << 20];
+        let mut left = expected as usize;
+        while left > 0 {
+            let n = left.min(block.len());
+            bin.read_exact(&mut block[..n]).at(&bin_path)?;
+            self.bin.append(&block[..n])?;
+            left -= n;
+        }
+        fs::remove_file(&lengths_path).at(&lengths_path)?;
+        fs::remove_file(&bin_path).at(&bin_path)
+    }
+
+    fn append_lengths(&mut self, lengths: &[i32]) {
+        self.lengths.extend_from_slice(lengths);
+        self.n_tokens += lengths.iter().map(|&length| length as u64).sum::<u64>();
     }
 }

@@ -1,0 +1,177 @@
+//! Files of artifacts: written with their checksum, read to compare it; and a switch that makes writing fail, for tests.
+//!
+//! `TRIREME_FAIL_IO=N:HOW` in the environment makes the N-th step of writing (create, write, sync, rename; counted from 1 in
+//! this process) go wrong: `abort` ends the process there as a crash would, `enospc` and `eio` fail that step and all after it.
+
+use crate::error::{Error, IoContext, Result};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use xxhash_rust::xxh3::Xxh3;
+
+/// A file of an artifact.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Path relative to the artifact.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// xxh3-64 of its bytes, 16 hex digits.
+    pub xxh3: String,
+}
+
+/// Reads one file of an artifact and compares its checksum.
+pub fn verify_file(artifact: &Path, file: &FileEntry) -> Result<()> {
+    let path = artifact.join(&file.name);
+    let found = checksum(&path)?;
+    if found.xxh3 != file.xxh3 || found.bytes != file.bytes {
+        let wrong = format!("checksum {} of {} bytes, the manifest says {} of {}", found.xxh3, found.bytes, file.xxh3, file.bytes);
+        return Err(Error::file(&path, wrong).remedy("the file was damaged: write the artifact again, or take an older one"));
+    }
+    Ok(())
+}
+
+/// Size and checksum of a file on disk; `name` is its path as given.
+pub fn checksum(path: &Path) -> Result<FileEntry> {
+    let mut file = File::open(path).at(path)?;
+    let (mut hash, mut bytes, mut block) = (Xxh3::new(), 0u64, vec![0u8; 1 << 20]);
+    loop {
+        let n = match io::Read::read(&mut file, &mut block) {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Error::io(path, &error)),
+        };
+        hash.update(&block[..n]);
+        bytes += n as u64;
+    }
+    Ok(FileEntry { name: path.display().to_string(), bytes, xxh3: format!("{:016x}", hash.digest()) })
+}
+
+/// Size and checksum of `dir/name`, as an entry of an artifact in `dir`.
+pub fn checksum_as(dir: &Path, name: &str) -> Result<FileEntry> {
+    Ok(FileEntry { name: name.into(), ..checksum(&dir.join(name))? })
+}
+
+/// A file that hashes what is written to it.
+pub struct HashingFile {
+    name: String,
+    path: PathBuf,
+    file: io::BufWriter<StepFile>,
+    hash: Xxh3,
+    bytes: u64,
+}
+
+impl HashingFile {
+    /// Creates `dir/name`, which must not exist.
+    pub fn create(dir: &Path, name: &str) -> Result<HashingFile> {
+        let path = dir.join(name);
+        let open = || -> io::Result<StepFile> {
+            step()?;
+            Ok(StepFile(File::options().write(true).create_new(true).open(&path)?))
+        };
+        let file = io::BufWriter::with_capacity(1 << 20, open().at(&path)?);
+        Ok(HashingFile { name: name.into(), path, file, hash: Xxh3::new(), bytes: 0 })
+    }
+
+    /// Appends bytes.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.write_all(bytes).at(&self.path)
+    }
+
+    /// Ends a file that is removed before the artifact is committed: what it holds need not survive a crash.
+    pub fn close_unsynced(mut self) -> Result<()> {
+        self.file.flush().at(&self.path)
+    }
+
+    /// Flushes to the disk and returns its entry.
+    pub fn close(mut self) -> Result<FileEntry> {
+        self.file.flush().at(&self.path)?;
+        // A failed fsync may have dropped the data it failed for: it is never tried again.
+        step().and_then(|()| self.file.get_ref().0.sync_all()).at(&self.path)?;
+        Ok(FileEntry { name: self.name, bytes: self.bytes, xxh3: format!("{:016x}", self.hash.digest()) })
+    }
+}
+
+impl Write for HashingFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.hash.update(&bytes[..n]);
+        self.bytes += n as u64;
+        Ok(n)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// A file whose writes are counted.
+struct StepFile(File);
+
+impl Write for StepFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        step()?;
+        self.0.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Writes a whole small file `dir/name` so that it appears at once or not at all: beside it, synced, renamed.
+pub(super) fn write_atomically(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let (path, tmp) = (dir.join(name), dir.join(format!(".{name}.tmp")));
+    let write = || -> io::Result<()> {
+        step()?;
+        let mut file = StepFile(File::create(&tmp)?);
+        file.write_all(bytes)?;
+        step()?;
+        file.0.sync_all()
+    };
+    write().at(&path).and_then(|()| rename(&tmp, &path)).inspect_err(|_| drop(fs::remove_file(&tmp)))?;
+    sync_dir(dir)
+}
+
+/// Gives a file or directory its name.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    step().and_then(|()| fs::rename(from, to)).at(to)
+}
+
+/// Makes directory entries durable.
+pub fn sync_dir(dir: &Path) -> Result<()> {
+    step().and_then(|()| File::open(dir)?.sync_all()).at(dir)
+}
+
+/// How the planned failure fails.
+#[derive(Clone, Copy)]
+enum Failure {
+    Abort,
+    Errno(i32),
+}
+
+/// Counts a step of writing, and fails where `TRIREME_FAIL_IO` says so.
+fn step() -> io::Result<()> {
+    static PLAN: OnceLock<Option<(u64, Failure)>> = OnceLock::new();
+    static STEPS: AtomicU64 = AtomicU64::new(0);
+    let Some((at, how)) = *PLAN.get_or_init(|| parse_plan(&std::env::var("TRIREME_FAIL_IO").ok()?)) else { return Ok(()) };
+    let now = STEPS.fetch_add(1, Ordering::Relaxed) + 1;
+    match how {
+        Failure::Abort if now == at => std::process::abort(),
+        Failure::Errno(code) if now >= at => Err(io::Error::from_raw_os_error(code)),
+        _ => Ok(()),
+    }
+}
+
+fn parse_plan(text: &str) -> Option<(u64, Failure)> {
+    let (at, how) = text.split_once(':')?;
+    let how = match how {
+        "abort" => Failure::Abort,
+        "enospc" => Failure::Errno(libc::ENOSPC),
+        "eio" => Failure::Errno(libc::EIO),
+        _ => return None,
+    };
+    Some((at.parse().ok()?, how))
+}
