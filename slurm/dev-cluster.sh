@@ -230,11 +230,12 @@ kill_controller() {
   sleep 0.5 # its port must be free again
 }
 
+# -b: the node was booted, so what ran there before is lost; else the controller would wait for it for ever.
 start_node() {
   ! running "$ROOT/run/slurmd.$1.pid" slurmd || return 0
   rm -f "$ROOT/run/slurmd.$1.pid"
   mkdir -p "$ROOT/spool/$1" "$ROOT/tmp/$1"
-  on_node "$1" slurmd -f "$SLURM_CONF" -N "$1" >>"$ROOT/log/slurmd.$1.out" 2>&1 </dev/null ||
+  on_node "$1" slurmd -b -f "$SLURM_CONF" -N "$1" >>"$ROOT/log/slurmd.$1.out" 2>&1 </dev/null ||
     die "slurmd of $1 did not start; see $ROOT/log/slurmd.$1.log"
 }
 
@@ -250,7 +251,7 @@ descendants() {
 steps_of() {
   local pid
   for pid in $(pgrep -x slurmstepd || true); do
-    if ls -l "/proc/$pid/fd" 2>/dev/null | grep -q "$ROOT/log/slurmd\.$1\.log"; then
+    if readlink "/proc/$pid/fd/"* 2>/dev/null | grep -qxF "$ROOT/log/slurmd.$1.log"; then
       echo "$pid"
       descendants "$pid"
     fi

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment of every job: sourced by the sbatch scripts, the quick start and the tests. No output, safe to source twice.
 #
 # TRIREME_HOME    the repository (default: where this file lies)

@@ -180,21 +180,25 @@ median() {
   grep -o "\"$1\":[-0-9.eE+]*" "$OUT/run/metrics.jsonl" | cut -d: -f2 | sort -g | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'
 }
 
+PROMPTS=("The " "This function returns" "# How to")
+
 write_requests() {
-  local prompt idx=0
+  local idx
   [ ! -e "$OUT/requests.jsonl" ] || return 0
-  for prompt in "$@"; do
-    idx=$((idx + 1))
-    printf '{"id": "sample-%d", "prompt": "%s", "max_new_tokens": 80, "temperature": 0.7, "top_p": 0.95, "seed": %d}\n' $idx "$prompt" $idx
+  for idx in "${!PROMPTS[@]}"; do
+    printf '{"id": "sample-%d", "prompt": "%s", "max_new_tokens": 80, "temperature": 0.7, "top_p": 0.95, "seed": %d}\n' \
+      $((idx + 1)) "${PROMPTS[idx]}" $((idx + 1))
   done >"$OUT/requests.jsonl"
 }
 
+# The text of a response is a JSON string, close enough to what printf %b takes; \u escapes are control characters here.
 show_samples() {
-  # The text field is a JSON string: its escapes are for the eye only.
-  sed -n 's/.*"text": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' "$OUT/samples/responses.jsonl" | while IFS= read -r text; do
-    printf '\n'
-    printf '%b\n' "$(sed 's/\\"/"/g; s/%/%%/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | fold -s -w 100 | sed 's/^/          | /'
-  done
+  local idx=0 text
+  while IFS= read -r text; do
+    printf '\n        "%s" ...\n' "${PROMPTS[idx]}"
+    printf '%b\n' "$(sed 's/\\"/"/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | fold -s -w 100 | sed 's/^/          | /'
+    idx=$((idx + 1))
+  done < <(sed -n 's/.*"text": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' "$OUT/samples/responses.jsonl")
 }
 
 summary() {
@@ -263,7 +267,7 @@ logged pretrain pretrain
 end
 
 begin "Generate three samples"
-write_requests "The " "This function returns" "# How to"
+write_requests
 logged generate mpi "$TRIREME_BIN/trireme-generate" --checkpoint "$OUT/run" --requests "$OUT/requests.jsonl" --out "$OUT/samples" --tp 2
 show_samples
 end

@@ -5,7 +5,7 @@
 #   bash tests/run.sh                 everything
 #   bash tests/run.sh format slurm    these parts only: format scripts build unit slurm clippy (clippy only when named)
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 case ":$PATH:" in *":$HOME/.cargo/bin:"*) ;; *) export PATH=$PATH:$HOME/.cargo/bin ;; esac

@@ -156,7 +156,7 @@ fn close_file(file: Id) -> Result<()> {
 }
 
 fn create_contiguous(file: &Id, dataset: &Dataset) -> Result<u64> {
-    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    let properties = create_dataset_properties()?;
     // SAFETY: a live dataset-creation property list.
     let status = unsafe {
         h5p::H5Pset_layout(properties.id, h5d::H5D_layout_t::H5D_CONTIGUOUS)
@@ -175,7 +175,7 @@ fn create_contiguous(file: &Id, dataset: &Dataset) -> Result<u64> {
 }
 
 fn create_virtual(file: &Id, tensor: &Virtual) -> Result<()> {
-    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    let properties = create_dataset_properties()?;
     let whole = create_space(&tensor.shape)?;
     for source in &tensor.sources {
         let (start, count) = (sizes(&source.slice.offset), sizes(&source.slice.shape));
@@ -201,6 +201,14 @@ fn create_dataset(file: &Id, path: &str, dtype: DType, (space, properties): (&Id
     // SAFETY: live identifiers and a NUL-terminated string.
     let id = unsafe { h5d::H5Dcreate2(file.id, name.as_ptr(), element.id, space.id, links.id, properties.id, h5p::H5P_DEFAULT) };
     own(id, h5d::H5Dclose, &format!("create the dataset {path}"))
+}
+
+/// Of a dataset. Without the times of its making: equal contents are equal bytes.
+fn create_dataset_properties() -> Result<Id> {
+    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    // SAFETY: a live object-creation property list.
+    check(unsafe { h5p::H5Pset_obj_track_times(properties.id, 0) }.into(), "leave out times")?;
+    Ok(properties)
 }
 
 fn create_properties(class: hid_t) -> Result<Id> {

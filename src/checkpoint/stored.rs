@@ -75,11 +75,11 @@ pub fn verify(checkpoint: &Path) -> Result<Vec<(FileEntry, Result<()>)>> {
     Ok(report.collect())
 }
 
-/// Newest first; what is not whole is skipped with a warning, unless nothing is left.
-fn newest(run_dir: &Path) -> Result<Option<Stored>> {
+/// Every directory of a run that is named as a checkpoint (`checkpoints/step-N`), oldest first, whole or not.
+pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = run_dir.join("checkpoints");
     if !folder.is_dir() {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let mut steps: Vec<(u64, PathBuf)> = Vec::new();
     for entry in fs::read_dir(&folder).at(&folder)? {
@@ -91,8 +91,13 @@ fn newest(run_dir: &Path) -> Result<Option<Stored>> {
         }
     }
     steps.sort();
+    Ok(steps)
+}
+
+/// Newest first; what is not whole is skipped with a warning, unless nothing is left.
+fn newest(run_dir: &Path) -> Result<Option<Stored>> {
     let mut first_damage = None;
-    for (_, path) in steps.into_iter().rev() {
+    for (_, path) in list(run_dir)?.into_iter().rev() {
         match Stored::open_dir(&path) {
             Ok(stored) => {
                 if let Some(damage) = first_damage {
@@ -104,7 +109,7 @@ fn newest(run_dir: &Path) -> Result<Option<Stored>> {
         }
     }
     match first_damage {
-        Some(damage) => Err(damage.doing(format!("looking for a whole checkpoint in {}", folder.display()))),
+        Some(damage) => Err(damage.doing(format!("looking for a whole checkpoint in {}", run_dir.display()))),
         None => Ok(None),
     }
 }

@@ -1,85 +1,136 @@
-//! Weighted blend of sources as a pure function: sample number -> (source, number within the source), O(1), exact. Weights
-//! become whole shares of a period of 65,536 samples; within it the order is Tijdeman's (1980, "The chairman assignment
-//! problem"), so after any number k of samples each source's count differs from k * share by less than one.
+//! Which source of a blend a sample comes from, and which of the source's samples it is: a table of one period, repeated.
+//!
+//! Shares are made whole numbers a_d of a period P = a_0 + .. + a_n: the smallest P up to 2^16 that gives the weights as they
+//! are written (0.7, 0.2, 0.1: P = 10), else P = 2^16 with the largest remainders rounded up, which moves no share by 1/P or
+//! more. Within the period the j-th sample of source d may stand at places floor(j P / a_d) .. ceil((j+1) P / a_d) - 1, and
+//! each place takes the source whose time ends first. These are the windows of Pfair scheduling (Baruah et al. 1996,
+//! "Proportionate progress"); as the shares sum to 1, earliest deadline first meets them all, so after any k samples
+//! |count_d - k a_d / P| < 1. (Megatron takes the source with the largest deficit, which is sequential and has no such bound.)
+//!
+//! It knows nothing of files.
 
 use crate::error::{Error, Result};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
-/// Samples after which the pattern repeats; weights are rounded to multiples of 1 / PERIOD.
-pub const PERIOD: u64 = 1 << 16;
+/// The longest period.
+pub const MAX_PERIOD: usize = 1 << 16;
+/// Weights that are so near to whole numbers of a period (relative to the total) were written as such: the rounding of decimal
+/// fractions, their sum and a quotient to f64, with room.
+const EXACT: f64 = 1e-13;
 
-/// The pattern of one period.
+/// A periodic schedule of sources.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Blend {
     /// Samples of each source in a period.
-    shares: Vec<u64>,
-    /// Source of each sample of a period, and how many of that source come before it.
-    pattern: Vec<(u32, u32)>,
+    shares: Vec<u32>,
+    /// For each place of the period: the source, and how many of its samples stand before.
+    places: Vec<(u16, u32)>,
 }
 
 impl Blend {
-    /// Errors: no weight, a weight that is not positive, or one too small to get a sample of a period.
+    /// A blend by these relative weights. Errors: no source, a weight that is not a positive number, one so small that it has no
+    /// place in the longest period.
     pub fn new(weights: &[f64]) -> Result<Blend> {
-        if weights.is_empty() {
-            return Err(Error::recipe("data.train names no source").remedy("name at least one directory of token shards"));
+        if weights.is_empty() || weights.len() > MAX_PERIOD {
+            let wrong = format!("a blend of {} sources, possible are 1 to {MAX_PERIOD}", weights.len());
+            return Err(Error::recipe(wrong).remedy("name the sources in [[data.train]]"));
         }
-        if let Some(wrong) = weights.iter().find(|&&weight| !(weight > 0.0 && weight.is_finite())) {
-            return Err(Error::recipe(format!("data.train has the weight {wrong}")).remedy("weights are positive numbers"));
+        if let Some(source) = weights.iter().position(|&weight| !(weight > 0.0 && weight.is_finite())) {
+            let wrong = format!("the weight of source {source} is {}, expected a positive number", weights[source]);
+            return Err(Error::recipe(wrong).remedy("give it a weight, or remove the source"));
         }
-        let shares = whole_shares(weights);
+        let shares = shares(weights);
         if let Some(source) = shares.iter().position(|&share| share == 0) {
-            let wrong = format!("data.train.{source}.weight = {} is less than 1 / {PERIOD} of the sum", weights[source]);
-            return Err(Error::recipe(wrong).remedy("raise it or leave the source out"));
+            let wrong = format!("the weight of source {source} is {} of all, the least is 1/{MAX_PERIOD}", fractions(weights)[source]);
+            return Err(Error::recipe(wrong).remedy("give it more weight, or remove the source"));
         }
-        Ok(Blend { pattern: tijdeman(&shares), shares })
+        let places = schedule(&shares);
+        Ok(Blend { shares, places })
     }
 
-    /// (source, number within the source) of a sample.
-    pub fn at(&self, sample: u64) -> (usize, u64) {
-        let (source, before) = self.pattern[(sample % PERIOD) as usize];
-        (source as usize, sample / PERIOD * self.shares[source as usize] + u64::from(before))
+    /// Length of the period.
+    pub fn period(&self) -> u64 {
+        self.places.len() as u64
     }
 
-    /// Samples of each source in a period of [`PERIOD`].
-    pub fn shares(&self) -> &[u64] {
+    /// Samples of each source in a period.
+    pub fn shares(&self) -> &[u32] {
         &self.shares
+    }
+
+    /// The source of sample `index`, and how many samples of that source come before it. O(1).
+    pub fn place(&self, index: u64) -> (usize, u64) {
+        let (source, before) = self.places[(index % self.period()) as usize];
+        let source = usize::from(source);
+        (source, index / self.period() * u64::from(self.shares[source]) + u64::from(before))
+    }
+
+    /// How many of the first `n` samples come from each source.
+    pub fn counts(&self, n: u64) -> Vec<u64> {
+        let mut counts: Vec<u64> = self.shares.iter().map(|&share| n / self.period() * u64::from(share)).collect();
+        for &(source, _) in &self.places[..(n % self.period()) as usize] {
+            counts[usize::from(source)] += 1;
+        }
+        counts
     }
 }
 
-/// Shares of PERIOD by largest remainder; ties to the first.
-fn whole_shares(weights: &[f64]) -> Vec<u64> {
-    let sum: f64 = weights.iter().sum();
-    let exact: Vec<f64> = weights.iter().map(|weight| weight / sum * PERIOD as f64).collect();
-    let mut shares: Vec<u64> = exact.iter().map(|share| share.floor() as u64).collect();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by(|&a, &b| (exact[b] - exact[b].floor()).total_cmp(&(exact[a] - exact[a].floor())).then(a.cmp(&b)));
-    let missing = PERIOD - shares.iter().sum::<u64>();
-    order.iter().cycle().take(missing as usize).for_each(|&source| shares[source] += 1);
+/// Parts of 1. Scaled by the largest first, so that no sum overflows.
+fn fractions(weights: &[f64]) -> Vec<f64> {
+    let largest = weights.iter().copied().fold(0.0, f64::max);
+    let total: f64 = weights.iter().map(|weight| weight / largest).sum();
+    weights.iter().map(|weight| weight / largest / total).collect()
+}
+
+fn shares(weights: &[f64]) -> Vec<u32> {
+    let fractions = fractions(weights);
+    let is_exact = |period: usize| {
+        let near = |fraction: &f64| {
+            let share = fraction * period as f64;
+            share.round() >= 1.0 && (share - share.round()).abs() <= EXACT * period as f64
+        };
+        fractions.iter().all(near)
+    };
+    if let Some(period) = (weights.len()..=MAX_PERIOD).find(|&period| is_exact(period)) {
+        return fractions.iter().map(|fraction| (fraction * period as f64).round() as u32).collect();
+    }
+    let mut shares: Vec<u32> = fractions.iter().map(|fraction| (fraction * MAX_PERIOD as f64).floor() as u32).collect();
+    let missing = MAX_PERIOD - shares.iter().map(|&share| share as usize).sum::<usize>();
+    let mut by_remainder: Vec<usize> = (0..shares.len()).collect();
+    let remainder = |source: usize| (fractions[source] * MAX_PERIOD as f64).fract();
+    by_remainder.sort_by(|&a, &b| remainder(b).total_cmp(&remainder(a)).then(a.cmp(&b)));
+    for &source in by_remainder.iter().take(missing) {
+        shares[source] += 1;
+    }
     shares
 }
 
-/// Each sample goes to the source whose deadline is nearest among those that are due. All in whole numbers: with n sources,
-/// units of 1 / (PERIOD * (2n - 2)).
-fn tijdeman(shares: &[u64]) -> Vec<(u32, u32)> {
-    let n = shares.len();
-    if n == 1 {
-        return (0..PERIOD as u32).map(|before| (0, before)).collect();
+/// One period by earliest deadline first.
+fn schedule(shares: &[u32]) -> Vec<(u16, u32)> {
+    let period: u64 = shares.iter().map(|&share| u64::from(share)).sum();
+    // Sources whose next sample may be placed, by deadline; and those that have to wait, by release.
+    let (mut ready, mut waiting) = (BinaryHeap::new(), BinaryHeap::new());
+    for source in 0..shares.len() {
+        waiting.push(Reverse((0, source)));
     }
-    let unit = 2 * n as i128 - 2;
-    let period = i128::from(PERIOD);
-    let mut counts = vec![0u32; n];
-    let mut pattern = Vec::with_capacity(PERIOD as usize);
-    for sample in 1..=PERIOD {
-        // deficit = share * sample / PERIOD - count, times PERIOD * unit
-        let deficit = |source: usize| (i128::from(shares[source]) * i128::from(sample) - i128::from(counts[source]) * period) * unit;
-        let due = (0..n).filter(|&source| deficit(source) >= period);
-        // (1 - 1/unit - deficit) / share, compared by cross multiplication
-        let slack = |source: usize| (period * (unit - 1) - deficit(source), i128::from(shares[source]));
-        let next = due.min_by(|&a, &b| {
-            let ((slack_a, share_a), (slack_b, share_b)) = (slack(a), slack(b));
-            (slack_a * share_b).cmp(&(slack_b * share_a))
-        });
-        let source = next.expect("Tijdeman's theorem: some source is always due");
-        pattern.push((source as u32, counts[source]));
-        counts[source] += 1;
+    let mut before = vec![0u32; shares.len()];
+    let deadline = |source: usize, n: u32| (u64::from(n + 1) * period).div_ceil(u64::from(shares[source]));
+    let mut places = Vec::with_capacity(period as usize);
+    for place in 0..period {
+        while let Some(&Reverse((release, source))) = waiting.peek()
+            && release <= place
+        {
+            waiting.pop();
+            ready.push(Reverse((deadline(source, before[source]), source)));
+        }
+        let Reverse((due, source)) = ready.pop().expect("shares that sum to the period leave no place empty");
+        assert!(due > place, "source {source} misses its window at {place} of {period}: {shares:?}");
+        places.push((source as u16, before[source]));
+        before[source] += 1;
+        if before[source] < shares[source] {
+            waiting.push(Reverse((u64::from(before[source]) * period / u64::from(shares[source]), source)));
+        }
     }
-    pattern
+    places
 }

@@ -1,4 +1,7 @@
-//! Tokens on disk and their order: Megatron's .bin/.idx shards, and samples as a pure function of their number.
+//! Training data: token shards on disk, the order in which samples are taken from them, the stage that makes them, and small
+//! named tables in HDF5.
+//!
+//! This module knows nothing of models or devices; only `prepare` knows text, and that there are ranks.
 
 pub mod blend;
 pub mod h5;

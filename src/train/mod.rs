@@ -4,6 +4,6 @@
 pub mod batch;
 pub mod executor;
 pub mod optimizer;
-//pub mod pretrain;
+pub mod pretrain;
 pub mod run_dir;
 pub mod state;

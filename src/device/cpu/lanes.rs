@@ -595,10 +595,10 @@ mod x86 {
 /// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.
 /// Type parameters are elements. The body sees the vector type under the name given after `over`.
 macro_rules! kernel {
-    ($(#[$meta:meta])* pub fn $name:ident over $v:ident [$($e:ident),*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $r:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident over $v:ident [$($e:ident),*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $r:ty)? $body:block) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        pub fn $name<$($e: $crate::device::cpu::lanes::Element),*>(isa: $crate::device::cpu::lanes::Isa, $($arg: $ty),*) $(-> $r)? {
+        $vis fn $name<$($e: $crate::device::cpu::lanes::Element),*>(isa: $crate::device::cpu::lanes::Isa, $($arg: $ty),*) $(-> $r)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
             fn body<$v: $crate::device::cpu::lanes::Vector, $($e: $crate::device::cpu::lanes::Element),*>($($arg: $ty),*) $(-> $r)? $body

@@ -1,9 +1,9 @@
 //! Matrix products: shapes, and which path takes them. f32 goes to the `gemm` crate; bf16 to `dot_bf16` where the processor has
 //! bf16 dot products, else it is widened and goes the f32 way; a few rows (decode) go to `few_rows`, which reads b once.
 
-use super::elementwise;
-use super::lanes::{Isa, elements_mut};
+use super::lanes::{Isa, elements, elements_mut};
 use super::parallel::{GRAIN, Pool, Shared, for_ranges};
+use super::{elementwise, few_rows, float};
 use crate::device::{Gemm, Store};
 use crate::tensor::{DType, Tensor};
 use half::bf16;
@@ -30,11 +30,21 @@ fn sizes_of(out: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Sizes {
 /// See `Device::gemm`.
 pub fn gemm(isa: Isa, pool: &Pool, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
     let sizes = sizes_of(out, a, b, how);
-    if sizes.m == 0 || sizes.n == 0 {
+    if sizes.m == 0 || sizes.n == 0 || sizes.k == 0 {
+        if how.out == Store::Assign {
+            out.bytes_mut().fill(0);
+        }
         return;
+    }
+    if sizes.m <= few_rows::MOST_ROWS && how.trans_b && (!how.trans_a || sizes.m == 1) {
+        return float!(out.dtype(), O => float!(a.dtype(), E => {
+            few_rows::product::<E, O>(isa, elements_mut(out), elements(a), elements(b), sizes, how.out)
+        }));
     }
     match a.dtype() {
         DType::F32 => f32_product(out.f32_mut(), a.f32(), b.f32(), sizes, how),
+        #[cfg(target_arch = "x86_64")]
+        DType::BF16 if isa == Isa::Avx512Bf16 => super::dot_bf16::product(pool, out, a.bf16(), b.bf16(), sizes, how),
         DType::BF16 => widened_product(isa, pool, out, a.bf16(), b.bf16(), sizes, how),
         DType::U32 => panic!("gemm of u32"),
     }
@@ -90,11 +100,15 @@ fn widened_product(isa: Isa, pool: &Pool, out: &mut Tensor, a: &[bf16], b: &[bf1
     }
     let mut sum = pool.take(sizes.m * sizes.n);
     f32_product(&mut sum, &a, &b, sizes, Gemm { out: Store::Assign, ..how });
-    let to = Shared::new(elements_mut::<bf16>(out));
-    for_ranges(sizes.m * sizes.n, GRAIN, |range| {
+    round_sum(isa, &Shared::new(elements_mut::<bf16>(out)), &sum, how.out);
+}
+
+/// out = or += sum, rounded once.
+pub fn round_sum(isa: Isa, out: &Shared<bf16>, sum: &[f32], how: Store) {
+    for_ranges(sum.len(), GRAIN, |range| {
         // SAFETY: the ranges are disjoint.
-        let to = unsafe { to.part(range.clone()) };
-        match how.out {
+        let to = unsafe { out.part(range.clone()) };
+        match how {
             Store::Assign => elementwise::convert(isa, to, &sum[range]),
             Store::Accumulate => elementwise::add(isa, to, &sum[range]),
         }

@@ -4,15 +4,21 @@
 //! operations stay on the calling thread. Row operations, `sum_squares`, `norm_backward`, `embed_backward` and attention do not
 //! depend on the number of threads.
 
+mod attention;
+mod attention_backward;
+#[cfg(target_arch = "x86_64")]
+mod dot_bf16;
 mod elementwise;
+mod few_rows;
 mod lanes;
 mod loss;
 mod matmul;
 mod norm;
 mod parallel;
+mod product;
 mod rope;
 
-use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope, Store};
+use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use lanes::{Element, elements, elements_mut};
@@ -21,22 +27,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use lanes::Isa;
-
-/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
-pub struct Cpu {
-    isa: Isa,
-    live_bytes: Arc<AtomicUsize>,
-    peak_bytes: AtomicUsize,
-    n_allocations: AtomicUsize,
-    rope_tables: rope::Tables,
-    pool: Pool,
-}
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Cpu::new()
-    }
-}
 
 /// Runs the expression with `$E` the Rust type of a dtype.
 macro_rules! float {
@@ -53,6 +43,23 @@ macro_rules! float {
             DType::U32 => panic!("an operation on floats was given u32"),
         }
     };
+}
+use float;
+
+/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
+pub struct Cpu {
+    isa: Isa,
+    live_bytes: Arc<AtomicUsize>,
+    peak_bytes: AtomicUsize,
+    n_allocations: AtomicUsize,
+    rope_tables: rope::Tables,
+    pool: Pool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu::new()
+    }
 }
 
 impl Cpu {
@@ -79,6 +86,12 @@ fn assert_rows(what: &str, tensors: &[&Tensor], n_rows: usize, row_len: usize) {
     for tensor in tensors {
         assert!(tensor.n_rows() == n_rows && tensor.row_len() == row_len, "{what}: {tensor:?} is not [{n_rows}, {row_len}]");
     }
+}
+
+/// Starts of sequences and their end as the trait says.
+fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
+    let ends = (starts.first(), starts.last());
+    assert!(ends == (Some(&0), Some(&n_tokens)) && starts.is_sorted(), "{what}: sequence starts {starts:?} of {n_tokens} tokens");
 }
 
 impl Device for Cpu {
@@ -324,31 +337,14 @@ impl Device for Cpu {
     }
 
     fn attention(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], heads: Heads) {
-        let (n_tokens, columns, d) = (qkv.n_rows(), heads.qkv_columns(), heads.dim);
-        let values = qkv.to_f32_vec();
-        let mut result = vec![0.0; out.n_elements()];
-        let lse = lse.f32_mut();
-        let scale = 1.0 / (d as f32).sqrt();
-        for ends in sequence_starts.windows(2) {
-            for t in ends[0]..ends[1] {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q = &values[t * columns + heads.query_column(head)..][..d];
-                    let key = |s: usize| &values[s * columns + heads.key_column(group)..][..d];
-                    let scores: Vec<f32> = (ends[0]..=t).map(|s| scale * dot(q, key(s))).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
-                    lse[head * n_tokens + t] = max + sum.ln();
-                    let row = &mut result[t * heads.query * d + head * d..][..d];
-                    for (s, score) in (ends[0]..=t).zip(&scores) {
-                        let p = (score - max).exp() / sum;
-                        let v = &values[s * columns + heads.value_column(group)..][..d];
-                        row.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-                    }
-                }
-            }
-        }
-        store(out, &result, Store::Assign);
+        assert_rows("attention", &[qkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention", &[out], qkv.n_rows(), heads.query * heads.dim);
+        assert_sequences("attention", sequence_starts, qkv.n_rows());
+        assert_eq!(lse.n_elements(), heads.query * qkv.n_rows(), "attention: {lse:?} for {heads:?}");
+        float!(qkv.dtype(), E => {
+            let (out, lse, qkv) = (elements_mut::<E>(out), lse.f32_mut(), elements::<E>(qkv));
+            attention::attention(self.isa, &self.pool, out, lse, qkv, (sequence_starts, heads));
+        });
     }
 
     fn attention_backward(
@@ -361,79 +357,31 @@ impl Device for Cpu {
         sequence_starts: &[usize],
         heads: Heads,
     ) {
-        let (n_tokens, columns, d) = (qkv.n_rows(), heads.qkv_columns(), heads.dim);
-        let (values, dout, out, lse) = (qkv.to_f32_vec(), dout.to_f32_vec(), out.to_f32_vec(), lse.f32());
-        let mut result = vec![0.0; dqkv.n_elements()];
-        let scale = 1.0 / (d as f32).sqrt();
-        for ends in sequence_starts.windows(2) {
-            for t in ends[0]..ends[1] {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q_at = t * columns + heads.query_column(head);
-                    let o_at = (t * heads.query + head) * d;
-                    let (d_row, o_row) = (&dout[o_at..][..d], &out[o_at..][..d]);
-                    let delta = dot(d_row, o_row);
-                    for s in ends[0]..=t {
-                        let k_at = s * columns + heads.key_column(group);
-                        let v_at = s * columns + heads.value_column(group);
-                        let score = scale * dot(&values[q_at..][..d], &values[k_at..][..d]);
-                        let p = (score - lse[head * n_tokens + t]).exp();
-                        let ds = p * (dot(d_row, &values[v_at..][..d]) - delta) * scale;
-                        for i in 0..d {
-                            result[q_at + i] += ds * values[k_at + i];
-                            result[k_at + i] += ds * values[q_at + i];
-                            result[v_at + i] += p * d_row[i];
-                        }
-                    }
-                }
-            }
-        }
-        store(dqkv, &result, Store::Assign);
+        assert_rows("attention_backward", &[qkv, dqkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention_backward", &[out, dout], qkv.n_rows(), heads.query * heads.dim);
+        assert_sequences("attention_backward", sequence_starts, qkv.n_rows());
+        assert_eq!(lse.n_elements(), heads.query * qkv.n_rows(), "attention_backward: {lse:?} for {heads:?}");
+        float!(qkv.dtype(), E => {
+            let (dout, out, lse, qkv) = (elements::<E>(dout), elements::<E>(out), lse.f32(), elements::<E>(qkv));
+            let inputs = attention_backward::Inputs { dout, out, lse, qkv, starts: sequence_starts, heads };
+            attention_backward::attention_backward(self.isa, &self.pool, elements_mut::<E>(dqkv), &inputs);
+        });
     }
 
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
-        let (columns, d, kv_columns) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
-        let max_tokens = cache.keys.dims()[1];
-        let values = qkv.to_f32_vec();
-        let mut result = out.to_f32_vec();
-        let scale = 1.0 / (d as f32).sqrt();
+        let dims = cache.keys.dims().to_vec();
+        assert!(dims.len() == 3 && dims[2] == heads.kv * heads.dim && cache.values.dims() == dims, "attention_cached: cache {dims:?}");
+        assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
         for span in spans {
-            assert!(span.past + span.rows.len() <= max_tokens, "{span:?} in a cache of {max_tokens} tokens");
-            let first = span.slot * max_tokens;
-            for (i, t) in span.rows.clone().enumerate() {
-                let row = first + span.past + i;
-                let (mut k, mut v) = (Vec::new(), Vec::new());
-                for g in 0..heads.kv {
-                    k.extend_from_slice(&values[t * columns + heads.key_column(g)..][..d]);
-                    v.extend_from_slice(&values[t * columns + heads.value_column(g)..][..d]);
-                }
-                let (slots, bytes) = (cache.keys.dims()[0], [slots_of(&cache.keys), kv_columns]);
-                assert!(span.slot < slots);
-                store(&mut cache.keys.reshaped_mut(&bytes).rows_mut(row..row + 1), &k, Store::Assign);
-                store(&mut cache.values.reshaped_mut(&bytes).rows_mut(row..row + 1), &v, Store::Assign);
-            }
-            let flat = [slots_of(&cache.keys), kv_columns];
-            let present = first..first + span.past + span.rows.len();
-            let keys = cache.keys.reshaped(&flat).rows(present.clone()).to_f32_vec();
-            let cached_values = cache.values.reshaped(&flat).rows(present).to_f32_vec();
-            for (i, t) in span.rows.clone().enumerate() {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q = &values[t * columns + heads.query_column(head)..][..d];
-                    let scores: Vec<f32> = (0..=span.past + i).map(|s| scale * dot(q, &keys[s * kv_columns + group * d..][..d])).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
-                    let row = &mut result[(t * heads.query + head) * d..][..d];
-                    row.fill(0.0);
-                    for (s, score) in scores.iter().enumerate() {
-                        let p = (score - max).exp() / sum;
-                        let v = &cached_values[s * kv_columns + group * d..][..d];
-                        row.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-                    }
-                }
-            }
+            let fits = span.slot < dims[0] && span.past + span.rows.len() <= dims[1] && span.rows.end <= qkv.n_rows();
+            assert!(fits, "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
         }
-        store(out, &result, Store::Assign);
+        float!(qkv.dtype(), E => {
+            let (keys, values) = (elements_mut::<E>(&mut cache.keys), elements_mut::<E>(&mut cache.values));
+            let cache = attention::Cache { keys, values, max_tokens: dims[1] };
+            attention::cached(self.isa, &self.pool, elements_mut::<E>(out), elements::<E>(qkv), cache, (spans, heads));
+        });
     }
 
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation) {
@@ -565,15 +513,4 @@ impl Device for Cpu {
             });
         });
     }
-}
-
-/// Positions of all slots.
-fn slots_of(cache: &Tensor) -> usize {
-    cache.dims()[0] * cache.dims()[1]
-}
-fn store(out: &mut Tensor, values: &[f32], _how: Store) {
-    float!(out.dtype(), O => elementwise::convert(Isa::Portable, elements_mut::<O>(out), values));
-}
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
