@@ -154,7 +154,7 @@ impl Group {
         round.n_posted += 1;
         let wake = round.n_posted == size || matches!(call, Call::Broadcast { root, .. } if root == rank);
         drop(rounds);
-        assert_eq!(call, first, "collective {number} of a group of {size}: rank {rank} calls another one than the others");
+        assert!(call == first, "collective {number} of a group of {size}: rank {rank} calls {call:?}, another rank {first:?}");
         if wake {
             self.complete.notify_all();
         }
