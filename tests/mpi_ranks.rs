@@ -117,7 +117,8 @@ fn launch(case: &Case) -> std::result::Result<(), String> {
             break Some(status);
         }
         if started.elapsed() > PATIENCE {
-            let _ = job.kill();
+            // mpirun ends its ranks when it is asked to end; killed, it would leave them behind.
+            let _ = Command::new("kill").arg(job.id().to_string()).status();
             let _ = job.wait();
             break None;
         }
