@@ -40,7 +40,7 @@ impl std::str::FromStr for DeviceKind {
 /// How long a failing rank waits for the others to fail alike before it ends the job.
 const AGREEMENT: Duration = Duration::from_secs(10);
 /// How long a rank other than 0 waits with an error from before MPI, so that rank 0 prints the same one first.
-const FIRST_RANK_SPEAKS: Duration = Duration::from_secs(1);
+const FIRST_RANK_SPEAKS: Duration = Duration::from_secs(5);
 /// Exit code of a rank that panicked.
 const PANIC_CODE: i32 = 101;
 /// Exit code when nobody reads stdout any more: that of a program ended by SIGPIPE.

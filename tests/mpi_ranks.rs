@@ -30,7 +30,7 @@ struct Case {
     run: RankMain,
     /// Exit code of mpirun; None: any but 0.
     code: Option<i32>,
-    /// Each in exactly so many lines of the output of all ranks.
+    /// Each in exactly so many lines of the output of all ranks; after ^, at their beginning.
     lines: &'static [(&'static str, usize)],
 }
 
@@ -55,8 +55,8 @@ const CASES: &[Case] = &[
     // Without agreement the others wait somewhere else; the job must end nevertheless, with the code of the error.
     Case { name: "lone-error", n_ranks: 3, run: lone_error, code: Some(3), lines: &[("[r001 tp0 pp1 dp0 ", 1), ("shard-1: gone", 1)] },
     Case { name: "different-errors", n_ranks: 3, run: different_errors, code: Some(2), lines: &[("key even", 1), ("key odd", 1)] },
-    // A wrong recipe is found before MPI starts, by every rank, and said once.
-    Case { name: "before-mpi", n_ranks: 3, run: |_| Ok(()), code: Some(2), lines: &[("error: unknown key", 1)] },
+    // A wrong recipe is found before MPI starts, by every rank; rank 0 says it, without waiting for anybody.
+    Case { name: "before-mpi", n_ranks: 3, run: |_| Ok(()), code: Some(2), lines: &[("^error: unknown key", 1)] },
     // A rank that the kernel kills (out of memory) takes the job with it.
     Case { name: "killed", n_ranks: 3, run: killed, code: None, lines: &[] },
     // A signal to one rank stops all at the same step: a stop that one rank took alone would leave the others in a collective.
@@ -136,7 +136,8 @@ fn launch(case: &Case) -> std::result::Result<(), String> {
         ));
     }
     for (text, expected) in case.lines {
-        let found = output.lines().filter(|line| line.contains(text)).count();
+        let is_in = |line: &&str| text.strip_prefix('^').map_or(line.contains(text), |beginning| line.starts_with(beginning));
+        let found = output.lines().filter(is_in).count();
         if found != *expected {
             return Err(format!("{found} lines with {text:?}, expected {expected}; it printed\n{output}"));
         }
