@@ -57,7 +57,7 @@ struct Hub {
     /// Whether each rank has returned or panicked.
     left: Vec<AtomicBool>,
     ended: AtomicBool,
-    first_panic: Mutex<Option<(usize, Box<dyn Any + std::marker::Send>)>>,
+    first_panic: Mutex<FirstPanic>,
     groups: Mutex<Vec<Weak<Group>>>,
 }
 
@@ -103,6 +103,12 @@ enum Call {
     Broadcast { root: usize, bytes: usize },
 }
 
+/// By round and colour: a group, and how many of its ranks have fetched it.
+type Children = HashMap<(u64, u64), (Arc<Group>, usize)>;
+
+/// The first rank that panicked, and with what.
+type FirstPanic = Option<(usize, Box<dyn Any + std::marker::Send>)>;
+
 /// What the ranks of one communicator share.
 struct Group {
     hub: Arc<Hub>,
@@ -111,8 +117,8 @@ struct Group {
     rounds: Mutex<HashMap<u64, Round>>,
     complete: Condvar,
     mailboxes: Vec<Mailbox>,
-    /// Groups split from this one at a round with a colour, until all of their ranks have fetched them.
-    children: Mutex<HashMap<(u64, u64), (Arc<Group>, usize)>>,
+    /// Groups split from this one, until all of their ranks have fetched them.
+    children: Mutex<Children>,
 }
 
 impl Group {
