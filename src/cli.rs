@@ -1,12 +1,13 @@
 //! What all binaries share: the end of the program. One line for an error, the right exit code.
 
 use crate::error::{Error, Result};
+use crate::runtime;
 use crate::tensor::DType;
-use std::io::Write;
 use std::process::ExitCode;
 
 /// Runs the program and turns its error into one line on stderr and its exit code (see `error`).
 pub fn main_with(run: impl FnOnce() -> Result<()>) -> ExitCode {
+    runtime::start_reporting();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -18,7 +19,7 @@ pub fn main_with(run: impl FnOnce() -> Result<()>) -> ExitCode {
 
 /// Prints the one line. A closed stderr is nobody's loss.
 pub fn report(error: &Error) {
-    let _ = writeln!(std::io::stderr(), "error: {error}");
+    runtime::report_final(error);
 }
 
 /// For `--dtype`: f32 or bf16.

@@ -60,7 +60,12 @@ impl Progress {
         let Progress { what, unit, done, total, .. } = self;
         if unit == "B" {
             let mb = |bytes: f64| bytes / 1e6;
-            return format!("{what}: {:.0} of {:.0} MB ({share:.0} %), {:.1} MB/s, ends in {left_s:.0} s", mb(*done as f64), mb(*total as f64), mb(rate));
+            return format!(
+                "{what}: {:.0} of {:.0} MB ({share:.0} %), {:.1} MB/s, ends in {left_s:.0} s",
+                mb(*done as f64),
+                mb(*total as f64),
+                mb(rate)
+            );
         }
         format!("{what}: {done} of {total} {unit} ({share:.0} %), {rate:.2} {unit}/s, ends in {left_s:.0} s")
     }

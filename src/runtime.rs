@@ -2,8 +2,11 @@
 //! with the result of the work.
 //!
 //! A Rust panic would unwind into MPI_Finalize, which waits for the other ranks for ever: so a panic prints one line with its
-//! coordinates and calls MPI_Abort. An error that all ranks share ends all of them alike, and rank 0 prints it once; an error
-//! of one rank alone is noticed (the others do not arrive) and aborts the job.
+//! coordinates and calls MPI_Abort. An error that all ranks share ends all of them alike and is printed once; an error of one
+//! rank alone is noticed (the others do not arrive) and aborts the job.
+//!
+//! mpirun binds each rank to one core when there are few ranks, and then a rank has one thread: `mpirun --bind-to none` lets
+//! the ranks of a machine share out its cores.
 
 use crate::artifact::host_name;
 use crate::comm::mpi::Mpi;
@@ -12,8 +15,9 @@ use crate::comm::{Communicator, Groups};
 use crate::error::{Error, Kind, Result};
 use crate::parallel::layout::ParallelLayout;
 use std::io::Write;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once};
+use std::time::Duration;
 
 /// Where to compute.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,10 +37,14 @@ impl std::str::FromStr for DeviceKind {
     }
 }
 
-/// Seconds a failing rank waits for the others to fail alike before it ends the job.
-const AGREEMENT_S: f64 = 10.0;
+/// How long a failing rank waits for the others to fail alike before it ends the job.
+const AGREEMENT: Duration = Duration::from_secs(10);
+/// How long a rank other than 0 waits with an error from before MPI, so that rank 0 prints the same one first.
+const FIRST_RANK_SPEAKS: Duration = Duration::from_secs(5);
 /// Exit code of a rank that panicked.
 const PANIC_CODE: i32 = 101;
+/// Exit code when nobody reads stdout any more: that of a program ended by SIGPIPE.
+const BROKEN_PIPE_CODE: i32 = 128 + libc::SIGPIPE;
 
 static STOP: AtomicBool = AtomicBool::new(false);
 static MPI_IS_UP: AtomicBool = AtomicBool::new(false);
@@ -60,16 +68,14 @@ impl Runtime {
     /// of threads (this rank's share of the cores it may run on), the panic hook and the signal handlers.
     pub fn start(device: DeviceKind) -> Result<Runtime> {
         let DeviceKind::Cpu = device;
-        let launched = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK"].iter().any(|name| std::env::var_os(name).is_some());
-        let universe = if launched { Some(start_mpi()?) } else { None };
+        let universe = if launched_rank().is_some() { Some(start_mpi()?) } else { None };
         let (world, guard): (Box<dyn Communicator>, _) = match &universe {
             Some(_) => (Box::new(Mpi::world()), Some(Mpi::world())),
             None => (Box::new(Solo::new()), None),
         };
         set_coordinates(format!("r{:03} {}", world.rank(), host_name()));
-        set_panic_hook();
         set_signal_handlers();
-        start_logging(world.rank());
+        start_reporting();
         set_threads(guard.as_ref().map(Mpi::on_this_machine));
         Ok(Runtime { world, guard, _universe: universe })
     }
@@ -102,21 +108,60 @@ impl Runtime {
         world.sum_f64(f64::from(u8::from(self.stop_requested()))) > 0.0
     }
 
-    /// Leaves the job with the result of its work; groups must be dropped before. Rank 0 returns a shared error, for its one
-    /// line; the other ranks leave with the same exit code, silently.
+    /// Leaves the job with the result of its work; groups must be dropped before. Under MPI an error does not return: when all
+    /// ranks fail, each different error is printed once, by the lowest rank that has it, and all leave with the exit code of
+    /// the lowest; when this rank fails alone it ends the job.
     pub fn close(self, result: Result<()>) -> Result<()> {
         let Err(error) = result else { return Ok(()) };
         let Some(guard) = &self.guard else { return Err(error) };
-        if !guard.all_arrive_within(AGREEMENT_S) {
-            eprintln!("[{}] error: {error}", coordinates());
-            end_job(i32::from(error.exit_code()));
+        if !guard.all_arrive_within(AGREEMENT) {
+            self.abort(&error);
         }
-        if self.is_first() {
-            return Err(error);
+        let mut mine = vec![error.exit_code()];
+        mine.extend_from_slice(error.to_string().as_bytes());
+        let all = guard.gather_variable(&mine);
+        match all.iter().position(|theirs| *theirs == mine) {
+            Some(first) if first < guard.rank() => {}
+            _ if guard.rank() == 0 => eprintln!("error: {error}"),
+            _ => eprintln!("[{}] error: {error}", coordinates()),
         }
-        let code = i32::from(error.exit_code());
         drop(self);
-        std::process::exit(code)
+        std::process::exit(i32::from(all[0][0]))
+    }
+
+    /// Ends the whole job at once because of an error of this rank that the others do not know of.
+    pub fn abort(&self, error: &Error) -> ! {
+        let _ = writeln!(std::io::stderr(), "[{}] error: {error}", coordinates());
+        end_job(i32::from(error.exit_code()))
+    }
+}
+
+/// The rank that a launcher (mpirun, srun --mpi=pmix) gave to this process.
+fn launched_rank() -> Option<usize> {
+    let names = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK"];
+    names.iter().find_map(|name| std::env::var(name).ok()?.parse().ok())
+}
+
+/// Sets what speaks to people: the panic hook and the logger. Once in a process; before MPI it goes by the launcher's rank.
+pub fn start_reporting() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        set_panic_hook();
+        start_logging(launched_rank().unwrap_or(0));
+    });
+}
+
+/// Prints the one line of an error that ends the program, before MPI or without. All ranks of a job make the same mistake
+/// mostly (a wrong recipe), so rank 0 speaks first and its exit ends the others.
+pub fn report_final(error: &Error) {
+    match launched_rank() {
+        None | Some(0) => {
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+        }
+        Some(rank) => {
+            std::thread::sleep(FIRST_RANK_SPEAKS);
+            let _ = writeln!(std::io::stderr(), "[r{rank:03} {}] error: {error}", host_name());
+        }
     }
 }
 
@@ -141,7 +186,7 @@ fn set_coordinates(text: String) {
 /// Ends the whole job at once.
 fn end_job(code: i32) -> ! {
     let _ = std::io::stderr().flush();
-    if MPI_IS_UP.load(Ordering::SeqCst) {
+    if MPI_IS_UP.load(Ordering::SeqCst) && !mpi::environment::is_finalized() {
         // SAFETY: MPI is initialised; the call does not return.
         unsafe { mpi::ffi::MPI_Abort(mpi::ffi::RSMPI_COMM_WORLD, code) };
     }
@@ -152,22 +197,32 @@ fn set_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
         let payload = info.payload();
         let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied()).unwrap_or("panic");
+        if text.starts_with("failed printing to std") && text.contains("Broken pipe") {
+            // The reader has seen enough (`| head`): nothing is wrong here.
+            end_job(BROKEN_PIPE_CODE);
+        }
         let place = info.location().map_or(String::new(), |at| format!(" ({}:{})", at.file(), at.line()));
-        eprintln!("[{}] error: {}{place}", coordinates(), text.replace('\n', "; "));
+        let coordinates = coordinates();
+        let prefix = if coordinates.is_empty() { String::new() } else { format!("[{coordinates}] ") };
+        let _ = writeln!(std::io::stderr(), "{prefix}error: {}{place}", text.replace('\n', "; "));
         if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
-            eprintln!("{}", std::backtrace::Backtrace::force_capture());
+            let _ = writeln!(std::io::stderr(), "{}", std::backtrace::Backtrace::force_capture());
         }
         end_job(PANIC_CODE)
     }));
 }
 
-extern "C" fn on_signal(_signal: libc::c_int) {
-    STOP.store(true, Ordering::Relaxed);
+/// Asks for a stop; Ctrl-C once more stops at once.
+extern "C" fn on_signal(signal: libc::c_int) {
+    if STOP.swap(true, Ordering::Relaxed) && signal == libc::SIGINT {
+        // SAFETY: _exit may be called in a signal handler.
+        unsafe { libc::_exit(128 + libc::SIGINT) };
+    }
 }
 
 fn set_signal_handlers() {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
-        // SAFETY: the handler only stores to an atomic; SA_RESTART keeps system calls going.
+        // SAFETY: the handler only swaps an atomic and calls _exit; SA_RESTART keeps system calls going.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as usize;

@@ -5,6 +5,7 @@
 //! over threads and MPI, on every rank, in every run. Calls do not return `Result`: a failed collective panics, and the
 //! hook in `runtime` ends the job.
 
+mod mailbox;
 pub mod mpi;
 mod ordered;
 pub mod solo;
@@ -13,7 +14,7 @@ pub mod threads;
 
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
 use crate::tensor::Tensor;
-pub use staging::Staging;
+pub use staging::{Staging, StagingBuffer};
 
 /// How values of several ranks become one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,6 +43,15 @@ pub struct Recv<'a> {
     pub tag: u32,
     /// Where it goes; its size must be that of the message.
     pub tensor: &'a mut Tensor,
+}
+
+impl Recv<'_> {
+    /// Assigns the message; panics when it has another size than the tensor.
+    fn fill(self, message: &[u8]) {
+        let (peer, tag, expected) = (self.peer, self.tag, self.tensor.n_bytes());
+        assert!(message.len() == expected, "message of rank {peer}, tag {tag}: {} bytes, expected {expected}", message.len());
+        self.tensor.bytes_mut().copy_from_slice(message);
+    }
 }
 
 /// Communication under way. It borrows the tensors it reads and writes, so touching them before `wait` does not compile.
@@ -80,34 +90,8 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// Bytes under way into a buffer that comes back at `wait`: the sender's memory is borrowed, the receiver's is owned.
-#[must_use = "communication is complete only after wait()"]
-pub struct PendingBytes<'a> {
-    finish: Option<Box<dyn FnOnce() -> Vec<u8> + 'a>>,
-}
-
-impl<'a> PendingBytes<'a> {
-    /// Complete after `finish` has run; it returns the buffer.
-    pub fn until(finish: impl FnOnce() -> Vec<u8> + 'a) -> Self {
-        PendingBytes { finish: Some(Box::new(finish)) }
-    }
-
-    /// Blocks until the communication is complete.
-    pub fn wait(mut self) -> Vec<u8> {
-        self.finish.take().expect("waited for once")()
-    }
-}
-
-impl Drop for PendingBytes<'_> {
-    // As for `Pending`.
-    fn drop(&mut self) {
-        if let Some(finish) = self.finish.take()
-            && !std::thread::panicking()
-        {
-            finish();
-        }
-    }
-}
+/// What is done with the pieces of all ranks, given in rank order, when they have arrived.
+pub type UsePieces<'a> = Box<dyn FnOnce(&[&[u8]]) + 'a>;
 
 /// A group of ranks that call the same collectives in the same order.
 pub trait Communicator: std::marker::Send + Sync {
@@ -122,9 +106,10 @@ pub trait Communicator: std::marker::Send + Sync {
 
     /// full = the shards of all ranks in rank order; full.len() = size * shard.len().
     fn start_all_gather_bytes<'a>(&'a self, shard: &'a [u8], full: &'a mut [u8]) -> Pending<'a>;
-    /// Piece r of `send` goes to rank r; piece r of `room` comes from rank r; `size` equal pieces, both lengths equal.
-    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], room: Vec<u8>) -> PendingBytes<'a>;
-    /// Memory for staging that is kept between calls, so that large exchanges do not touch fresh pages each time.
+    /// Piece r of `send`, of `size` equal pieces, goes to rank r; `wait` hands this rank's piece of every rank to `finish`,
+    /// in rank order, from wherever the implementation holds it.
+    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], finish: UsePieces<'a>) -> Pending<'a>;
+    /// The pool of temporaries of this rank, shared by a communicator and those split from it.
     fn staging(&self) -> &Staging;
     /// The root's bytes on all ranks.
     fn broadcast_bytes(&self, data: &mut [u8], root: usize);

@@ -1,125 +1,206 @@
-//! Collectives on tensors from the byte primitives: pieces exchanged, then summed in rank order in f32 with one rounding at
-//! the end (see the head of `comm`). A piece is summed by the rank that will own it, so all ranks end with the same bits.
+//! Collectives on tensors from the byte primitives: pieces exchanged, then added in rank order (see the head of `comm`).
+//! Every element is x_0 + x_1 + .. in f32 with one rounding to the tensor's dtype, whichever way its bytes travelled.
 
 use super::{Communicator, Pending, ReduceOp};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
-use half::bf16;
 use rayon::prelude::*;
 
-/// Elements that one thread sums at a time.
-const BLOCK: usize = 1 << 15;
+/// An all-reduce that moves no more than this in all goes in one message round instead of two.
+const SMALL_BYTES: usize = 64 * 1024;
+/// Elements added by one task; an output block of this size stays in the second-level cache.
+const BLOCK: usize = 16 * 1024;
+/// Elements widened at a time; their f32 sums stay in the first-level cache.
+const LANE_BLOCK: usize = 1024;
 
 pub(super) fn start_all_gather<'a, C: Communicator + ?Sized>(comm: &'a C, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {
-    assert_eq!(shard.dtype(), full.dtype());
-    assert_eq!(full.n_elements(), shard.n_elements() * comm.size(), "all-gather {shard:?} into {full:?} over {} ranks", comm.size());
+    check_division("all-gather", comm.size(), full, shard);
     comm.start_all_gather_bytes(shard.bytes(), full.bytes_mut())
 }
 
 pub(super) fn start_reduce_scatter<'a, C: Communicator + ?Sized>(comm: &'a C, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
-    assert_eq!(shard.dtype(), full.dtype());
-    let n_ranks = comm.size();
-    assert_eq!(full.n_elements(), shard.n_elements() * n_ranks, "reduce-scatter {full:?} into {shard:?} over {n_ranks} ranks");
-    if n_ranks == 1 {
-        shard.bytes_mut().copy_from_slice(full.bytes());
-        return Pending::done();
-    }
-    let exchange = comm.start_all_to_all_bytes(full.bytes(), comm.staging().take(full.n_bytes()));
-    Pending::until(move || {
-        let pieces = exchange.wait();
-        let dtype = shard.dtype();
-        reduce_pieces(dtype, shard.bytes_mut(), &pieces, ReduceOp::Sum);
-        comm.staging().give_back(pieces);
-    })
+    check_division("reduce-scatter", comm.size(), full, shard);
+    check_summable("reduce-scatter", full);
+    let dtype = full.dtype();
+    let finish = move |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, ReduceOp::Sum);
+    comm.start_all_to_all_bytes(full.bytes(), Box::new(finish))
 }
 
-/// Reduce-scatter, then all-gather, of the tensor padded to equal pieces.
 pub(super) fn all_reduce<C: Communicator + ?Sized>(comm: &C, x: &mut Tensor, op: ReduceOp) {
-    let n_ranks = comm.size();
-    if n_ranks == 1 || x.n_elements() == 0 {
+    check_summable("all-reduce", x);
+    if comm.size() == 1 {
         return;
     }
     let dtype = x.dtype();
-    let piece_bytes = x.n_elements().div_ceil(n_ranks) * dtype.bytes();
-    let mut padded = comm.staging().take(piece_bytes * n_ranks);
-    padded[..x.n_bytes()].copy_from_slice(x.bytes());
-    padded[x.n_bytes()..].fill(0);
-    let pieces = comm.start_all_to_all_bytes(&padded, comm.staging().take(padded.len())).wait();
-    let mut mine = comm.staging().take(piece_bytes);
-    reduce_pieces(dtype, &mut mine, &pieces, op);
-    comm.start_all_gather_bytes(&mine, &mut padded).wait();
-    let n_bytes = x.n_bytes();
-    x.bytes_mut().copy_from_slice(&padded[..n_bytes]);
-    [padded, pieces, mine].into_iter().for_each(|buffer| comm.staging().give_back(buffer));
-}
-
-/// out = piece 0 op piece 1 op .., where `pieces` holds equal pieces of out's size in rank order.
-fn reduce_pieces(dtype: DType, out: &mut [u8], pieces: &[u8], op: ReduceOp) {
-    match dtype {
-        DType::F32 => reduce_typed::<f32>(out, pieces, |x| x, |x| x, op),
-        DType::BF16 => reduce_typed::<bf16>(out, pieces, bf16::to_f32, bf16::from_f32, op),
-        DType::U32 => panic!("u32 tensors can be gathered and sent, not summed"),
+    let n_large = if x.n_bytes() * comm.size() <= SMALL_BYTES { 0 } else { x.n_elements() / comm.size() * comm.size() };
+    // What does not divide by the ranks, fewer elements than there are ranks, travels as a small one: no padded copy.
+    let (large, small) = x.bytes_mut().split_at_mut(n_large * dtype.bytes());
+    if !large.is_empty() {
+        let mut shard = comm.staging().take(large.len() / comm.size());
+        let finish = |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, op);
+        comm.start_all_to_all_bytes(large, Box::new(finish)).wait();
+        comm.start_all_gather_bytes(shard.bytes(), large).wait();
+    }
+    if !small.is_empty() {
+        let mut all = comm.staging().take(small.len() * comm.size());
+        comm.start_all_gather_bytes(small, all.bytes_mut()).wait();
+        let pieces: Vec<&[u8]> = all.bytes().chunks_exact(small.len()).collect();
+        combine(&pieces, small, dtype, op);
     }
 }
 
-fn reduce_typed<T: bytemuck::Pod + Send + Sync>(
-    out: &mut [u8],
-    pieces: &[u8],
-    widen: impl Fn(T) -> f32 + Sync,
-    round: impl Fn(f32) -> T + Sync,
-    op: ReduceOp,
-) {
-    // Byte buffers may lie unaligned for T: elements are copied through small aligned blocks.
-    let (width, n_ranks) = (size_of::<T>(), pieces.len() / out.len().max(1));
-    out.par_chunks_mut(BLOCK * width).enumerate().for_each(|(block, out_block)| {
-        let n = out_block.len() / width;
-        let mut sum = vec![0f32; n];
-        for rank in 0..n_ranks {
-            let start = rank * (pieces.len() / n_ranks) + block * BLOCK * width;
-            let values = pieces[start..start + out_block.len()].chunks_exact(width).map(|b| widen(bytemuck::pod_read_unaligned(b)));
-            match (rank, op) {
-                (0, _) => sum.iter_mut().zip(values).for_each(|(sum, x)| *sum = x),
-                (_, ReduceOp::Sum) => sum.iter_mut().zip(values).for_each(|(sum, x)| *sum += x),
-                (_, ReduceOp::Max) => sum.iter_mut().zip(values).for_each(|(sum, x)| *sum = sum.max(x)),
-            }
-        }
-        for (to, sum) in out_block.chunks_exact_mut(width).zip(sum) {
-            to.copy_from_slice(bytemuck::bytes_of(&round(sum)));
-        }
-    });
-}
-
-/// Lengths first, then the bytes padded to the longest.
 pub(super) fn gather_variable<C: Communicator + ?Sized>(comm: &C, mine: &[u8]) -> Vec<Vec<u8>> {
-    let mut lengths = vec![0u8; 8 * comm.size()];
-    comm.start_all_gather_bytes(&(mine.len() as u64).to_le_bytes(), &mut lengths).wait();
-    let lengths: Vec<usize> = lengths.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes")) as usize).collect();
-    let longest = lengths.iter().copied().max().unwrap_or(0);
-    let mut padded = mine.to_vec();
-    padded.resize(longest, 0);
-    let mut all = vec![0u8; longest * comm.size()];
-    comm.start_all_gather_bytes(&padded, &mut all).wait();
-    lengths.iter().enumerate().map(|(rank, &length)| all[rank * longest..][..length].to_vec()).collect()
+    let lengths = gather_u64(comm, mine.len() as u64);
+    let longest = lengths.iter().copied().max().expect("at least this rank") as usize;
+    if longest == 0 {
+        return vec![Vec::new(); comm.size()];
+    }
+    let mut padded = comm.staging().take(longest);
+    padded.bytes_mut()[..mine.len()].copy_from_slice(mine);
+    padded.bytes_mut()[mine.len()..].fill(0);
+    let mut all = comm.staging().take(longest * comm.size());
+    comm.start_all_gather_bytes(padded.bytes(), all.bytes_mut()).wait();
+    all.bytes().chunks_exact(longest).zip(lengths).map(|(bytes, n)| bytes[..n as usize].to_vec()).collect()
 }
 
 pub(super) fn agree<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
     if world.size() == 1 {
         return mine;
     }
-    let text = match &mine {
-        Ok(_) => Vec::new(),
-        Err(error) => format!("{}{error}", error.exit_code() as char).into_bytes(),
-    };
-    let failed = world.gather_variable(&text).into_iter().enumerate().find(|(_, text)| !text.is_empty());
-    let Some((_, text)) = failed else { return mine };
-    let text = String::from_utf8_lossy(&text);
-    let mut letters = text.chars();
-    let kind = match letters.next().map(|code| code as u32) {
-        Some(2) => Kind::Recipe,
-        Some(3) => Kind::File,
-        Some(4) => Kind::Numeric,
-        Some(75) => Kind::Requeue,
-        _ => Kind::Other,
-    };
-    Err(Error::new(kind, letters.as_str()))
+    // One small round when all is well; the text travels only after a failure.
+    let text = mine.as_ref().err().map(encode).unwrap_or_default();
+    let lengths = gather_u64(world, text.len() as u64);
+    let Some(first) = lengths.iter().position(|&n| n > 0) else { return mine };
+    let mut bytes = if world.rank() == first { text } else { vec![0; lengths[first] as usize] };
+    world.broadcast_bytes(&mut bytes, first);
+    Err(decode(&bytes))
+}
+
+const KINDS: [Kind; 5] = [Kind::Recipe, Kind::File, Kind::Numeric, Kind::Requeue, Kind::Other];
+
+/// Kind and text; never empty.
+fn encode(error: &Error) -> Vec<u8> {
+    let kind = KINDS.iter().position(|&kind| kind == error.kind()).expect("every kind is listed");
+    let mut bytes = vec![kind as u8];
+    bytes.extend_from_slice(error.to_string().as_bytes());
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Error {
+    Error::new(KINDS[bytes[0] as usize], String::from_utf8_lossy(&bytes[1..]))
+}
+
+fn gather_u64<C: Communicator + ?Sized>(comm: &C, x: u64) -> Vec<u64> {
+    let mut all = vec![0u8; 8 * comm.size()];
+    comm.start_all_gather_bytes(&x.to_le_bytes(), &mut all).wait();
+    all.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes"))).collect()
+}
+
+fn check_division(what: &str, size: usize, full: &Tensor, shard: &Tensor) {
+    let fits = full.dtype() == shard.dtype() && full.n_elements() == size * shard.n_elements();
+    assert!(fits, "{what} over {size} ranks: {full:?} is not {size} times {shard:?}");
+}
+
+fn check_summable(what: &str, x: &Tensor) {
+    assert!(x.dtype() != DType::U32, "{what} of {x:?}: integers are gathered, not summed");
+}
+
+/// out = the pieces combined in rank order; all of one length and dtype.
+fn combine(pieces: &[&[u8]], out: &mut [u8], dtype: DType, op: ReduceOp) {
+    match dtype {
+        DType::F32 => {
+            let pieces: Vec<&[f32]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
+            in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| combine_f32(pieces, out, op));
+        }
+        DType::BF16 => {
+            let pieces: Vec<&[u16]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
+            in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| combine_bf16(pieces, out, op));
+        }
+        DType::U32 => unreachable!("refused before anything is sent"),
+    }
+}
+
+/// Calls `block` on matching blocks of the pieces and the output, on all cores when there is enough to do.
+fn in_blocks<T: Copy + Send + Sync>(pieces: &[&[T]], out: &mut [T], block: impl Fn(&[&[T]], &mut [T]) + Sync) {
+    if out.len() <= 4 * BLOCK {
+        return block(pieces, out);
+    }
+    out.par_chunks_mut(BLOCK).enumerate().for_each(|(i, out)| {
+        let part: Vec<&[T]> = pieces.iter().map(|piece| &piece[i * BLOCK..i * BLOCK + out.len()]).collect();
+        block(&part, out);
+    });
+}
+
+fn combine_f32(pieces: &[&[f32]], out: &mut [f32], op: ReduceOp) {
+    for (i, out) in out.chunks_mut(LANE_BLOCK).enumerate() {
+        let at = i * LANE_BLOCK..i * LANE_BLOCK + out.len();
+        out.copy_from_slice(&pieces[0][at.clone()]);
+        for piece in &pieces[1..] {
+            accumulate(out, piece[at.clone()].iter().copied(), op);
+        }
+    }
+}
+
+fn combine_bf16(pieces: &[&[u16]], out: &mut [u16], op: ReduceOp) {
+    let mut sum = [0f32; LANE_BLOCK];
+    for (i, out) in out.chunks_mut(LANE_BLOCK).enumerate() {
+        let at = i * LANE_BLOCK..i * LANE_BLOCK + out.len();
+        let sum = &mut sum[..out.len()];
+        for (sum, &x) in sum.iter_mut().zip(&pieces[0][at.clone()]) {
+            *sum = widen(x);
+        }
+        for piece in &pieces[1..] {
+            accumulate(sum, piece[at.clone()].iter().map(|&x| widen(x)), op);
+        }
+        for (out, &sum) in out.iter_mut().zip(sum.iter()) {
+            *out = round_to_bf16(sum);
+        }
+    }
+}
+
+/// sum = sum + x or max(sum, x); a NaN stays a NaN in either, so that a bad value is seen on every rank.
+fn accumulate(sum: &mut [f32], xs: impl Iterator<Item = f32>, op: ReduceOp) {
+    match op {
+        ReduceOp::Sum => sum.iter_mut().zip(xs).for_each(|(sum, x)| *sum += x),
+        ReduceOp::Max => sum.iter_mut().zip(xs).for_each(|(max, x)| *max = if *max >= x || max.is_nan() { *max } else { x }),
+    }
+}
+
+fn widen(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+/// To nearest even, NaN to quiet NaN; without branches, so that the loop around it becomes vector code.
+fn round_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    (if x.is_nan() { quiet } else { rounded }) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rounding is that of half::bf16 for every upper half and the lower halves around ties: else a sum over ranks would
+    /// round otherwise than the device does.
+    #[test]
+    fn bf16_rounds_to_nearest_even() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(u32::from(high) << 16 | low);
+                assert_eq!(round_to_bf16(x), half::bf16::from_f32(x).to_bits(), "{x:e}");
+            }
+        }
+    }
+
+    /// An error keeps its kind and text on the way to other ranks, so every rank exits with the same code and message.
+    #[test]
+    fn errors_travel_whole() {
+        for kind in KINDS {
+            let error = Error::new(kind, "found 3, expected 4").remedy("try 4").doing("reading");
+            let back = decode(&encode(&error));
+            assert_eq!((back.kind(), back.to_string()), (kind, error.to_string()));
+        }
+    }
 }

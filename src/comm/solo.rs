@@ -1,17 +1,24 @@
-//! One rank: every collective is the identity.
+//! The communicator of one rank alone: every collective is the identity or a copy, and messages go to itself.
 
-use super::{Communicator, Pending, PendingBytes, Recv, Send, Staging};
+use super::mailbox::Mailbox;
+use super::{Communicator, Pending, Recv, Send, Staging, UsePieces};
 
-/// The world of a single rank.
+/// One rank.
 #[derive(Default)]
 pub struct Solo {
+    mailbox: Mailbox,
     staging: Staging,
 }
 
 impl Solo {
-    /// A world of one.
-    pub fn new() -> Solo {
+    /// A world of one rank.
+    pub fn new() -> Self {
         Solo::default()
+    }
+
+    /// One rank that shares a pool of temporaries.
+    pub(super) fn sharing(staging: Staging) -> Self {
+        Solo { mailbox: Mailbox::default(), staging }
     }
 }
 
@@ -19,34 +26,48 @@ impl Communicator for Solo {
     fn rank(&self) -> usize {
         0
     }
+
     fn size(&self) -> usize {
         1
     }
+
     fn barrier(&self) {}
+
     fn split(&self, _colour: usize) -> Box<dyn Communicator> {
-        Box::new(Solo::new())
+        Box::new(Solo::sharing(self.staging.clone()))
     }
+
     fn start_all_gather_bytes<'a>(&'a self, shard: &'a [u8], full: &'a mut [u8]) -> Pending<'a> {
         full.copy_from_slice(shard);
         Pending::done()
     }
-    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], mut room: Vec<u8>) -> PendingBytes<'a> {
-        room.copy_from_slice(send);
-        PendingBytes::until(move || room)
+
+    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], finish: UsePieces<'a>) -> Pending<'a> {
+        Pending::until(move || finish(&[send]))
     }
+
+    fn broadcast_bytes(&self, _data: &mut [u8], root: usize) {
+        assert_eq!(root, 0, "broadcast from rank {root} of 1");
+    }
+
+    fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a> {
+        for send in sends {
+            assert_eq!(send.peer, 0, "message to rank {} of 1", send.peer);
+            let mut message = self.staging.take(send.tensor.n_bytes());
+            message.bytes_mut().copy_from_slice(send.tensor.bytes());
+            self.mailbox.put(0, send.tag, message);
+        }
+        let tickets: Vec<_> = recvs.iter().map(|recv| self.mailbox.post(recv.peer, recv.tag)).collect();
+        Pending::until(move || {
+            for (recv, ticket) in recvs.into_iter().zip(tickets) {
+                let (peer, tag) = (recv.peer, recv.tag);
+                let message = self.mailbox.wait(ticket, || panic!("waiting for a message of rank {peer}, tag {tag}, never sent"));
+                recv.fill(message.bytes());
+            }
+        })
+    }
+
     fn staging(&self) -> &Staging {
         &self.staging
-    }
-    fn broadcast_bytes(&self, _data: &mut [u8], root: usize) {
-        assert_eq!(root, 0, "a world of one has rank 0 only");
-    }
-    fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, mut recvs: Vec<Recv<'a>>) -> Pending<'a> {
-        // A rank may write to itself: messages of one tag arrive in the order they were sent.
-        assert_eq!(sends.len(), recvs.len(), "a world of one can only send to itself what it receives in the same group");
-        for send in &sends {
-            let to = recvs.iter().position(|recv| recv.tag == send.tag).expect("every send has its receive");
-            recvs.remove(to).tensor.bytes_mut().copy_from_slice(send.tensor.bytes());
-        }
-        Pending::done()
     }
 }

@@ -1,87 +1,220 @@
-//! Ranks as threads of one process: mailboxes in shared memory. Nearly all parallel tests run on it. A panic on one rank wakes
-//! the others, which panic too, so nothing waits for a rank that is gone.
+//! Ranks as threads of one process: what nearly all parallel tests run on. A message is copied once into a pooled buffer
+//! when it is posted and read from there by whoever waits for it, so `start_*` never blocks.
+//!
+//! A rank that panics, or that returns while others still wait for it, ends all of them: a mistake shows as a message, not
+//! as a test that hangs. Knows nothing of processes.
 
-use super::{Communicator, Pending, PendingBytes, Recv, Send, Staging};
-use std::collections::{HashMap, VecDeque};
+use super::mailbox::Mailbox;
+use super::solo::Solo;
+use super::{Communicator, Pending, Recv, Send, Staging, StagingBuffer, UsePieces};
+use std::any::Any;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 
-/// Where a message belongs: from and to as world ranks, the communicator's channel, and its tag there.
-type Address = (usize, usize, u64, u64);
-
-#[derive(Default)]
-struct Mail {
-    boxes: HashMap<Address, VecDeque<Vec<u8>>>,
-    /// The first rank that panicked.
-    lost_rank: Option<usize>,
+/// Runs `rank_main` on `n` ranks at once and returns their results in rank order. When a rank panics the others are ended
+/// too, and this panics with the first message and its rank.
+pub fn run<T: std::marker::Send>(n: usize, rank_main: impl Fn(Box<dyn Communicator>) -> T + Sync) -> Vec<T> {
+    assert!(n > 0, "a world of no ranks");
+    let hub = Arc::new(Hub::new(n));
+    let world = Group::new(&hub, (0..n).collect());
+    let rank_main = &rank_main;
+    let results: Vec<Option<T>> = std::thread::scope(|scope| {
+        let spawn = |rank: usize| {
+            let (hub, world) = (Arc::clone(&hub), Arc::clone(&world));
+            let body = move || {
+                let comm = Threads::new(world, rank, Staging::default());
+                let result = catch_unwind(AssertUnwindSafe(|| rank_main(Box::new(comm))));
+                hub.leave(rank, result)
+            };
+            std::thread::Builder::new().name(format!("rank {rank}")).spawn_scoped(scope, body).expect("a thread for each rank")
+        };
+        let threads: Vec<_> = (0..n).map(spawn).collect();
+        threads.into_iter().map(|thread| thread.join().expect("panics are caught within")).collect()
+    });
+    if let Some((rank, payload)) = lock(&hub.first_panic).take() {
+        panic!("rank {rank} of {n}: {}", panic_text(payload.as_ref()));
+    }
+    results.into_iter().map(|result| result.expect("no rank panicked")).collect()
 }
 
-#[derive(Default)]
-struct Shared {
-    mail: Mutex<Mail>,
-    arrived: Condvar,
+fn panic_text(payload: &(dyn Any + std::marker::Send)) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("panic without a text")
 }
 
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Mail> {
-        self.mail.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+/// What a rank is ended with when another one has panicked.
+struct Ended;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing is left half changed by a panic while waiting, so a poisoned lock is as good as another.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// What all groups of one world share.
+struct Hub {
+    /// Whether each rank has returned or panicked.
+    left: Vec<AtomicBool>,
+    ended: AtomicBool,
+    first_panic: Mutex<FirstPanic>,
+    groups: Mutex<Vec<Weak<Group>>>,
+}
+
+impl Hub {
+    fn new(n: usize) -> Hub {
+        let left = (0..n).map(|_| AtomicBool::new(false)).collect();
+        Hub { left, ended: AtomicBool::new(false), first_panic: Mutex::new(None), groups: Mutex::new(Vec::new()) }
     }
 
-    fn post(&self, to: Address, message: Vec<u8>) {
-        self.lock().boxes.entry(to).or_default().push_back(message);
-        self.arrived.notify_all();
+    fn leave<T>(&self, rank: usize, result: std::thread::Result<T>) -> Option<T> {
+        let result = match result {
+            Ok(value) => Some(value),
+            Err(payload) => {
+                if !payload.is::<Ended>() {
+                    lock(&self.first_panic).get_or_insert((rank, payload));
+                }
+                self.ended.store(true, Ordering::SeqCst);
+                None
+            }
+        };
+        self.left[rank].store(true, Ordering::SeqCst);
+        let groups: Vec<Arc<Group>> = lock(&self.groups).iter().filter_map(Weak::upgrade).collect();
+        groups.iter().for_each(|group| group.wake());
+        result
+    }
+}
+
+/// One collective call of a group: the n-th call of each rank belong together.
+struct Round {
+    /// What the first rank to arrive has called; all others must call the same.
+    call: Call,
+    posted: Vec<Option<Arc<StagingBuffer>>>,
+    n_posted: usize,
+    n_finished: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Call {
+    Barrier,
+    Split,
+    AllGather { shard_bytes: usize },
+    AllToAll { bytes: usize },
+    Broadcast { root: usize, bytes: usize },
+}
+
+/// By round and colour: a group, and how many of its ranks have fetched it.
+type Children = HashMap<(u64, u64), (Arc<Group>, usize)>;
+
+/// The first rank that panicked, and with what.
+type FirstPanic = Option<(usize, Box<dyn Any + std::marker::Send>)>;
+
+/// What the ranks of one communicator share.
+struct Group {
+    hub: Arc<Hub>,
+    /// World ranks of its ranks.
+    members: Vec<usize>,
+    rounds: Mutex<HashMap<u64, Round>>,
+    complete: Condvar,
+    mailboxes: Vec<Mailbox>,
+    /// Groups split from this one, until all of their ranks have fetched them.
+    children: Mutex<Children>,
+}
+
+impl Group {
+    fn new(hub: &Arc<Hub>, members: Vec<usize>) -> Arc<Group> {
+        let mailboxes = members.iter().map(|_| Mailbox::default()).collect();
+        let (rounds, children) = (Mutex::default(), Mutex::default());
+        let group = Arc::new(Group { hub: Arc::clone(hub), members, rounds, complete: Condvar::new(), mailboxes, children });
+        let mut groups = lock(&hub.groups);
+        groups.retain(|group| group.strong_count() > 0);
+        groups.push(Arc::downgrade(&group));
+        group
     }
 
-    /// Waits for the next message of this address.
-    fn receive(&self, at: Address) -> Vec<u8> {
-        let mut mail = self.lock();
-        loop {
-            if let Some(queue) = mail.boxes.get_mut(&at) {
-                let message = queue.pop_front();
-                if queue.is_empty() {
-                    mail.boxes.remove(&at);
-                }
-                if let Some(message) = message {
-                    return message;
-                }
-            }
-            if let Some(rank) = mail.lost_rank {
-                drop(mail);
-                panic!("rank {rank} is gone");
-            }
-            mail = self.arrived.wait(mail).unwrap_or_else(std::sync::PoisonError::into_inner);
+    fn wake(&self) {
+        drop(lock(&self.rounds));
+        self.complete.notify_all();
+        self.mailboxes.iter().for_each(Mailbox::wake);
+    }
+
+    /// Panics when rank `on` will never come. Called with the lock held under which it would have posted: what it posted
+    /// before it left is seen first.
+    fn check(&self, on: usize, what: impl Fn() -> String) {
+        if self.hub.ended.load(Ordering::SeqCst) {
+            // Not a panic of this rank: the hook stays silent, the first message is the one that is read.
+            resume_unwind(Box::new(Ended));
+        }
+        let world_rank = self.members[on];
+        let left = self.hub.left[world_rank].load(Ordering::SeqCst);
+        assert!(!left, "{}: rank {on} of {} (world rank {world_rank}) has returned already", what(), self.members.len());
+    }
+
+    fn post(&self, number: u64, rank: usize, call: Call, message: Option<StagingBuffer>) {
+        let size = self.members.len();
+        let mut rounds = lock(&self.rounds);
+        let fresh = || Round { call, posted: vec![None; size], n_posted: 0, n_finished: 0 };
+        let round = rounds.entry(number).or_insert_with(fresh);
+        let first = round.call;
+        round.posted[rank] = message.map(Arc::new);
+        round.n_posted += 1;
+        let wake = round.n_posted == size || matches!(call, Call::Broadcast { root, .. } if root == rank);
+        drop(rounds);
+        assert!(call == first, "collective {number} of a group of {size}: rank {rank} calls {call:?}, another rank {first:?}");
+        if wake {
+            self.complete.notify_all();
         }
     }
 
-    fn lose(&self, rank: usize) {
-        self.lock().lost_rank.get_or_insert(rank);
-        self.arrived.notify_all();
+    /// Blocks until all ranks have posted, for a broadcast the root, and returns what they posted.
+    fn finish(&self, number: u64, needs: impl Fn(&Round) -> Option<usize>) -> Vec<Option<Arc<StagingBuffer>>> {
+        let mut rounds = lock(&self.rounds);
+        loop {
+            let round = rounds.get_mut(&number).expect("a round stays until all ranks have finished it");
+            let Some(missing) = needs(round) else {
+                let posted = round.posted.clone();
+                round.n_finished += 1;
+                if round.n_finished == self.members.len() {
+                    rounds.remove(&number);
+                }
+                return posted;
+            };
+            let call = round.call;
+            self.check(missing, || format!("waiting in {call:?}"));
+            rounds = self.complete.wait(rounds).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+
+    /// All ranks' bytes of this round, in rank order.
+    fn finish_all(&self, number: u64) -> Vec<Arc<StagingBuffer>> {
+        let posted = self.finish(number, |round| round.posted.iter().position(Option::is_none));
+        posted.into_iter().map(|message| message.expect("all have posted")).collect()
     }
 }
 
-/// One rank's end of a communicator over threads.
-pub struct Threads {
-    shared: Arc<Shared>,
-    /// World ranks of the members, in rank order.
-    members: Vec<usize>,
+/// One rank's end of a group.
+struct Threads {
+    group: Arc<Group>,
     rank: usize,
-    channel: u64,
-    n_collectives: AtomicU64,
-    n_splits: AtomicU64,
+    n_rounds: AtomicU64,
     staging: Staging,
 }
 
-/// Point-to-point tags lie below this, collectives above, each with a number of its own.
-const FIRST_COLLECTIVE: u64 = 1 << 32;
-
 impl Threads {
-    fn address(&self, from: usize, to: usize, tag: u64) -> Address {
-        (self.members[from], self.members[to], self.channel, tag)
+    fn new(group: Arc<Group>, rank: usize, staging: Staging) -> Threads {
+        Threads { group, rank, n_rounds: AtomicU64::new(0), staging }
     }
 
-    fn next_collective(&self) -> u64 {
-        FIRST_COLLECTIVE + self.n_collectives.fetch_add(1, Ordering::Relaxed)
+    fn copy(&self, bytes: &[u8]) -> StagingBuffer {
+        let mut message = self.staging.take(bytes.len());
+        message.bytes_mut().copy_from_slice(bytes);
+        message
+    }
+
+    fn start(&self, call: Call, bytes: &[u8]) -> u64 {
+        let number = self.n_rounds.fetch_add(1, Ordering::Relaxed);
+        self.group.post(number, self.rank, call, Some(self.copy(bytes)));
+        number
     }
 }
 
@@ -91,139 +224,85 @@ impl Communicator for Threads {
     }
 
     fn size(&self) -> usize {
-        self.members.len()
+        self.group.members.len()
     }
 
     fn barrier(&self) {
-        let mut all = vec![0u8; self.size()];
-        self.start_all_gather_bytes(&[0], &mut all).wait();
+        let number = self.start(Call::Barrier, &[]);
+        self.group.finish_all(number);
     }
 
     fn split(&self, colour: usize) -> Box<dyn Communicator> {
-        let n = self.n_splits.fetch_add(1, Ordering::Relaxed);
-        let colours = self.gather_f64(colour as f64);
-        let ours: Vec<usize> = (0..self.size()).filter(|&rank| colours[rank] == colour as f64).collect();
-        let name = [self.channel.to_le_bytes(), n.to_le_bytes(), (colour as u64).to_le_bytes()].concat();
-        Box::new(Threads {
-            shared: Arc::clone(&self.shared),
-            members: ours.iter().map(|&rank| self.members[rank]).collect(),
-            rank: ours.iter().position(|&rank| rank == self.rank).expect("a rank has its own colour"),
-            channel: xxhash_rust::xxh3::xxh3_64(&name),
-            n_collectives: AtomicU64::new(0),
-            n_splits: AtomicU64::new(0),
-            staging: Staging::default(),
-        })
+        let number = self.start(Call::Split, &(colour as u64).to_le_bytes());
+        let colours = self.group.finish_all(number);
+        let colour = (colour as u64).to_le_bytes();
+        let ranks: Vec<usize> = (0..self.size()).filter(|&rank| colours[rank].bytes() == colour).collect();
+        if ranks.len() == 1 {
+            return Box::new(Solo::sharing(self.staging.clone()));
+        }
+        let rank = ranks.iter().position(|&rank| rank == self.rank).expect("a rank has its own colour");
+        let members: Vec<usize> = ranks.iter().map(|&rank| self.group.members[rank]).collect();
+        let key = (number, u64::from_le_bytes(colour));
+        let mut children = lock(&self.group.children);
+        let (group, n_fetched) = children.entry(key).or_insert_with(|| (Group::new(&self.group.hub, members), 0));
+        let group = Arc::clone(group);
+        *n_fetched += 1;
+        if *n_fetched == ranks.len() {
+            children.remove(&key);
+        }
+        Box::new(Threads::new(group, rank, self.staging.clone()))
     }
 
     fn start_all_gather_bytes<'a>(&'a self, shard: &'a [u8], full: &'a mut [u8]) -> Pending<'a> {
-        assert_eq!(full.len(), shard.len() * self.size(), "all-gather of {} bytes over {} ranks", shard.len(), self.size());
-        let tag = self.next_collective();
-        (0..self.size()).filter(|&to| to != self.rank).for_each(|to| self.shared.post(self.address(self.rank, to, tag), shard.to_vec()));
+        assert_eq!(full.len(), self.size() * shard.len(), "all-gather over {} ranks", self.size());
+        let number = self.start(Call::AllGather { shard_bytes: shard.len() }, shard);
         Pending::until(move || {
-            for from in 0..self.size() {
-                let piece = &mut full[from * shard.len()..][..shard.len()];
-                if from == self.rank {
-                    piece.copy_from_slice(shard);
-                } else {
-                    piece.copy_from_slice(&self.shared.receive(self.address(from, self.rank, tag)));
-                }
+            let n = shard.len();
+            for (rank, message) in self.group.finish_all(number).iter().enumerate() {
+                full[rank * n..(rank + 1) * n].copy_from_slice(message.bytes());
             }
         })
     }
 
-    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], mut room: Vec<u8>) -> PendingBytes<'a> {
-        assert_eq!(send.len(), room.len());
-        assert_eq!(send.len() % self.size(), 0, "{} bytes in {} equal pieces", send.len(), self.size());
-        let (tag, n) = (self.next_collective(), send.len() / self.size());
-        for to in (0..self.size()).filter(|&to| to != self.rank) {
-            self.shared.post(self.address(self.rank, to, tag), send[to * n..][..n].to_vec());
+    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], finish: UsePieces<'a>) -> Pending<'a> {
+        assert_eq!(send.len() % self.size(), 0, "all-to-all over {} ranks", self.size());
+        let n = send.len() / self.size();
+        let number = self.start(Call::AllToAll { bytes: send.len() }, send);
+        Pending::until(move || {
+            let messages = self.group.finish_all(number);
+            let mine = self.rank * n..(self.rank + 1) * n;
+            let pieces: Vec<&[u8]> = messages.iter().map(|message| &message.bytes()[mine.clone()]).collect();
+            finish(&pieces);
+        })
+    }
+
+    fn broadcast_bytes(&self, data: &mut [u8], root: usize) {
+        assert!(root < self.size(), "broadcast from rank {root} of {}", self.size());
+        let number = self.n_rounds.fetch_add(1, Ordering::Relaxed);
+        let message = (self.rank == root).then(|| self.copy(data));
+        self.group.post(number, self.rank, Call::Broadcast { root, bytes: data.len() }, message);
+        let posted = self.group.finish(number, |round| round.posted[root].is_none().then_some(root));
+        if self.rank != root {
+            data.copy_from_slice(posted[root].as_ref().expect("the root has posted").bytes());
         }
-        PendingBytes::until(move || {
-            for from in 0..self.size() {
-                let piece = &mut room[from * n..][..n];
-                if from == self.rank {
-                    piece.copy_from_slice(&send[from * n..][..n]);
-                } else {
-                    piece.copy_from_slice(&self.shared.receive(self.address(from, self.rank, tag)));
-                }
+    }
+
+    fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a> {
+        for send in sends {
+            self.group.mailboxes[send.peer].put(self.rank, send.tag, self.copy(send.tensor.bytes()));
+        }
+        let mine = &self.group.mailboxes[self.rank];
+        let tickets: Vec<_> = recvs.iter().map(|recv| mine.post(recv.peer, recv.tag)).collect();
+        Pending::until(move || {
+            for (recv, ticket) in recvs.into_iter().zip(tickets) {
+                let (peer, tag) = (recv.peer, recv.tag);
+                let message = mine.wait(ticket, || self.group.check(peer, || format!("waiting for a message with tag {tag}")));
+                recv.fill(message.bytes());
             }
-            room
         })
     }
 
     fn staging(&self) -> &Staging {
         &self.staging
     }
-
-    fn broadcast_bytes(&self, data: &mut [u8], root: usize) {
-        let tag = self.next_collective();
-        if self.rank == root {
-            (0..self.size()).filter(|&to| to != root).for_each(|to| self.shared.post(self.address(root, to, tag), data.to_vec()));
-        } else {
-            data.copy_from_slice(&self.shared.receive(self.address(root, self.rank, tag)));
-        }
-    }
-
-    fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a> {
-        for send in sends {
-            self.shared.post(self.address(self.rank, send.peer, u64::from(send.tag)), send.tensor.bytes().to_vec());
-        }
-        Pending::until(move || {
-            for recv in recvs {
-                let message = self.shared.receive(self.address(recv.peer, self.rank, u64::from(recv.tag)));
-                let room = recv.tensor.bytes_mut();
-                assert_eq!(
-                    room.len(),
-                    message.len(),
-                    "message of {} bytes from rank {} for room of {}",
-                    message.len(),
-                    recv.peer,
-                    room.len()
-                );
-                room.copy_from_slice(&message);
-            }
-        })
-    }
-}
-
-/// Runs `rank_main` on `n` ranks and returns their results in rank order. The first panic is raised again here, after all
-/// ranks have ended.
-pub fn run<T: std::marker::Send>(n: usize, rank_main: impl Fn(Box<dyn Communicator>) -> T + Sync) -> Vec<T> {
-    let shared = Arc::new(Shared::default());
-    let run_rank = |rank: usize| {
-        let world = Threads {
-            shared: Arc::clone(&shared),
-            members: (0..n).collect(),
-            rank,
-            channel: 0,
-            n_collectives: AtomicU64::new(0),
-            n_splits: AtomicU64::new(0),
-            staging: Staging::default(),
-        };
-        let result = catch_unwind(AssertUnwindSafe(|| rank_main(Box::new(world))));
-        if result.is_err() {
-            shared.lose(rank);
-        }
-        result
-    };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..n)
-            .map(|rank| {
-                scope.spawn({
-                    let run_rank = &run_rank;
-                    move || run_rank(rank)
-                })
-            })
-            .collect();
-        ranks.into_iter().map(|rank| rank.join().expect("panics were caught")).collect()
-    });
-    let lost = shared.lock().lost_rank;
-    let mut results: Vec<Result<T, _>> = results;
-    if let Some(rank) = lost {
-        match results.swap_remove(rank) {
-            Err(panic) => resume_unwind(panic),
-            Ok(_) => unreachable!("the lost rank panicked"),
-        }
-    }
-    results.into_iter().map(|result| result.unwrap_or_else(|panic| resume_unwind(panic))).collect()
 }
