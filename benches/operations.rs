@@ -218,7 +218,7 @@ fn measure(cpu: &Cpu, case: &Case, dtype: DType, copies: &mut Copies, work: Work
     (case.run)(cpu, &mut tensors);
     let begin = Instant::now();
     let mut rounds = 0;
-    while rounds < 3 || (begin.elapsed().as_secs_f64() < 0.5 && rounds < 12) {
+    while rounds < 2 || (begin.elapsed().as_secs_f64() < 0.25 && rounds < 12) {
         ceiling = ceiling.max(if work == Work::Flops { flops_per_s(dtype) } else { copies.bytes_per_s() });
         for _ in 0..2 {
             let start = Instant::now();

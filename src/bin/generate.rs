@@ -1,2 +1,142 @@
-//! (being written)
-fn main() {}
+//! trireme-generate: requests (JSONL) -> responses (JSONL). Wiring only; the work is `infer::generate`.
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
+use trireme::checkpoint;
+use trireme::cli;
+use trireme::comm::agree;
+use trireme::device::cpu::Cpu;
+use trireme::error::Result;
+use trireme::infer::generate::{self, Generator};
+use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
+use trireme::infer::request::{Limits, Response, read_requests};
+use trireme::runtime::{DeviceKind, Runtime};
+use trireme::tensor::DType;
+use trireme::text::Tokenizer;
+
+/// Generate responses to a file of requests, in batch.
+///
+/// A request is one JSON object a line:
+///   {"id": "a", "prompt": "Once upon", "max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "seed": 1}
+/// or with "tokens": [..] in place of "prompt". Left out: temperature 1, top_p 1, top_k 0 (all), seed 0. Temperature 0 takes
+/// the most likely token. A response is {"id", "text", "tokens", "logprob", "finish_reason": "stop"|"length"|"context"}, in the
+/// order of the requests, in OUT/responses.jsonl.
+///
+/// Example:
+///   trireme-generate --checkpoint runs/first --requests requests.jsonl --out runs/first-samples
+#[derive(Parser)]
+#[command(name = "trireme-generate", version, verbatim_doc_comment)]
+struct Args {
+    /// A checkpoint, or a run (its newest checkpoint)
+    #[arg(long)]
+    checkpoint: PathBuf,
+    /// Requests, one JSON object a line
+    #[arg(long)]
+    requests: PathBuf,
+    /// Directory to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Tensor-parallel ranks
+    #[arg(long, default_value_t = 1)]
+    tp: usize,
+    /// Pipeline stages
+    #[arg(long, default_value_t = 1)]
+    pp: usize,
+    /// Responses under way at one time on a replica
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Storage of weights and activations: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
+    dtype: DType,
+    /// Where to compute
+    #[arg(long, default_value = "cpu")]
+    device: DeviceKind,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::main_with(|| run(&args))
+}
+
+fn run(args: &Args) -> Result<()> {
+    let runtime = Runtime::start(args.device)?;
+    let result = generate(args, &runtime);
+    runtime.close(result)
+}
+
+fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
+    let world = runtime.world();
+    let prepared = agree(world, prepare(args, world.size()))?;
+    let begun = if world.rank() == 0 { begin(args, &prepared).map(Some) } else { Ok(None) };
+    let begun = agree(world, begun)?;
+    let finished = matches!(begun, Some(Begin::Finished(_)));
+    if world.sum_f64(f64::from(u8::from(finished))) > 0.0 {
+        if world.rank() == 0 {
+            println!("{}: finished already, nothing to do", args.out.display());
+        }
+        return Ok(());
+    }
+    let groups = runtime.groups(prepared.layout);
+    let device = Cpu::new();
+    let chunk = agree(&*groups.world, load_chunk(&device, &prepared.stored, &groups, args.dtype))?;
+    let generator = Generator {
+        device: &device,
+        groups: &groups,
+        chunk: &chunk,
+        eos_id: prepared.tokenizer.as_ref().and_then(Tokenizer::eos_id),
+        tokenizer: prepared.tokenizer.as_ref(),
+        n_slots: args.batch,
+        stop: &|| runtime.stop_requested(),
+    };
+    let mine = agree(&*groups.world, generator.run(&prepared.requests))?;
+    let responses = generate::gather(&groups, &mine);
+    let written = match begun {
+        Some(Begin::Write(writer)) => write(writer, &responses),
+        _ => Ok(()),
+    };
+    agree(&*groups.world, written)?;
+    if runtime.is_first() {
+        println!("{}: {} responses", args.out.join("responses.jsonl").display(), responses.len());
+    }
+    Ok(())
+}
+
+/// What every rank reads for itself.
+struct Prepared {
+    stored: checkpoint::Stored,
+    tokenizer: Option<Tokenizer>,
+    requests: Vec<trireme::infer::request::Request>,
+    layout: trireme::parallel::layout::ParallelLayout,
+}
+
+fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
+    let layout = layout_for(n_ranks, args.tp, args.pp)?;
+    let stored = checkpoint::open(&args.checkpoint)?;
+    let model = &stored.meta().model;
+    check_layout(model, &layout)?;
+    let tokenizer = load::tokenizer(&stored)?;
+    let limits = Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref() };
+    let requests = read_requests(&args.requests, limits)?;
+    Ok(Prepared { stored, tokenizer, requests, layout })
+}
+
+fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
+    let recipe = serde_json::json!({ "dtype": format!("{:?}", args.dtype).to_lowercase() });
+    let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
+    ArtifactWriter::begin(&args.out, "responses", recipe, inputs)
+}
+
+fn write(mut writer: ArtifactWriter, responses: &[Response]) -> Result<()> {
+    let mut file = HashingFile::create(writer.dir(), "responses.jsonl")?;
+    for response in responses {
+        let mut line = serde_json::to_vec(response).expect("a response is plain data");
+        line.push(b'\n');
+        file.append(&line)?;
+    }
+    writer.add(file.close()?);
+    writer.count("responses", responses.len());
+    writer.count("tokens", responses.iter().map(|response| response.tokens.len()).sum::<usize>());
+    writer.commit().map(|_| ())
+}

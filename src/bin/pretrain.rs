@@ -1,2 +1,78 @@
-//! (being written)
-fn main() {}
+//! trireme-pretrain: token shards -> checkpoints and metrics. Wiring only; the loop is `train::pretrain`.
+
+use clap::Parser;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use trireme::cli;
+use trireme::comm::agree;
+use trireme::device::ceiling;
+use trireme::device::cpu::Cpu;
+use trireme::error::Result;
+use trireme::recipe::Pretrain;
+use trireme::runtime::{DeviceKind, Runtime};
+use trireme::train::pretrain::{self, Ended, Job};
+
+/// Pretrain a decoder on token shards, on one rank or many.
+///
+/// Everything scientific is in the recipe; the command line says where. Started again on the same --out it goes on from the
+/// newest checkpoint; when the run is finished it says so and does nothing. SIGTERM and SIGUSR1 save and exit with 75.
+///
+/// Examples:
+///   trireme-pretrain --recipe slurm/recipes/quickstart.toml --out runs/first
+///   mpirun -n 4 trireme-pretrain --recipe r.toml --set parallel.tp=2 --set optimizer.lr=3e-4 --out runs/tp2dp2
+#[derive(Parser)]
+#[command(name = "trireme-pretrain", version, verbatim_doc_comment)]
+struct Args {
+    /// Recipe in TOML: model, parallel, batch, train, optimizer, data
+    #[arg(long)]
+    recipe: PathBuf,
+    /// Override of one key of the recipe, e.g. train.steps=100 (may be given again)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Run directory: checkpoints, metrics.jsonl, and a manifest when finished
+    #[arg(long)]
+    out: PathBuf,
+    /// Where to compute
+    #[arg(long, default_value = "cpu")]
+    device: DeviceKind,
+    /// Save and leave after this step, to be continued by the same command
+    #[arg(long, value_name = "STEP")]
+    stop_after: Option<u64>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::main_with(|| run(&args))
+}
+
+fn run(args: &Args) -> Result<()> {
+    let recipe = Pretrain::load(&args.recipe, &args.sets)?;
+    let runtime = Runtime::start(args.device)?;
+    let result = pretrain(args, &recipe, &runtime);
+    runtime.close(result)
+}
+
+fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
+    let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
+    let groups = runtime.groups(layout);
+    let device = Cpu::new();
+    let stop = || runtime.stop_agreed(&*groups.world);
+    let job = Job {
+        recipe,
+        groups: &groups,
+        device: &device,
+        out: &args.out,
+        stop_after: args.stop_after,
+        stop: &stop,
+        ceiling: &|dtype| ceiling::measure(&device, dtype),
+    };
+    let ended = pretrain::run(&job)?;
+    if runtime.is_first() {
+        match ended {
+            Ended::WasFinished => println!("{}: finished already, nothing to do", args.out.display()),
+            Ended::Finished => println!("{}: finished", args.out.display()),
+            Ended::StoppedAsPlanned => println!("{}: saved and stopped as planned; the same command goes on", args.out.display()),
+        }
+    }
+    Ok(())
+}

@@ -8,10 +8,12 @@
 pub mod mpi;
 mod ordered;
 pub mod solo;
+mod staging;
 pub mod threads;
 
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
 use crate::tensor::Tensor;
+pub use staging::Staging;
 
 /// How values of several ranks become one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,6 +80,35 @@ impl Drop for Pending<'_> {
     }
 }
 
+/// Bytes under way into a buffer that comes back at `wait`: the sender's memory is borrowed, the receiver's is owned.
+#[must_use = "communication is complete only after wait()"]
+pub struct PendingBytes<'a> {
+    finish: Option<Box<dyn FnOnce() -> Vec<u8> + 'a>>,
+}
+
+impl<'a> PendingBytes<'a> {
+    /// Complete after `finish` has run; it returns the buffer.
+    pub fn until(finish: impl FnOnce() -> Vec<u8> + 'a) -> Self {
+        PendingBytes { finish: Some(Box::new(finish)) }
+    }
+
+    /// Blocks until the communication is complete.
+    pub fn wait(mut self) -> Vec<u8> {
+        self.finish.take().expect("waited for once")()
+    }
+}
+
+impl Drop for PendingBytes<'_> {
+    // As for `Pending`.
+    fn drop(&mut self) {
+        if let Some(finish) = self.finish.take()
+            && !std::thread::panicking()
+        {
+            finish();
+        }
+    }
+}
+
 /// A group of ranks that call the same collectives in the same order.
 pub trait Communicator: std::marker::Send + Sync {
     /// Which of the ranks this is.
@@ -91,8 +122,10 @@ pub trait Communicator: std::marker::Send + Sync {
 
     /// full = the shards of all ranks in rank order; full.len() = size * shard.len().
     fn start_all_gather_bytes<'a>(&'a self, shard: &'a [u8], full: &'a mut [u8]) -> Pending<'a>;
-    /// Piece r of `send` goes to rank r; piece r of `recv` comes from rank r; `size` equal pieces.
-    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], recv: &'a mut [u8]) -> Pending<'a>;
+    /// Piece r of `send` goes to rank r; piece r of `room` comes from rank r; `size` equal pieces, both lengths equal.
+    fn start_all_to_all_bytes<'a>(&'a self, send: &'a [u8], room: Vec<u8>) -> PendingBytes<'a>;
+    /// Memory for staging that is kept between calls, so that large exchanges do not touch fresh pages each time.
+    fn staging(&self) -> &Staging;
     /// The root's bytes on all ranks.
     fn broadcast_bytes(&self, data: &mut [u8], root: usize);
     /// All sends and receives posted together: both directions at once cannot deadlock.

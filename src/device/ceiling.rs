@@ -1,63 +1,54 @@
-//! What a device reaches through its own trait on large, well-shaped work: the ceiling that training reports its share of.
-//! This file knows nothing of any particular device.
+//! What a device can do at best, measured through its own operations in about a second: the yardstick of every rate that is
+//! reported.
 
 use super::{Device, Gemm};
-use crate::error::{Context, Result};
+use crate::rng::Random;
 use crate::tensor::{DType, Tensor};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Rates that nothing on this device is expected to exceed by much.
+/// Best rates seen.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Ceiling {
-    /// Multiplications and additions per second of a large matrix product, f32 accumulation.
+    /// Floating-point operations per second of a large square matrix product on random data.
     pub gemm_flops_per_s: f64,
     /// Bytes read plus bytes written per second of a large copy.
     pub copy_bytes_per_s: f64,
 }
 
-/// Side of the square matrices.
-const SIDE: usize = 1024;
-/// Elements copied at a time.
-const COPIED: usize = 16 << 20;
-/// Spent on each of the two.
-const SPENT: Duration = Duration::from_millis(400);
+/// Side of the product.
+const SIDE: usize = 1536;
+/// Elements of the copy: far more than any cache.
+const COPY_ELEMENTS: usize = 1 << 25;
+/// Time for each of the two.
+const BUDGET_S: f64 = 0.4;
 
-/// Best rates seen in about a second of products and copies of `dtype` (f32 or bf16). Err when 100 MB cannot be had.
-pub fn measure(device: &dyn Device, dtype: DType) -> Result<Ceiling> {
-    let doing = || "measuring the ceiling of the device".to_string();
-    let matrix = || filled(device, &[SIDE, SIDE], dtype).doing(doing);
-    let (a, b, mut out) = (matrix()?, matrix()?, matrix()?);
-    let product_s = best_s(device, &mut || device.gemm(&mut out, &a, &b, Gemm::NT));
-    let from = filled(device, &[COPIED], dtype).doing(doing)?;
-    let mut to = filled(device, &[COPIED], dtype).doing(doing)?;
+/// Measures; the best of several repetitions. Panics when the device has no memory for it.
+pub fn measure(device: &dyn Device, dtype: DType) -> Ceiling {
+    let alloc = |shape: &[usize], dtype| device.alloc(shape, dtype).unwrap_or_else(|error| panic!("{error}"));
+    let noise = Random::new(1, "ceiling");
+    let values: Vec<f32> = (0..(SIDE * SIDE) as u64).map(|i| noise.uniform(i) as f32 - 0.5).collect();
+    let mut wide = alloc(&[SIDE, SIDE], DType::F32);
+    device.upload(bytemuck::cast_slice(&values), &mut wide);
+    let (mut a, mut b, mut out) = (alloc(&[SIDE, SIDE], dtype), alloc(&[SIDE, SIDE], dtype), alloc(&[SIDE, SIDE], dtype));
+    device.copy(&mut a, &wide);
+    device.copy(&mut b, &wide);
+    let gemm_s = best_s(device, &mut || device.gemm(&mut out, &a, &b, Gemm::NT));
+    let (from, mut to): (Tensor, Tensor) = (alloc(&[COPY_ELEMENTS], dtype), alloc(&[COPY_ELEMENTS], dtype));
     let copy_s = best_s(device, &mut || device.copy(&mut to, &from));
-    Ok(Ceiling { gemm_flops_per_s: 2.0 * (SIDE as f64).powi(3) / product_s, copy_bytes_per_s: 2.0 * from.n_bytes() as f64 / copy_s })
+    Ceiling {
+        gemm_flops_per_s: 2.0 * (SIDE as f64).powi(3) / gemm_s,
+        copy_bytes_per_s: (2 * COPY_ELEMENTS * dtype.bytes()) as f64 / copy_s,
+    }
 }
 
-/// A tensor of ordinary values near 1: zeros would be kinder to some devices than real work is.
-fn filled(device: &dyn Device, dims: &[usize], dtype: DType) -> Result<Tensor> {
-    let mut tensor = device.alloc(dims, dtype)?;
-    let n = tensor.n_elements();
-    let value = |i: usize| 1.0 + (i % 61) as f32 / 64.0;
-    let bytes: Vec<u8> = match dtype {
-        DType::F32 => (0..n).flat_map(|i| value(i).to_ne_bytes()).collect(),
-        DType::BF16 => (0..n).flat_map(|i| half::bf16::from_f32(value(i)).to_ne_bytes()).collect(),
-        DType::U32 => panic!("the ceiling of u32 products"),
-    };
-    device.upload(&bytes, &mut tensor);
-    Ok(tensor)
-}
-
-/// Shortest of as many runs as fit, after one to warm up.
 fn best_s(device: &dyn Device, work: &mut dyn FnMut()) -> f64 {
-    work();
-    device.finish();
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
-    while begin.elapsed() < SPENT {
-        let start = Instant::now();
+    let begun = Instant::now();
+    let mut best = f64::INFINITY;
+    while begun.elapsed().as_secs_f64() < BUDGET_S {
+        let started = Instant::now();
         work();
         device.finish();
-        best = best.min(start.elapsed().as_secs_f64());
+        best = best.min(started.elapsed().as_secs_f64());
     }
     best
 }
@@ -72,11 +63,11 @@ mod tests {
     fn rates_are_usable() {
         let cpu = Cpu::new();
         for dtype in [DType::F32, DType::BF16] {
-            let ceiling = measure(&cpu, dtype).unwrap();
+            let ceiling = measure(&cpu, dtype);
             assert!(ceiling.gemm_flops_per_s.is_finite() && ceiling.gemm_flops_per_s > 1e6, "{ceiling:?}");
             assert!(ceiling.copy_bytes_per_s.is_finite() && ceiling.copy_bytes_per_s > 1e6, "{ceiling:?}");
         }
         assert_eq!(cpu.memory().live_bytes, 0);
-        assert!(cpu.memory().peak_bytes >= 2 * 4 * COPIED);
+        assert!(cpu.memory().peak_bytes >= 2 * 4 * COPY_ELEMENTS);
     }
 }

@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# Environment of every job: sourced by the sbatch scripts, the quick start and the tests. No output, safe to source twice.
+#
+# TRIREME_HOME    the repository (default: where this file lies)
+# TRIREME_BIN     the binaries (default: TRIREME_HOME/target/release)
+# MAX_RESTARTS    how often a job may send itself back to the queue (default 100)
+
+TRIREME_HOME=${TRIREME_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+TRIREME_BIN=${TRIREME_BIN:-${CARGO_TARGET_DIR:-$TRIREME_HOME/target}/release}
+export TRIREME_HOME TRIREME_BIN
+
+# --- Site: what the binaries were built with must be loaded when they run. Uncomment and adapt.
+# module purge
+# module load gcc openmpi hdf5
+# export SLURM_MPI_TYPE=pmix     # what Open MPI speaks with srun; `srun --mpi=list` shows what the site has
+# export TMPDIR=/local/$SLURM_JOB_ID
+
+# --- Open MPI
+# Containers and the one-machine cluster run as root, which Open MPI refuses unless told twice.
+if [ "$(id -u)" = 0 ]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+# Containers usually forbid the system call behind single-copy messages; Open MPI only finds out message by message.
+if [ -e /.dockerenv ] || [ -e /run/.containerenv ]; then export OMPI_MCA_btl_vader_single_copy_mechanism=none; fi
+# A waiting rank that spins takes the core from the one that it waits for.
+if [ "${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}}" -gt "$(nproc)" ] 2>/dev/null; then export OMPI_MCA_mpi_yield_when_idle=1; fi
+
+# --- SLURM
+# Since SLURM 22.05 srun does not take --cpus-per-task over from sbatch by itself.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+# The binaries end a job themselves when a rank fails. If SLURM did it on the first non-zero code, ranks that leave together
+# with 75 would kill each other, and the job would end as killed.
+export SLURM_KILL_BAD_EXIT=0
+
+# Finished artifacts in the marked directory.
+finished_in() { ls -d "$1"/*/manifest.json 2>/dev/null || true; }
+
+# mark_progress DIR: remembers which artifacts DIR holds now; requeue_or_fail compares.
+mark_progress() {
+  progress_dir=$1
+  progress_before=$(finished_in "$1")
+}
+
+# requeue_or_fail CODE: for `srun ... || requeue_or_fail $?`. Code 75 means "saved, run me again": the job goes back to the
+# queue, unless it did so MAX_RESTARTS times already, or this life added nothing to the marked directory (then the next one
+# would not either). Every other code is the job's own.
+requeue_or_fail() {
+  local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
+  if [ "$code" != 75 ]; then exit "$code"; fi
+  if [ "$restarts" -ge "${MAX_RESTARTS:-100}" ]; then
+    echo "job $SLURM_JOB_ID: not requeued: restarted $restarts times already (MAX_RESTARTS)" >&2
+  elif [ -n "${progress_dir:-}" ] && [ "$(finished_in "$progress_dir")" = "$progress_before" ]; then
+    echo "job $SLURM_JOB_ID: not requeued: nothing new in $progress_dir; give the job more time" >&2
+  else
+    echo "job $SLURM_JOB_ID: saved and requeued (restart $((restarts + 1)))" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # SLURM ends this script; returning would end the job instead
+  fi
+  exit 75
+}

@@ -1,0 +1,246 @@
+//! config.json of Hugging Face, both ways. Reading takes every spelling that the published Nemotron and Llama checkpoints
+//! have used, flat or inside `rope_parameters`; writing gives one that transformers 4 and 5 both read. A key that would
+//! change the function in a way this program does not compute is an error. Source: transformers' configuration_nemotron.py
+//! and configuration_llama.py, and the history of nvidia/Minitron-4B-Base.
+
+use crate::device::{Activation, NormKind};
+use crate::error::{Error, IoContext, Result};
+use crate::model::config::{HeadKind, ModelConfig};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+
+/// Name of the file.
+pub const FILE: &str = "config.json";
+/// Embedding rows are padded to a multiple of this on import (Megatron's make_vocab_size_divisible_by).
+const VOCAB_DIVISOR: usize = 128;
+
+/// The architectures that are understood.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Family {
+    Nemotron,
+    Llama,
+}
+
+/// A key, every spelling of it (a dot enters an object), and what transformers takes when there is none.
+const HIDDEN: &[&str] = &["hidden_size", "n_embd"];
+const LAYERS: &[&str] = &["num_hidden_layers", "num_layers", "n_layer"];
+const HEADS: &[&str] = &["num_attention_heads", "n_head"];
+const KV_HEADS: &[&str] = &["num_key_value_heads", "num_query_groups"];
+const HEAD_DIM: &[&str] = &["head_dim", "kv_channels", "attention_head_dim"];
+const FFN: &[&str] = &["intermediate_size", "ffn_hidden_size"];
+const VOCAB: &[&str] = &["vocab_size"];
+const MAX_TOKENS: &[&str] = &["max_position_embeddings", "max_sequence_length", "encoder_seq_length"];
+const EPS: &[&str] = &["norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "rms_norm_eps"];
+const ROTARY: &[&str] = &[
+    "partial_rotary_factor",
+    "rope_percent",
+    "rope_percentage",
+    "rotary_percent",
+    "rotary_percentage",
+    "rotary_pct",
+    "rope_parameters.partial_rotary_factor",
+];
+const BASE: &[&str] = &["rope_theta", "rotary_base", "rotary_emb_base", "rope_parameters.rope_theta"];
+const TIED: &[&str] = &["tie_word_embeddings", "share_embeddings_and_output_weights"];
+const INIT_STD: &[&str] = &["initializer_range", "init_method_std"];
+const ACTIVATION: &[&str] = &["hidden_act", "activation"];
+
+/// Reads `dir/config.json`: the model that it describes, and the file as it is.
+pub fn read(dir: &Path) -> Result<(ModelConfig, Value)> {
+    let path = dir.join(FILE);
+    let text = fs::read(&path).at(&path)?;
+    let value: Value =
+        serde_json::from_slice(&text).map_err(|error| Error::file(&path, format!("not JSON: {error}")).remedy("download it again"))?;
+    let model = parse(&path, &value)?;
+    Ok((model, value))
+}
+
+/// The model that a config.json describes; `path` is for messages.
+pub fn parse(path: &Path, config: &Value) -> Result<ModelConfig> {
+    let keys = Keys { path, config };
+    let family = keys.family()?;
+    keys.refuse_what_is_not_computed(family)?;
+    let (hidden, n_heads) = (keys.size(HIDDEN)?, keys.size(HEADS)?);
+    let (rotary, eps, init_std) = match family {
+        Family::Nemotron => (0.5, 1e-5, 0.0134),
+        Family::Llama => (1.0, 1e-6, 0.02),
+    };
+    let (norm, activation) = match family {
+        Family::Nemotron => (NormKind::LayerNorm1P, Activation::SquaredRelu),
+        Family::Llama => (NormKind::RmsNorm, Activation::Swiglu),
+    };
+    let model = ModelConfig {
+        n_layers: keys.size(LAYERS)?,
+        hidden,
+        n_heads,
+        n_kv_heads: keys.size_or(KV_HEADS, n_heads)?,
+        head_dim: keys.size_or(HEAD_DIM, hidden / n_heads.max(1))?,
+        ffn_hidden: keys.size(FFN)?,
+        vocab_size: keys.size(VOCAB)?,
+        vocab_divisor: VOCAB_DIVISOR,
+        max_tokens: keys.size(MAX_TOKENS)?,
+        norm,
+        norm_eps: keys.number_or(EPS, eps)? as f32,
+        activation,
+        rotary_fraction: keys.number_or(ROTARY, rotary)?,
+        rope_base: keys.number_or(BASE, 10000.0)?,
+        tied_embeddings: keys.find(TIED)?.is_some_and(|(_, value)| value == &Value::Bool(true)),
+        head: HeadKind::Vocabulary,
+        init_std: keys.number_or(INIT_STD, init_std)?,
+    };
+    model.check().map_err(|error| Error::file(path, error).remedy("correct config.json"))?;
+    Ok(model)
+}
+
+struct Keys<'a> {
+    path: &'a Path,
+    config: &'a Value,
+}
+
+impl<'a> Keys<'a> {
+    fn wrong(&self, what: String) -> Error {
+        Error::file(self.path, what).remedy("correct config.json, or convert the model first")
+    }
+
+    fn family(&self) -> Result<Family> {
+        let architecture = self.config["architectures"][0].as_str();
+        let model_type = self.config["model_type"].as_str();
+        match (architecture, model_type) {
+            (Some("NemotronForCausalLM"), _) | (None, Some("nemotron")) => Ok(Family::Nemotron),
+            (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Family::Llama),
+            _ => {
+                let found = architecture.or(model_type).unwrap_or("none");
+                let wrong = format!("architecture {found}, expected NemotronForCausalLM or LlamaForCausalLM");
+                Err(Error::file(self.path, wrong).remedy("only these two can be imported"))
+            }
+        }
+    }
+
+    /// The value under one of the spellings; several must agree. null is absent.
+    fn find(&self, spellings: &[&'static str]) -> Result<Option<(&'static str, &'a Value)>> {
+        let mut found: Option<(&'static str, &Value)> = None;
+        for spelling in spellings {
+            let value = spelling.split('.').try_fold(self.config, |value, key| value.get(key));
+            let Some(value) = value.filter(|value| !value.is_null()) else { continue };
+            match found {
+                Some((first, other)) if other != value && other.as_f64() != value.as_f64() => {
+                    return Err(self.wrong(format!("{first} = {other} but {spelling} = {value}")));
+                }
+                Some(_) => {}
+                None => found = Some((spelling, value)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn size(&self, spellings: &[&'static str]) -> Result<usize> {
+        match self.find(spellings)? {
+            Some((key, value)) => self.as_size(key, value),
+            None => Err(self.wrong(format!("has no {}", spellings[0]))),
+        }
+    }
+
+    fn size_or(&self, spellings: &[&'static str], default: usize) -> Result<usize> {
+        self.find(spellings)?.map_or(Ok(default), |(key, value)| self.as_size(key, value))
+    }
+
+    /// A count; more than a signed 32-bit number is a mistake, and keeps products of two within 64 bits.
+    fn as_size(&self, key: &str, value: &Value) -> Result<usize> {
+        let size = value.as_u64().filter(|size| (1..=i32::MAX as u64).contains(size));
+        size.map(|size| size as usize).ok_or_else(|| self.wrong(format!("{key} = {value}, expected a positive count")))
+    }
+
+    fn number_or(&self, spellings: &[&'static str], default: f64) -> Result<f64> {
+        match self.find(spellings)? {
+            Some((key, value)) => value.as_f64().ok_or_else(|| self.wrong(format!("{key} = {value}, expected a number"))),
+            None => Ok(default),
+        }
+    }
+
+    fn refuse_what_is_not_computed(&self, family: Family) -> Result<()> {
+        for key in ["attention_bias", "mlp_bias", "bias", "use_bias"] {
+            if self.config[key] == Value::Bool(true) {
+                return Err(self.wrong(format!("{key} = true, but linear layers have no bias here")));
+            }
+        }
+        for object in ["rope_parameters", "rope_scaling"] {
+            let kind = [&self.config[object]["rope_type"], &self.config[object]["type"]];
+            if let Some(kind) = kind.into_iter().find(|kind| !kind.is_null() && kind.as_str() != Some("default")) {
+                return Err(self.wrong(format!("{object} of type {kind}, expected plain rotary embeddings")));
+            }
+        }
+        let accepted: &[&str] = match family {
+            Family::Nemotron => &["relu2", "squared-relu", "squared_relu"],
+            Family::Llama => &["silu", "swish"],
+        };
+        match self.find(ACTIVATION)? {
+            Some((key, value)) if !value.as_str().is_some_and(|name| accepted.contains(&name)) => {
+                Err(self.wrong(format!("{key} = {value}, expected {}", accepted[0])))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Token ids that generation needs; null when unknown.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct TokenIds {
+    /// Beginning of a text.
+    pub bos: Value,
+    /// End of a text; one id or several.
+    pub eos: Value,
+    /// Padding.
+    pub pad: Value,
+}
+
+/// The config.json of a model, or why transformers has none for it. `dtype` is "float32" or "bfloat16".
+pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> Result<Value> {
+    let family = match (model.norm, model.activation, model.head) {
+        (NormKind::LayerNorm1P, Activation::SquaredRelu, HeadKind::Vocabulary) => Family::Nemotron,
+        (NormKind::RmsNorm, Activation::Swiglu, HeadKind::Vocabulary) if model.rotary_fraction == 1.0 => Family::Llama,
+        (norm, activation, head) => {
+            let wrong = format!("{norm:?} with {activation:?}, rotary {} and {head:?}", model.rotary_fraction);
+            return Err(Error::file(path, wrong).remedy("transformers has NemotronForCausalLM and LlamaForCausalLM only; keep it as it is"));
+        }
+    };
+    let (architecture, model_type, activation, eps_key) = match family {
+        Family::Nemotron => ("NemotronForCausalLM", "nemotron", "relu2", "norm_eps"),
+        Family::Llama => ("LlamaForCausalLM", "llama", "silu", "rms_norm_eps"),
+    };
+    // The shortest decimal of the f32, not the f64 nearest to it: 1e-5 stays 1e-5.
+    let eps: f64 = model.norm_eps.to_string().parse().expect("a float prints as a float");
+    let mut rope = json!({"rope_type": "default", "rope_theta": model.rope_base});
+    let mut config = json!({
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn_hidden,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_tokens,
+        "hidden_act": activation,
+        eps_key: eps,
+        "rope_theta": model.rope_base,
+        "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std,
+        "attention_bias": false,
+        "mlp_bias": false,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+        "use_cache": true,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    });
+    if family == Family::Nemotron {
+        config["partial_rotary_factor"] = json!(model.rotary_fraction);
+        rope["partial_rotary_factor"] = json!(model.rotary_fraction);
+    }
+    config["rope_parameters"] = rope;
+    Ok(config)
+}

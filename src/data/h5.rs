@@ -1,0 +1,41 @@
+//! Small named tables in HDF5: what stages hand on that is not text. h5py reads them without us.
+
+use crate::artifact::{self, FileEntry};
+use crate::error::{Error, IoContext, Result};
+use hdf5::types::VarLenUnicode;
+use std::path::Path;
+
+/// Log-probabilities of sequences, flat: sequence i is starts[i]..starts[i+1] of `tokens` and `logprobs`.
+pub struct LogprobTable {
+    /// One a sequence.
+    pub ids: Vec<String>,
+    /// n + 1 ascending offsets.
+    pub starts: Vec<u64>,
+    /// All tokens.
+    pub tokens: Vec<u32>,
+    /// ln p of each token; NaN for the first of a sequence.
+    pub logprobs: Vec<f32>,
+    /// One a sequence.
+    pub sums: Vec<f64>,
+}
+
+/// Writes `dir/name` with datasets ids, starts, tokens, logprobs, sums; synced to the disk.
+pub fn write_logprobs(dir: &Path, name: &str, table: &LogprobTable) -> Result<FileEntry> {
+    let path = dir.join(name);
+    let write = || -> hdf5::Result<()> {
+        let file = hdf5::File::create(&path)?;
+        // HDF5 strings end at a NUL, so one inside an id becomes U+FFFD.
+        let text = |id: &String| id.replace('\0', "\u{fffd}").parse::<VarLenUnicode>().expect("no NUL is left");
+        let ids: Vec<VarLenUnicode> = table.ids.iter().map(text).collect();
+        file.new_dataset_builder().with_data(&ids).create("ids")?;
+        file.new_dataset_builder().with_data(&table.starts).create("starts")?;
+        file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
+        file.new_dataset_builder().with_data(&table.logprobs).create("logprobs")?;
+        file.new_dataset_builder().with_data(&table.sums).create("sums")?;
+        file.close()
+    };
+    write().map_err(|error| Error::file(&path, format!("writing HDF5: {error}")).remedy("check the space and the permissions"))?;
+    std::fs::File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
+    let entry = artifact::checksum(&path)?;
+    Ok(FileEntry { name: name.into(), ..entry })
+}

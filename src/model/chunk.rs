@@ -1,0 +1,385 @@
+//! The part of the model between two pipeline boundaries: blocks, and the embedding or the head where they belong. The whole
+//! model is one chunk when pp = vp = 1.
+
+use super::attention::Attention;
+use super::block::{Block, BlockSaved};
+use super::config::{HeadKind, ModelConfig, ParamSpec};
+use super::ctx::Ctx;
+use super::embedding::VocabParallelEmbedding;
+use super::head::{HeadSaved, OutputHead};
+use super::linear::{ColumnParallelLinear, RowParallelLinear};
+use super::mlp::Mlp;
+use super::norm::{Norm, Residual};
+use super::param::{self, Param};
+use crate::comm::ReduceOp;
+use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
+use crate::error::{Error, Result};
+use crate::model::config::Split;
+use crate::parallel::layout::{Coords, ParallelLayout};
+use crate::tensor::{DType, Tensor};
+use std::collections::HashMap;
+
+/// The tokens of one forward pass: whole sequences one after another, no padding.
+pub struct MicroBatch {
+    /// Inputs [T] u32.
+    pub tokens: Tensor,
+    /// What each should predict [T] u32.
+    pub targets: Tensor,
+    /// Position of each in its sequence [T] u32.
+    pub positions: Tensor,
+    /// Weight of each token's loss [T] f32: 0 where it is masked, else 1 / unmasked tokens of the whole step.
+    pub weights: Tensor,
+    /// [0, .., T]: sequence i is tokens s[i]..s[i+1].
+    pub sequence_starts: Vec<usize>,
+}
+
+impl MicroBatch {
+    /// T
+    pub fn n_tokens(&self) -> usize {
+        self.tokens.n_rows()
+    }
+}
+
+/// Whether gradients are needed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// Weights and gradients.
+    Training,
+    /// Weights only.
+    Inference,
+}
+
+/// What a chunk's forward gives.
+pub enum Output {
+    /// The residual stream [T', H] for the next chunk.
+    Hidden(ScratchTensor),
+    /// Unweighted loss of each token [T], from the last chunk.
+    TokenLosses(Vec<f32>),
+}
+
+/// What a chunk's backward needs.
+#[derive(Default)]
+pub struct ChunkSaved {
+    blocks: Vec<BlockSaved>,
+    head: Option<HeadSaved>,
+}
+
+/// Input of a cached forward.
+pub enum CachedInput<'a> {
+    /// Tokens [n] u32, for the first chunk.
+    Tokens(&'a Tensor),
+    /// The residual stream [n, H], for the others.
+    Hidden(&'a Tensor),
+}
+
+/// Output of a cached forward.
+pub enum CachedOutput {
+    /// The residual stream [n, H] for the next chunk.
+    Hidden(ScratchTensor),
+    /// Logits of the wanted rows [wanted, V/tp], from the last chunk.
+    Logits(ScratchTensor),
+}
+
+/// A chunk on one rank.
+pub struct Chunk {
+    config: ModelConfig,
+    dtype: DType,
+    embedding: Option<VocabParallelEmbedding>,
+    blocks: Vec<Block>,
+    head: Option<OutputHead>,
+}
+
+/// Takes the parameters of a chunk by name.
+struct Parts {
+    params: HashMap<String, Param>,
+}
+
+impl Parts {
+    fn take(&mut self, name: &str) -> Param {
+        self.params.remove(name).unwrap_or_else(|| panic!("{name} is not in the parameter table"))
+    }
+
+    fn norm(&mut self, name: &str, config: &ModelConfig) -> Norm {
+        let gain = self.take(&format!("{name}.weight"));
+        let bias = (config.norm == NormKind::LayerNorm1P).then(|| self.take(&format!("{name}.bias")));
+        Norm { gain, bias, how: device::Norm { kind: config.norm, eps: config.norm_eps } }
+    }
+
+    fn block(&mut self, layer: usize, config: &ModelConfig, tp: usize) -> Block {
+        let at = format!("layers.{layer}");
+        let rope = Rope { rotary_dims: config.rotary_dims(), base: config.rope_base, direction: Direction::Forward };
+        Block {
+            attention_norm: self.norm(&format!("{at}.attention_norm"), config),
+            attention: Attention {
+                qkv: ColumnParallelLinear { weight: self.take(&format!("{at}.attention.qkv.weight")) },
+                out: RowParallelLinear { weight: self.take(&format!("{at}.attention.out.weight")) },
+                heads: config.heads(tp),
+                rope,
+            },
+            mlp_norm: self.norm(&format!("{at}.mlp_norm"), config),
+            mlp: Mlp {
+                up: ColumnParallelLinear { weight: self.take(&format!("{at}.mlp.up.weight")) },
+                down: RowParallelLinear { weight: self.take(&format!("{at}.mlp.down.weight")) },
+                activation: config.activation,
+            },
+        }
+    }
+}
+
+impl Chunk {
+    /// Zeroed parameters of chunk `chunk_idx` (0..vp) of stage `at.pp`. Err: out of memory, or a head this chunk cannot have.
+    pub fn new(
+        device: &dyn Device,
+        config: &ModelConfig,
+        layout: &ParallelLayout,
+        at: Coords,
+        chunk_idx: usize,
+        dtype: DType,
+        purpose: Purpose,
+    ) -> Result<Chunk> {
+        if config.head != HeadKind::Vocabulary {
+            let wrong = format!("model.head = {:?}: only a vocabulary head can be trained and run so far", config.head);
+            return Err(Error::recipe(wrong).remedy("set model.head = \"vocabulary\""));
+        }
+        let make = |spec: ParamSpec| -> Result<(String, Param)> {
+            let name = spec.name.clone();
+            Ok((name, Param::new(device, spec, (layout, at), dtype, purpose == Purpose::Training)?))
+        };
+        let params = config.chunk_specs(layout, at.pp, chunk_idx).into_iter().map(make).collect::<Result<_>>()?;
+        let mut parts = Parts { params };
+        let (first, last) = (layout.is_first(at.pp, chunk_idx), layout.is_last(at.pp, chunk_idx));
+        let layers = layout.layers(at.pp, chunk_idx, config.n_layers);
+        let blocks = layers.map(|layer| parts.block(layer, config, layout.tp)).collect();
+        let embedding = first.then(|| VocabParallelEmbedding { weight: parts.take("embedding.weight") });
+        let head = last.then(|| OutputHead {
+            norm: parts.norm("final_norm", config),
+            weight: match (config.tied_embeddings, first) {
+                (true, true) => None,
+                (true, false) => Some(parts.take("embedding.weight")),
+                (false, _) => Some(parts.take("head.weight")),
+            },
+            vocab_size: config.vocab_size,
+        });
+        assert!(parts.params.is_empty(), "parameters without a place: {:?}", parts.params.keys());
+        Ok(Chunk { config: config.clone(), dtype, embedding, blocks, head })
+    }
+
+    /// The function it is a part of.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Storage of weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sets all weights to their initial values (rounded to the chunk's dtype).
+    pub fn initialise(&mut self, device: &dyn Device, seed: u64) {
+        for param in self.params_mut() {
+            let values = param::init_values(&param.spec, &param.slice, seed);
+            let rows = 0..param.slice.shape[0];
+            let bf16: Vec<half::bf16>;
+            let bytes: &[u8] = match param.value.dtype() {
+                DType::BF16 => {
+                    bf16 = values.iter().map(|&value| half::bf16::from_f32(value)).collect();
+                    bytemuck::cast_slice(&bf16)
+                }
+                _ => bytemuck::cast_slice(&values),
+            };
+            device.upload(bytes, &mut param.value.rows_mut(rows));
+        }
+    }
+
+    /// All parameters, in model order.
+    pub fn params(&self) -> Vec<&Param> {
+        let mut all: Vec<&Param> = self.embedding.iter().map(|embedding| &embedding.weight).collect();
+        fn norm<'a>(norm: &'a Norm, all: &mut Vec<&'a Param>) {
+            all.push(&norm.gain);
+            all.extend(&norm.bias);
+        }
+        for block in &self.blocks {
+            norm(&block.attention_norm, &mut all);
+            all.extend([&block.attention.qkv.weight, &block.attention.out.weight]);
+            norm(&block.mlp_norm, &mut all);
+            all.extend([&block.mlp.up.weight, &block.mlp.down.weight]);
+        }
+        if let Some(head) = &self.head {
+            norm(&head.norm, &mut all);
+            all.extend(&head.weight);
+        }
+        all
+    }
+
+    /// All parameters, in model order, to change.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
+        let mut all: Vec<&mut Param> = self.embedding.iter_mut().map(|embedding| &mut embedding.weight).collect();
+        fn norm<'a>(norm: &'a mut Norm, all: &mut Vec<&'a mut Param>) {
+            all.push(&mut norm.gain);
+            all.extend(&mut norm.bias);
+        }
+        for block in &mut self.blocks {
+            norm(&mut block.attention_norm, &mut all);
+            all.extend([&mut block.attention.qkv.weight, &mut block.attention.out.weight]);
+            norm(&mut block.mlp_norm, &mut all);
+            all.extend([&mut block.mlp.up.weight, &mut block.mlp.down.weight]);
+        }
+        if let Some(head) = &mut self.head {
+            norm(&mut head.norm, &mut all);
+            all.extend(&mut head.weight);
+        }
+        all
+    }
+
+    /// Index in `params()` of a tied embedding; when the model has several chunks, the other copy is in another one.
+    pub fn tied_param(&self) -> Option<usize> {
+        if !self.config.tied_embeddings {
+            return None;
+        }
+        self.params().iter().position(|param| param.spec.name == "embedding.weight")
+    }
+
+    /// Whether this parameter is the second copy of a tied embedding: not counted, not saved.
+    pub fn is_tied_copy(&self, param_idx: usize) -> bool {
+        self.embedding.is_none() && self.tied_param() == Some(param_idx)
+    }
+
+    /// input[T', H] from the chunk before (None for the first) -> the stream for the next, or the token losses. With `saved`,
+    /// what the backward needs is kept there.
+    pub fn forward(&self, ctx: &Ctx, input: Option<&Tensor>, batch: &MicroBatch, mut saved: Option<&mut ChunkSaved>) -> Output {
+        let mut stream = match (&self.embedding, input) {
+            (Some(embedding), None) => embedding.forward(ctx, &batch.tokens),
+            (None, Some(input)) => self.copy_of(ctx, input),
+            _ => panic!("exactly the first chunk has no input"),
+        };
+        let mut previous: Option<BlockSaved> = None;
+        for block in &self.blocks {
+            let residual = residual(&previous, stream);
+            let (delta, block_saved) = block.forward(ctx, residual, batch);
+            stream = delta;
+            if let (Some(saved), Some(previous)) = (&mut saved, previous.take()) {
+                saved.blocks.push(previous);
+            }
+            previous = Some(block_saved);
+        }
+        let output = match &self.head {
+            Some(head) => {
+                let (losses, head_saved) = head.forward(ctx, residual(&previous, stream), batch, self.tied_weight());
+                if let Some(saved) = &mut saved {
+                    saved.head = Some(head_saved);
+                }
+                Output::TokenLosses(losses)
+            }
+            None => {
+                let last = previous.as_ref().expect("a chunk has blocks");
+                ctx.device.add(&mut stream, last.stream());
+                Output::Hidden(stream)
+            }
+        };
+        if let (Some(saved), Some(previous)) = (saved, previous) {
+            saved.blocks.push(previous);
+        }
+        output
+    }
+
+    /// doutput[T', H] from the next chunk (None for the last) -> gradient of the input (None for the first); weight gradients
+    /// accumulated.
+    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: ChunkSaved, doutput: Option<&Tensor>) -> Option<ScratchTensor> {
+        let mut dx = match (&mut self.head, doutput) {
+            (Some(head), None) => {
+                let tied = self.embedding.as_mut().map(|embedding| &mut embedding.weight);
+                head.backward(ctx, batch, saved.head.take().expect("a forward that saved"), tied)
+            }
+            (None, Some(doutput)) => self.copy_of(ctx, doutput),
+            _ => panic!("exactly the last chunk has no output gradient"),
+        };
+        for block in self.blocks.iter_mut().rev() {
+            let block_saved = saved.blocks.pop().expect("a forward that saved");
+            block.backward(ctx, batch, &block_saved, &mut dx);
+        }
+        match &mut self.embedding {
+            Some(embedding) => {
+                embedding.backward(ctx, &batch.tokens, &dx);
+                None
+            }
+            None => Some(dx),
+        }
+    }
+
+    /// Once a step, after the last backward and before the sum over replicas. Under sequence parallelism each rank has seen T/tp
+    /// rows at the norms, so the gradients of parameters that every rank holds are partial sums: a classic silent bug.
+    pub fn finish_gradients(&mut self, ctx: &Ctx) {
+        if !ctx.is_sharded() {
+            return;
+        }
+        for param in self.params_mut() {
+            if param.spec.split == Split::None {
+                ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
+            }
+        }
+    }
+
+    /// Caches for `n_slots` sequences of up to `max_tokens`, one a block.
+    pub fn new_caches(&self, device: &dyn Device, n_slots: usize, max_tokens: usize) -> Result<Vec<KvCache>> {
+        let cache = |block: &Block| -> Result<KvCache> {
+            let shape = [n_slots, max_tokens, block.attention.heads.kv * block.attention.heads.dim];
+            Ok(KvCache { keys: device.alloc(&shape, self.dtype)?, values: device.alloc(&shape, self.dtype)? })
+        };
+        self.blocks.iter().map(cache).collect()
+    }
+
+    /// New tokens of sequences whose past is in the caches. `positions`[n] u32; `wanted_rows` are the rows whose logits the last
+    /// chunk returns. Rows must be replicated over tp.
+    pub fn forward_cached(
+        &self,
+        ctx: &Ctx,
+        input: CachedInput,
+        positions: &Tensor,
+        spans: &[CacheSpan],
+        caches: &mut [KvCache],
+        wanted_rows: &[usize],
+    ) -> CachedOutput {
+        assert!(!ctx.is_sharded(), "generation holds all rows on every rank");
+        let mut delta = match (&self.embedding, input) {
+            (Some(embedding), CachedInput::Tokens(tokens)) => embedding.forward(ctx, tokens),
+            (None, CachedInput::Hidden(hidden)) => self.copy_of(ctx, hidden),
+            _ => panic!("exactly the first chunk takes tokens"),
+        };
+        let mut stream: Option<ScratchTensor> = None;
+        for (block, cache) in self.blocks.iter().zip(caches) {
+            let residual = match &stream {
+                Some(x) => Residual::Sum { x, delta },
+                None => Residual::Whole(delta),
+            };
+            let (x, next) = block.forward_cached(ctx, residual, (positions, spans), cache);
+            stream = Some(x);
+            delta = next;
+        }
+        let x = stream.expect("a chunk has blocks");
+        match &self.head {
+            Some(head) => CachedOutput::Logits(head.logits(ctx, Residual::Sum { x: &x, delta }, wanted_rows, self.tied_weight())),
+            None => {
+                ctx.device.add(&mut delta, &x);
+                CachedOutput::Hidden(delta)
+            }
+        }
+    }
+
+    fn tied_weight(&self) -> Option<&Param> {
+        self.embedding.as_ref().map(|embedding| &embedding.weight)
+    }
+
+    fn copy_of(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
+        let mut copy = ctx.take(x.dims(), x.dtype());
+        ctx.device.copy(&mut copy, x);
+        copy
+    }
+}
+
+/// The residual stream after the previous block: its stream plus what it returned, or the chunk's input.
+fn residual(previous: &Option<BlockSaved>, delta: ScratchTensor) -> Residual<'_> {
+    match previous {
+        Some(block) => Residual::Sum { x: block.stream(), delta },
+        None => Residual::Whole(delta),
+    }
+}

@@ -1,0 +1,90 @@
+//! What every layer is lent: the device, the tensor-parallel group, temporaries, and how rows are held between
+//! tensor-parallel regions.
+
+use crate::comm::{Communicator, ReduceOp};
+use crate::device::{Device, Scratch, ScratchTensor};
+use crate::tensor::{DType, Tensor};
+use std::ops::Deref;
+
+/// How token rows are held between tensor-parallel regions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SequenceMode {
+    /// Each rank has T/tp rows (Korthikanti et al. 2022): norms are divided too; regions begin with an all-gather and end
+    /// with a reduce-scatter.
+    Sharded,
+    /// Each rank has all T rows; regions begin with nothing and end with an all-reduce. For decoding, where T may be 1.
+    Replicated,
+}
+
+/// Lent to every layer call.
+#[derive(Clone, Copy)]
+pub struct Ctx<'a> {
+    /// Where it computes.
+    pub device: &'a dyn Device,
+    /// The tensor-parallel group.
+    pub tp: &'a dyn Communicator,
+    /// Temporaries.
+    pub scratch: &'a Scratch,
+    /// How rows are held between tensor-parallel regions.
+    pub sequence: SequenceMode,
+}
+
+/// All rows, gathered or there already.
+pub enum Rows<'a> {
+    /// They were there.
+    Here(&'a Tensor),
+    /// Gathered into a temporary.
+    Gathered(ScratchTensor),
+}
+
+impl Deref for Rows<'_> {
+    type Target = Tensor;
+    fn deref(&self) -> &Tensor {
+        match self {
+            Rows::Here(tensor) => tensor,
+            Rows::Gathered(tensor) => tensor,
+        }
+    }
+}
+
+impl Ctx<'_> {
+    /// A temporary with unspecified contents.
+    pub fn take(&self, shape: &[usize], dtype: DType) -> ScratchTensor {
+        self.scratch.take(self.device, shape, dtype)
+    }
+
+    /// Whether rows are divided over more than one rank.
+    pub fn is_sharded(&self) -> bool {
+        self.sequence == SequenceMode::Sharded && self.tp.size() > 1
+    }
+
+    /// T' for `n_tokens` = T. Panics when tp does not divide T: the recipe checks it.
+    pub fn local_rows(&self, n_tokens: usize) -> usize {
+        if !self.is_sharded() {
+            return n_tokens;
+        }
+        assert_eq!(n_tokens % self.tp.size(), 0, "{n_tokens} tokens over {} ranks", self.tp.size());
+        n_tokens / self.tp.size()
+    }
+
+    /// x[T', C] -> [T, C]: the entry of a tensor-parallel region.
+    pub fn gather_rows<'x>(&self, x: &'x Tensor) -> Rows<'x> {
+        if !self.is_sharded() {
+            return Rows::Here(x);
+        }
+        let mut full = self.take(&[x.n_rows() * self.tp.size(), x.row_len()], x.dtype());
+        self.tp.all_gather(x, &mut full);
+        Rows::Gathered(full)
+    }
+
+    /// Partial sums [T, C] of all ranks -> their sum, [T', C]: the exit of a tensor-parallel region.
+    pub fn sum_rows(&self, mut partial: ScratchTensor) -> ScratchTensor {
+        if !self.is_sharded() {
+            self.tp.all_reduce(&mut partial, ReduceOp::Sum);
+            return partial;
+        }
+        let mut mine = self.take(&[partial.n_rows() / self.tp.size(), partial.row_len()], partial.dtype());
+        self.tp.reduce_scatter(&partial, &mut mine);
+        mine
+    }
+}

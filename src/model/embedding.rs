@@ -1,0 +1,28 @@
+//! The input embedding, rows divided over tensor-parallel ranks.
+
+use super::ctx::Ctx;
+use super::param::Param;
+use crate::device::ScratchTensor;
+use crate::tensor::Tensor;
+
+/// table[V/tp, H]
+pub struct VocabParallelEmbedding {
+    /// [V/tp, H]
+    pub weight: Param,
+}
+
+impl VocabParallelEmbedding {
+    /// tokens[T] -> x[T', H]: each rank looks up its own rows, the others are zero, and the sum over tp is the embedding.
+    pub fn forward(&self, ctx: &Ctx, tokens: &Tensor) -> ScratchTensor {
+        let mut partial = ctx.take(&[tokens.n_rows(), self.weight.slice.shape[1]], self.weight.value.dtype());
+        ctx.device.embed(&mut partial, tokens, &self.weight.weight(), self.weight.slice.offset[0]);
+        ctx.sum_rows(partial) // tp: reduce-scatter or all-reduce
+    }
+
+    /// The table's gradient accumulated from dx[T', H].
+    pub fn backward(&mut self, ctx: &Ctx, tokens: &Tensor, dx: &Tensor) {
+        let dx = ctx.gather_rows(dx); // tp: [T', H] -> [T, H]
+        let first_row = self.weight.slice.offset[0];
+        ctx.device.embed_backward(&mut self.weight.dweight(), &dx, tokens, first_row);
+    }
+}

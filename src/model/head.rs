@@ -1,0 +1,96 @@
+//! The end of the model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds logits of the whole
+//! vocabulary: the softmax needs two numbers a token from the other ranks.
+
+use super::chunk::MicroBatch;
+use super::ctx::Ctx;
+use super::linear::{column_backward, column_forward};
+use super::norm::{Norm, NormSaved, Residual};
+use super::param::Param;
+use crate::comm::ReduceOp;
+use crate::device::ScratchTensor;
+use crate::tensor::{DType, Tensor};
+
+/// Final norm and output layer.
+pub struct OutputHead {
+    /// Before the output layer.
+    pub norm: Norm,
+    /// [V/tp, H]; None when the chunk's own embedding is the output layer.
+    pub weight: Option<Param>,
+    /// Pieces of the tokenizer: rows past it are padding and take no part in the softmax.
+    pub vocab_size: usize,
+}
+
+/// What the backward needs.
+pub struct HeadSaved {
+    norm: NormSaved,
+    /// norm's output [T', H].
+    normed: ScratchTensor,
+    /// [T, V/tp]; the backward turns them into their gradient.
+    logits: ScratchTensor,
+    /// Largest logit over the whole vocabulary: [T] f32.
+    max: ScratchTensor,
+    /// Sum of exp(logit - max) over the whole vocabulary: [T] f32.
+    sum: ScratchTensor,
+}
+
+/// Which part of the vocabulary a weight holds.
+struct Part {
+    first_row: usize,
+    n_valid: usize,
+}
+
+impl OutputHead {
+    fn part(&self, weight: &Param) -> Part {
+        let (first_row, rows) = (weight.slice.offset[0], weight.slice.shape[0]);
+        Part { first_row, n_valid: self.vocab_size.saturating_sub(first_row).min(rows) }
+    }
+
+    /// residual[T', H] -> unweighted loss of each token, -ln p(target): [T], in nats.
+    pub fn forward(&self, ctx: &Ctx, residual: Residual, batch: &MicroBatch, tied: Option<&Param>) -> (Vec<f32>, HeadSaved) {
+        let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
+        let Part { first_row, n_valid } = self.part(weight);
+        let (normed, norm) = self.norm.forward(ctx, residual);
+        let logits = column_forward(ctx, weight, &normed);
+        let n_tokens = logits.n_rows();
+        let [mut max, mut sum, mut target] = [(); 3].map(|()| ctx.take(&[n_tokens], DType::F32));
+        ctx.device.cross_entropy_max(&mut max, &logits, n_valid);
+        ctx.tp.all_reduce(&mut max, ReduceOp::Max); // tp: over the vocabulary
+        ctx.device.cross_entropy_sum(&mut sum, &mut target, &logits, &max, &batch.targets, first_row, n_valid);
+        ctx.tp.all_reduce(&mut sum, ReduceOp::Sum); // tp: over the vocabulary
+        ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
+        let [max_host, sum_host, target_host] = [&max, &sum, &target].map(|x| download(ctx, x));
+        let loss = |t: usize| sum_host[t].ln() + max_host[t] - target_host[t];
+        ((0..n_tokens).map(loss).collect(), HeadSaved { norm, normed, logits, max, sum })
+    }
+
+    /// dx[T', H] assigned; weight gradients accumulated. The loss is sum over tokens of weights[t] * loss[t].
+    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: HeadSaved, tied: Option<&mut Param>) -> ScratchTensor {
+        let part = self.part(self.weight.as_ref().or(tied.as_deref()).expect("an output layer, its own or tied"));
+        let HeadSaved { norm, normed, logits: mut dlogits, max, sum } = saved;
+        let Part { first_row, n_valid } = part;
+        ctx.device.cross_entropy_gradient(&mut dlogits, &max, &sum, &batch.targets, &batch.weights, first_row, n_valid);
+        let weight = self.weight.as_mut().or(tied).expect("an output layer, its own or tied");
+        let dnormed = column_backward(ctx, weight, &normed, &dlogits);
+        let mut dx = ctx.take(norm.x.dims(), norm.x.dtype());
+        ctx.device.fill_zero(&mut dx);
+        self.norm.backward(ctx, &norm, &dnormed, &mut dx);
+        dx
+    }
+
+    /// Logits [n, V/tp] of some rows of the residual, for generation (rows replicated over tp).
+    pub fn logits(&self, ctx: &Ctx, residual: Residual, rows: &[usize], tied: Option<&Param>) -> ScratchTensor {
+        let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
+        let (normed, _) = self.norm.forward(ctx, residual);
+        let mut wanted = ctx.take(&[rows.len(), normed.row_len()], normed.dtype());
+        for (to, &from) in rows.iter().enumerate() {
+            ctx.device.copy(&mut wanted.rows_mut(to..to + 1), &normed.rows(from..from + 1));
+        }
+        column_forward(ctx, weight, &wanted)
+    }
+}
+
+fn download(ctx: &Ctx, x: &Tensor) -> Vec<f32> {
+    let mut values = vec![0f32; x.n_elements()];
+    ctx.device.download(x, bytemuck::cast_slice_mut(&mut values));
+    values
+}

@@ -1,0 +1,66 @@
+//! LayerNorm1P and RMSNorm with the residual addition fused in. Between tensor-parallel regions; each rank has T' rows.
+
+use super::ctx::Ctx;
+use super::param::Param;
+use crate::device::{Norm as How, ScratchTensor};
+use crate::tensor::{DType, Tensor};
+
+/// The residual stream where a norm reads it: whole, or as a sum that nobody has made yet.
+pub enum Residual<'a> {
+    /// x
+    Whole(ScratchTensor),
+    /// x + delta; the sum is made in delta's memory, so that x stays as it was.
+    Sum {
+        /// The stream before the last sub-layer, [T', H].
+        x: &'a Tensor,
+        /// What the last sub-layer adds, [T', H].
+        delta: ScratchTensor,
+    },
+}
+
+/// A norm over H.
+pub struct Norm {
+    /// [H]
+    pub gain: Param,
+    /// [H]; LayerNorm1P only.
+    pub bias: Option<Param>,
+    /// Which, and its epsilon.
+    pub how: How,
+}
+
+/// What the backward needs.
+pub struct NormSaved {
+    /// The input, the summed residual: [T', H].
+    pub x: ScratchTensor,
+    /// Mean and inverse deviation of each row: [T', 2] f32.
+    pub stats: ScratchTensor,
+}
+
+impl Norm {
+    /// y[T', H] = norm(residual); the residual as a whole is in the saved part.
+    pub fn forward(&self, ctx: &Ctx, residual: Residual) -> (ScratchTensor, NormSaved) {
+        let bias = self.bias.as_ref().map(Param::weight);
+        match residual {
+            Residual::Whole(x) => {
+                let (mut y, mut stats) = (ctx.take(x.dims(), x.dtype()), ctx.take(&[x.n_rows(), 2], DType::F32));
+                ctx.device.norm(&mut y, &mut stats, &x, &self.gain.weight(), bias.as_deref(), self.how);
+                (y, NormSaved { x, stats })
+            }
+            Residual::Sum { x: addend, delta: mut x } => {
+                let (mut y, mut stats) = (ctx.take(x.dims(), x.dtype()), ctx.take(&[x.n_rows(), 2], DType::F32));
+                ctx.device.add_norm(&mut x, addend, &mut y, &mut stats, &self.gain.weight(), bias.as_deref(), self.how);
+                (y, NormSaved { x, stats })
+            }
+        }
+    }
+
+    /// dx[T', H] accumulated (it holds the gradient that bypasses the norm); gain and bias gradients accumulated over this
+    /// rank's rows: under sequence parallelism they are summed over tp once a step, by `Chunk::finish_gradients`.
+    pub fn backward(&mut self, ctx: &Ctx, saved: &NormSaved, dy: &Tensor, dx: &mut Tensor) {
+        let mut dbias = self.bias.as_mut().map(Param::dweight);
+        let Param { value, grad, slice, .. } = &mut self.gain;
+        let n = slice.shape[0];
+        let (gain, mut dgain) = (value.rows(0..n), grad.as_mut().expect("training").rows_mut(0..n));
+        ctx.device.norm_backward(dx, &mut dgain, dbias.as_deref_mut(), dy, &saved.x, &gain, &saved.stats, self.how);
+    }
+}

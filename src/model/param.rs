@@ -1,0 +1,81 @@
+//! A parameter on this rank: its tensor-parallel part, its gradient, and its initial values.
+
+use super::config::{Init, ParamSpec};
+use crate::device::Device;
+use crate::error::Result;
+use crate::parallel::layout::{Coords, ParallelLayout};
+use crate::parallel::slice::Slice;
+use crate::rng::Random;
+use crate::tensor::{DType, Tensor, TensorView, TensorViewMut};
+use rayon::prelude::*;
+
+/// One parameter's tensor-parallel part. `value` and `grad` have ceil(rows / dp) * dp rows, so that the collectives of the
+/// sharded optimizer move equal blocks; layers see the first `rows` only, the rest is zero.
+pub struct Param {
+    /// Its row of the parameter table.
+    pub spec: ParamSpec,
+    /// What it covers of the global tensor.
+    pub slice: Slice,
+    /// The weights the layers compute with, float.
+    pub value: Tensor,
+    /// f32 gradient, accumulated over micro-batches; None for inference.
+    pub grad: Option<Tensor>,
+}
+
+impl Param {
+    /// Zeroed memory for this rank's part.
+    pub fn new(device: &dyn Device, spec: ParamSpec, at: (&ParallelLayout, Coords), dtype: DType, with_grad: bool) -> Result<Param> {
+        let (layout, coords) = at;
+        let slice = spec.tp_slice(coords.tp, layout.tp);
+        let mut shape = slice.shape.clone();
+        if with_grad {
+            shape[0] = shape[0].next_multiple_of(layout.dp);
+        }
+        let grad = if with_grad { Some(device.alloc(&shape, DType::F32)?) } else { None };
+        Ok(Param { value: device.alloc(&shape, dtype)?, grad, spec, slice })
+    }
+
+    /// The weight without padding rows, to compute with.
+    pub fn weight(&self) -> TensorView<'_> {
+        self.value.rows(0..self.slice.shape[0])
+    }
+
+    /// The gradient with padding rows. Panics for inference.
+    pub fn grad(&self) -> &Tensor {
+        self.grad.as_ref().expect("a parameter in training has a gradient")
+    }
+
+    /// The gradient with padding rows, to write.
+    pub fn grad_mut(&mut self) -> &mut Tensor {
+        self.grad.as_mut().expect("a parameter in training has a gradient")
+    }
+
+    /// The gradient without padding rows, to accumulate into.
+    pub fn dweight(&mut self) -> TensorViewMut<'_> {
+        let rows = 0..self.slice.shape[0];
+        self.grad_mut().rows_mut(rows)
+    }
+
+    /// Both, with padding rows.
+    pub fn value_and_grad_mut(&mut self) -> (&mut Tensor, &mut Tensor) {
+        (&mut self.value, self.grad.as_mut().expect("a parameter in training has a gradient"))
+    }
+}
+
+/// Initial values of a slice of a parameter, a pure function of seed, name and global index: the same numbers under every
+/// layout.
+pub fn init_values(spec: &ParamSpec, slice: &Slice, seed: u64) -> Vec<f32> {
+    let std = match spec.init {
+        Init::Constant(value) => return vec![value; slice.n_elements()],
+        Init::Normal { std } => std,
+    };
+    let noise = Random::new(seed, &format!("init {}", spec.name));
+    let n_columns: usize = spec.shape[1..].iter().product();
+    let (first_column, columns) = if slice.shape.len() > 1 { (slice.offset[1], slice.shape[1]) } else { (0, 1) };
+    let mut values = vec![0f32; slice.n_elements()];
+    values.par_chunks_mut(columns.max(1)).enumerate().for_each(|(row, values)| {
+        let start = (slice.offset[0] + row) * n_columns + first_column;
+        values.iter_mut().enumerate().for_each(|(column, value)| *value = (std * noise.normal((start + column) as u64)) as f32);
+    });
+    values
+}

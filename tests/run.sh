@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Every test, from a fresh clone, on Debian 12 (or wherever slurm/install.sh finds what is needed): installs what is missing, then
+# runs the parts, all of them whatever fails, and sums up. Exit code 0 only when nothing failed.
+#
+#   bash tests/run.sh                 everything
+#   bash tests/run.sh format slurm    these parts only: format scripts build unit slurm clippy (clippy only when named)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+case ":$PATH:" in *":$HOME/.cargo/bin:"*) ;; *) export PATH=$PATH:$HOME/.cargo/bin ;; esac
+
+SKIPPED=77 # the exit code by which a part says that it could not run here (automake's)
+names=() outcomes=() seconds=()
+
+part() { # NAME COMMAND..
+  local name=$1 code=0 started=$SECONDS outcome=passed
+  shift
+  printf '\n=== %s\n' "$name"
+  "$@" || code=$?
+  if [ $code = $SKIPPED ]; then outcome=skipped; elif [ $code != 0 ]; then outcome=failed; fi
+  names+=("$name") outcomes+=("$outcome") seconds+=($((SECONDS - started)))
+}
+
+# The oracles of some tests are Python packages, kept apart from the system's.
+install_all() {
+  local packages=(numpy h5py safetensors sentencepiece protobuf) log=target/tests/pip.log
+  bash slurm/install.sh tests || return 1
+  if ! .venv/bin/python -c 'import numpy, h5py, safetensors, sentencepiece, google.protobuf' 2>/dev/null; then
+    mkdir -p target/tests
+    { python3 -m venv --clear .venv && .venv/bin/pip install --quiet "${packages[@]}"; } >$log 2>&1 || { tail -n 5 $log; return 1; }
+    echo "installed ${packages[*]} into .venv"
+  fi
+}
+
+scripts() {
+  local file failed=0 n=0
+  while IFS= read -r file; do
+    n=$((n + 1))
+    bash -n "$file" || failed=1
+    if command -v shellcheck >/dev/null; then shellcheck -S warning "$file" || failed=1; fi
+  done < <(find .ci slurm tests benches -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
+  echo "$n scripts read"
+  return $failed
+}
+
+# One failing test binary must not hide the others.
+unit() { cargo test --release --no-fail-fast; }
+
+build() { cargo build --release --all-targets; }
+
+slurm() { bash tests/slurm_cluster.sh; }
+
+wanted=" ${*:-format scripts build unit slurm} "
+for name in $wanted; do
+  case $name in
+    format | scripts | build | unit | slurm | clippy) ;;
+    *) echo "no such part: $name (format scripts build unit slurm clippy)" >&2; exit 2 ;;
+  esac
+done
+part install install_all
+[ "${outcomes[0]}" = passed ] || exit 1
+for name in $wanted; do
+  case $name in
+    format) part format cargo fmt --check ;;
+    clippy) part clippy cargo clippy --release --all-targets -- -D warnings ;;
+    *) part "$name" "$name" ;;
+  esac
+done
+
+printf '\n=== Summary\n'
+passed=0 failed=0 skipped=0
+for idx in "${!names[@]}"; do
+  printf '%-10s %-8s %4d s\n' "${names[idx]}" "${outcomes[idx]}" "${seconds[idx]}"
+  ((${outcomes[idx]} += 1))
+done
+printf 'parts: %d passed, %d failed, %d skipped\n' $passed $failed $skipped
+[ $failed = 0 ]

@@ -1,0 +1,244 @@
+#!/usr/bin/env bash
+# The job scripts on a real SLURM cluster of two nodes (slurm/dev-cluster.sh), with real binaries and a little real text:
+#
+# - the chain text -> tokenizer -> tokens -> pretraining on both nodes -> responses, by afterok dependencies, ends well and
+#   leaves finished artifacts; submitted again, it finds everything done;
+# - a job that gets USR1 saves, leaves with 75, is requeued, goes on where it was and counts every step exactly once;
+# - a wrong recipe ends a job with 2, a damaged shard with 3, and the job that depends on it never runs;
+# - when one rank of two is killed, the job ends instead of waiting for ever.
+#
+# Needs root on Debian (and namespaces; without, the nodes share the machine's network); else says so and leaves with 77.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/env.sh
+
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  echo "skipped: a SLURM cluster on one machine takes root on Debian (this is $(id -un) on $(uname -sr))"
+  exit 77
+fi
+for name in train-tokenizer tokenize pretrain generate checkpoint; do
+  [ -x "$TRIREME_BIN/trireme-$name" ] || { echo "no $TRIREME_BIN/trireme-$name: run cargo build --release first" >&2; exit 1; }
+done
+
+WORK=$(mktemp -d /tmp/trireme-slurm-test.XXXXXX)
+export DEV_CLUSTER_NODES=2
+failed=0
+was_up= # a cluster that somebody uses is used too, and left up
+
+clean_up() {
+  local code=$?
+  if [ -z "$was_up" ]; then bash slurm/dev-cluster.sh down; fi
+  if [ $code = 0 ]; then rm -rf "$WORK"; else echo "what the jobs printed is in $WORK" >&2; fi
+}
+
+# ---- Asking
+
+check() { # WHAT COMMAND..
+  local what=$1
+  shift
+  if "$@"; then echo "ok      $what"; else echo "FAILED  $what"; failed=1; fi
+}
+
+# field JOB NAME: from scontrol, e.g. JobState, ExitCode, Restarts.
+field() { scontrol --oneliner show job "$1" | grep -o " $2=[^ ]*" | head -n 1 | cut -d= -f2; }
+
+is() { # FOUND EXPECTED
+  [ "$1" = "$2" ] || { echo "        found $1, expected $2"; return 1; }
+}
+
+ended_as() { is "$(field "$1" JobState) $(field "$1" ExitCode)" "$2"; } # JOB "STATE CODE:SIGNAL"
+
+# wait_for SECONDS COMMAND..: until it succeeds.
+wait_for() {
+  local until=$((SECONDS + $1))
+  shift
+  until "$@"; do
+    if [ $SECONDS -ge $until ]; then echo "        waited in vain for: $*"; return 1; fi
+    sleep 0.2
+  done
+}
+
+is_over() { case $(field "$1" JobState) in PENDING | RUNNING | COMPLETING | REQUEUED) false ;; *) true ;; esac; }
+rows() { if [ -e "$1" ]; then wc -l <"$1"; else echo 0; fi; }
+has_rows() { [ "$(rows "$1")" -ge "$2" ]; }
+restarted() { [ "$(field "$1" Restarts)" -ge 1 ] && [ "$(field "$1" JobState)" != PENDING ]; }
+contains() { grep -q -- "$2" "$1" || { echo "        not in $1: $2"; return 1; }; } # FILE TEXT
+is_artifact() { # DIR KIND
+  [ -e "$1/manifest.json" ] && grep -q "\"kind\": *\"$2\"" "$1/manifest.json"
+}
+steps_once_each() { # METRICS STEPS
+  is "$(grep -o '"step":[0-9]*' "$1" | cut -d: -f2 | md5sum)" "$(seq "$2" | md5sum)"
+}
+
+# ---- Submitting
+
+write_recipe() {
+  cat >"$WORK/recipe.toml" <<TOML
+[model]
+n_layers = 2
+hidden = 32
+n_heads = 4
+n_kv_heads = 2
+head_dim = 8
+ffn_hidden = 64
+vocab_size = 512
+vocab_divisor = 16
+max_tokens = 64
+norm = "layernorm1p"
+norm_eps = 1e-5
+activation = "squared_relu"
+rotary_fraction = 0.5
+rope_base = 10000.0
+tied_embeddings = false
+head = "vocabulary"
+init_std = 0.02
+[parallel]
+tp = 1
+pp = 1
+vp = 1
+schedule = "1f1b"
+sequence_parallel = false
+[batch]
+seq_len = 32
+micro = 2
+global = 8
+[train]
+steps = 12
+seed = 1
+precision = "f32"
+clip_grad_norm = 1.0
+[optimizer]
+lr = 1e-3
+min_lr = 1e-4
+warmup_steps = 2
+decay = "cosine"
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8
+weight_decay = 0.1
+[data]
+seed = 1
+[[data.train]]
+shards = "$WORK/chain/tokens"
+weight = 1.0
+[validation]
+shards = "$WORK/chain/tokens"
+every_steps = 6
+samples = 8
+[checkpoint]
+every_steps = 1000000
+TOML
+}
+
+# Two nodes, one rank each: what they say to one another goes over the network.
+SPREAD="--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
+
+submit_chain() {
+  INPUT="src slurm" VOCAB_SIZE=512 RECIPE=$WORK/recipe.toml REQUESTS=$WORK/requests.jsonl OUT=$WORK/chain \
+    OPTIONS_ALL="--cpus-per-task=1 --time=10" OPTIONS_TOKENIZE="$SPREAD" OPTIONS_PRETRAIN="$SPREAD" OPTIONS_GENERATE="$SPREAD" \
+    ARGS_TOKENIZE="--validation-share 0.1" bash slurm/pipeline.sh
+}
+
+# pretrain NAME ARGUMENT..: a job with its own run directory; prints its number.
+pretrain() {
+  local name=$1
+  shift
+  RECIPE=$WORK/recipe.toml OUT=$WORK/$name ARGS="$*" sbatch --parsable $SPREAD --time=10 --output="$WORK/$name.log" slurm/pretrain.sbatch
+}
+
+# ---- The tests
+
+chain() {
+  local jobs job stage
+  jobs=$(submit_chain)
+  while read -r job stage; do
+    wait_for 90 is_over "$job" || true
+    check "$stage succeeds in the chain" ended_as "$job" "COMPLETED 0:0"
+  done <<<"$jobs"
+  check "the tokenizer is an artifact" is_artifact "$WORK/chain/tokenizer" tokenizer
+  check "the tokens are an artifact" is_artifact "$WORK/chain/tokens" token-shards
+  check "the run is an artifact" is_artifact "$WORK/chain/run" run
+  check "its last checkpoint is whole" "$TRIREME_BIN/trireme-checkpoint" verify "$WORK/chain/run/checkpoints/step-00000012"
+  check "its metrics have each step once" steps_once_each "$WORK/chain/run/metrics.jsonl" 12
+  check "each request has a response" is "$(rows "$WORK/chain/responses/responses.jsonl")" "$(rows "$WORK/requests.jsonl")"
+  job=$(grep pretrain <<<"$jobs" | cut -d' ' -f1)
+  check "pretraining ran on both nodes" is "$(field "$job" NodeList)" "n[0-1]"
+}
+
+chain_again() {
+  local job stage before
+  before=$(cat "$WORK"/chain/*/manifest.json | md5sum)
+  while read -r job stage; do
+    wait_for 60 is_over "$job" || true
+    check "$stage, submitted again, finds its work done" ended_as "$job" "COMPLETED 0:0"
+  done < <(submit_chain)
+  check "and changes nothing" is "$(cat "$WORK"/chain/*/manifest.json | md5sum)" "$before"
+}
+
+# Started first, looked at last: SLURM lets a requeued job wait for some seconds.
+requeue_begin() {
+  requeued=$(pretrain requeued --set train.steps=300)
+  wait_for 30 has_rows "$WORK/requeued/metrics.jsonl" 3 || true
+  scancel --signal=USR1 "$requeued"
+}
+
+requeue_end() {
+  check "a job that gets USR1 is requeued and starts again" wait_for 60 restarted "$requeued"
+  wait_for 60 is_over "$requeued" || true
+  check "and finishes" ended_as "$requeued" "COMPLETED 0:0"
+  check "having left with 75" contains "$WORK/requeued.log" "saved and requeued (restart 1)"
+  check "and resumed from its checkpoint" contains "$WORK/requeued.log" "resumed from"
+  check "its metrics have each step once" steps_once_each "$WORK/requeued/metrics.jsonl" 300
+}
+
+wrong_input() {
+  local recipe shards behind
+  cp -r "$WORK/chain/tokens" "$WORK/damaged"
+  # One bit of one token: only a checksum sees it.
+  printf '\x01' | dd of="$WORK/damaged/train.bin" bs=1 seek=1000 count=1 conv=notrunc status=none
+  cmp -s "$WORK/damaged/train.bin" "$WORK/chain/tokens/train.bin" &&
+    printf '\x02' | dd of="$WORK/damaged/train.bin" bs=1 seek=1000 count=1 conv=notrunc status=none
+  recipe=$(pretrain wrong-recipe --set model.n_layer=3)
+  shards=$(pretrain wrong-shards --set data.train.0.shards="$WORK/damaged")
+  behind=$(CHECKPOINT=$WORK/wrong-shards REQUESTS=$WORK/requests.jsonl OUT=$WORK/never sbatch --parsable $SPREAD --time=10 \
+    --output="$WORK/never.log" --dependency="afterok:$shards" --kill-on-invalid-dep=yes slurm/generate.sbatch)
+  wait_for 60 is_over "$recipe" || true
+  wait_for 60 is_over "$shards" || true
+  wait_for 60 is_over "$behind" || true
+  check "an unknown recipe key ends a job with 2" ended_as "$recipe" "FAILED 2:0"
+  check "and its log names the key and the nearest one" contains "$WORK/wrong-recipe.log" "n_layer.*n_layers"
+  check "a damaged shard ends a job with 3" ended_as "$shards" "FAILED 3:0"
+  check "and its log names the file" contains "$WORK/wrong-shards.log" "damaged/train.bin"
+  check "the job behind it is cancelled" is "$(field "$behind" JobState)" CANCELLED
+}
+
+rank_killed() {
+  local job pid
+  job=$(pretrain killed --set train.steps=1000000)
+  wait_for 30 has_rows "$WORK/killed/metrics.jsonl" 3 || true
+  # The last rank's process: its environment says which.
+  for pid in $(pgrep -x trireme-pretrai || true); do
+    if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "SLURM_JOB_ID=$job" && tr '\0' '\n' <"/proc/$pid/environ" | grep -qx SLURM_PROCID=1; then
+      kill -9 "$pid"
+    fi
+  done
+  wait_for 40 is_over "$job" || scancel "$job"
+  check "a job one of whose ranks is killed ends as failed" is "$(field "$job" JobState)" FAILED
+}
+
+trap clean_up EXIT
+started=$SECONDS
+if bash slurm/dev-cluster.sh is-up; then was_up=1; fi
+bash slurm/dev-cluster.sh up
+eval "$(bash slurm/dev-cluster.sh env)"
+write_recipe
+printf '%s\n' '{"id": "a", "prompt": "fn ", "max_new_tokens": 8}' '{"id": "b", "prompt": "The ", "max_new_tokens": 8}' \
+  '{"id": "c", "prompt": "# ", "max_new_tokens": 8}' >"$WORK/requests.jsonl"
+chain
+requeue_begin
+wrong_input
+rank_killed
+requeue_end
+chain_again
+echo "SLURM: $((SECONDS - started)) s"
+exit $failed
