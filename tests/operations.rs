@@ -1,12 +1,13 @@
 //! Every device operation over the table of `operations/cases.rs`, against the naive f64 formulas of `operations/oracle.rs`.
 
+#[allow(dead_code)] // the bench reads more of it
 #[path = "operations/cases.rs"]
 mod cases;
 #[path = "operations/oracle.rs"]
 mod oracle;
 
 use cases::{Case, Kind, Role, Vocabulary, widened};
-use oracle::HeadCounts;
+use oracle::{HeadCounts, U};
 use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache};
 use trireme::rng::Random;
@@ -31,6 +32,8 @@ fn gemm_cases() -> Vec<Case> {
         (97, 131, 259),
         (130, 260, 389),
         (257, 70, 513),
+        (33, 40, 3300),
+        (70, 600, 40),
         (0, 4, 3),
         (4, 0, 3),
         (4, 3, 0),
@@ -117,37 +120,47 @@ fn fresh(case: &Case, dtype: DType) -> Vec<Tensor> {
     case.tensors(dtype, &|which, index| stream.normal(which << 40 | index))
 }
 
-/// Runs a case and compares every output with the oracle and every input with itself.
-fn check(device: &dyn Device, case: &Case, dtype: DType) {
+/// Runs a case on every device and compares each output with the oracle and each input with itself.
+fn check(devices: &[Cpu], case: &Case, dtype: DType) {
     let round = move |v: f64| match dtype {
         DType::BF16 => f64::from(half::bf16::from_f32(v as f32).to_f32()),
         _ => f64::from(v as f32),
     };
-    let mut tensors = fresh(case, dtype);
-    let before: Vec<Vec<f64>> = tensors.iter().map(widened).collect();
-    (case.run)(device, &mut tensors);
-    let mut expected = (case.oracle)(&before, &round).into_iter();
-    for (at, arg) in case.args.iter().enumerate() {
-        let label = format!("{} {} {dtype:?} on {}, argument {at}", case.operation, case.shape, device.name());
-        let now = widened(&tensors[at]);
-        if arg.role == Role::Input {
-            assert!(now == before[at], "{label}: an input was changed");
-            continue;
+    let start = fresh(case, dtype);
+    let before: Vec<Vec<f64>> = start.iter().map(widened).collect();
+    let expected = (case.oracle)(&before, &round);
+    for device in devices {
+        let mut tensors: Vec<Tensor> = start.iter().map(duplicate).collect();
+        (case.run)(device, &mut tensors);
+        let mut expected = expected.iter();
+        for (at, arg) in case.args.iter().enumerate() {
+            let label = format!("{} {} {dtype:?} on {}, argument {at}", case.operation, case.shape, device.name());
+            let now = widened(&tensors[at]);
+            if arg.role == Role::Input {
+                assert!(now == before[at], "{label}: an input was changed");
+                continue;
+            }
+            let want = expected.next().expect("one expectation for each output");
+            assert_eq!(want.len(), now.len(), "{label}");
+            for (i, (now, want)) in now.iter().zip(want).enumerate() {
+                let unit = if tensors[at].dtype() == DType::BF16 { U_BF16 } else { U };
+                // Exact outputs (a copy, a maximum, a gathered row) get no allowance but the rounding of a narrower store.
+                let exact = want.bound == 0.0 && want.value == round(want.value);
+                let allowed = if exact { 0.0 } else { want.bound + unit * (want.value.abs() + want.bound) };
+                let equal = *now == want.value || (now - want.value).abs() <= allowed;
+                assert!(equal, "{label}, element {i}: {now} is not within {allowed:e} of {}", want.value);
+            }
         }
-        let want = expected.next().expect("one expectation for each output");
-        assert_eq!(want.len(), now.len(), "{label}");
-        for (i, (now, want)) in now.iter().zip(&want).enumerate() {
-            let store = if tensors[at].dtype() == DType::BF16 { U_BF16 * (want.value.abs() + want.bound) } else { U * want.value.abs() };
-            // Exact outputs (a copy, a maximum, a gathered row) get no allowance but the rounding of a narrower store.
-            let narrowed = want.value != round(want.value);
-            let allowed = if want.bound == 0.0 && !narrowed { 0.0 } else { want.bound + store };
-            let equal = *now == want.value || (now - want.value).abs() <= allowed;
-            assert!(equal, "{label}, element {i}: {now} is not within {allowed:e} of {}", want.value);
-        }
+        assert!(expected.next().is_none());
     }
-    assert!(expected.next().is_none());
 }
-use oracle::U;
+
+/// The same elements in memory of their own.
+fn duplicate(x: &Tensor) -> Tensor {
+    let mut copy = Tensor::host(x.dims(), x.dtype(), None).expect("memory");
+    copy.bytes_mut().copy_from_slice(x.bytes());
+    copy
+}
 
 /// The device with every set of instructions that this processor has: the fallbacks are as right as the fast paths.
 fn devices() -> Vec<Cpu> {
@@ -159,32 +172,218 @@ fn devices() -> Vec<Cpu> {
 /// that is not written fails, and inputs must come back unchanged.
 #[test]
 fn matrix_products_match_the_oracle() {
-    for device in devices() {
-        for case in gemm_cases() {
-            check(&device, &case, DType::F32);
-            check(&device, &case, DType::BF16);
-        }
+    for case in gemm_cases() {
+        check(&devices(), &case, DType::F32);
+        check(&devices(), &case, DType::BF16);
     }
 }
 
 /// As above, for everything that works on rows.
 #[test]
 fn row_operations_match_the_oracle() {
-    for device in devices() {
-        for case in row_cases() {
-            check(&device, &case, DType::F32);
-            check(&device, &case, DType::BF16);
-        }
+    for case in row_cases() {
+        check(&devices(), &case, DType::F32);
+        check(&devices(), &case, DType::BF16);
     }
 }
 
 /// As above, for attention: tiles, diagonals and sequence ends are where it would break.
 #[test]
 fn attention_matches_the_oracle() {
-    for device in devices() {
-        for case in attention_cases() {
-            check(&device, &case, DType::F32);
-            check(&device, &case, DType::BF16);
+    for case in attention_cases() {
+        check(&devices(), &case, DType::F32);
+        check(&devices(), &case, DType::BF16);
+    }
+}
+
+/// Outputs as bytes after a run in a pool of so many threads.
+fn outputs_with_threads(case: &Case, dtype: DType, n_threads: usize) -> Vec<Vec<u8>> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("a thread pool");
+    let mut tensors = fresh(case, dtype);
+    pool.install(|| (case.run)(&Cpu::new(), &mut tensors));
+    tensors.iter().map(|tensor| tensor.bytes().to_vec()).collect()
+}
+
+/// Row operations, attention and bf16 products give the same bits on 1, 2, 3 and 7 threads: their sums are cut at fixed places, never
+/// where a thread's share ends. (f32 products are promised only for equal thread counts, and checked for that.)
+#[test]
+fn results_do_not_depend_on_threads() {
+    let heads = (4, 2, 64);
+    let wide = Vocabulary { t: 9, columns: 20_011, n_valid: 20_000, first_row: 0 };
+    let tokens = || (0..3000).map(|i| i * i % 17).collect::<Vec<usize>>();
+    let mut cases = vec![
+        cases::norm(true, (301, 385)),
+        cases::add_norm(false, (301, 385)),
+        cases::norm_backward(true, (301, 385)),
+        cases::norm_backward(false, (1000, 129)),
+        cases::embed(tokens(), (13, 257), 2),
+        cases::embed_backward(tokens(), (13, 257), 2),
+        cases::rope(301, heads, 32, Direction::Forward),
+        cases::attention(vec![0, 100, 401], heads),
+        cases::attention_backward(vec![0, 100, 401], heads),
+        cases::attention_cached(&[(0, 250, 90), (2, 17, 1), (1, 0, 33)], (3, 350), heads),
+        cases::activation(Activation::Swiglu, (301, 385)),
+        cases::cross_entropy_sum(wide),
+        cases::cross_entropy_gradient(wide),
+        cases::adamw(300_001, 3, 0.1),
+    ];
+    for case in &cases {
+        for dtype in [DType::F32, DType::BF16] {
+            let one = outputs_with_threads(case, dtype, 1);
+            for n in [2, 3, 7] {
+                assert!(outputs_with_threads(case, dtype, n) == one, "{} {} {dtype:?}: {n} threads", case.operation, case.shape);
+            }
         }
     }
+    cases = [Gemm::NN, Gemm::NT, Gemm::TN.accumulate()].map(|how| cases::gemm(how, (301, 1100, 777), Kind::F32)).into();
+    for case in &cases {
+        let one = outputs_with_threads(case, DType::BF16, 1);
+        for n in [2, 3, 7] {
+            assert!(outputs_with_threads(case, DType::BF16, n) == one, "gemm {} bf16: {n} threads", case.shape);
+            assert!(outputs_with_threads(case, DType::F32, n) == outputs_with_threads(case, DType::F32, n), "gemm {} f32", case.shape);
+        }
+    }
+}
+
+/// The sum of squares equals the f64 one within the rounding of n additions, and is the same bits on any number of threads.
+#[test]
+fn sum_of_squares_is_exact_enough_and_fixed() {
+    let stream = Random::new(3, "sum of squares");
+    for n in [0, 1, 4095, 4097, 300_007] {
+        let values: Vec<f32> = (0..n).map(|i| stream.normal(i as u64) as f32).collect();
+        let x = Tensor::from_f32(&[n], &values);
+        let exact: f64 = values.iter().map(|v| f64::from(*v).powi(2)).sum();
+        let sums: Vec<f64> = [1, 2, 3, 7]
+            .map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(|| Cpu::new().sum_squares(&x)))
+            .into();
+        // Squares of f32 are exact in f64, so only the n additions round, each within 2^-53 of a partial sum; twice, for `exact`.
+        assert!((sums[0] - exact).abs() <= 2.0 * n as f64 * f64::EPSILON / 2.0 * exact, "{n}: {} is not {exact}", sums[0]);
+        assert!(sums.iter().all(|sum| sum.to_bits() == sums[0].to_bits()), "{n}: {sums:?}");
+    }
+}
+
+/// The value of a case's scalar loss sum(weights * output) in f64.
+fn loss(forward: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], weights: &[f64]) -> f64 {
+    forward(x).iter().zip(weights).map(|(y, w)| y * w).sum()
+}
+
+/// Checks an analytic gradient against central differences of a forward function. The step h makes a truncation error of about h^2
+/// times the third derivative and a rounding error of eps |loss| / h; with h = 1e-4, values of order 10 and third derivatives of
+/// order 100, that is 1e-6 and 1e-11, so 1e-5 of the largest gradient is allowed.
+fn check_gradient(what: &str, forward: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], dout: &[f64], gradient: &[f64]) {
+    let largest = gradient.iter().fold(1.0f64, |a, g| a.max(g.abs()));
+    let h = 1e-4;
+    for i in 0..x.len() {
+        let (mut up, mut down) = (x.to_vec(), x.to_vec());
+        up[i] += h;
+        down[i] -= h;
+        let difference = (loss(forward, &up, dout) - loss(forward, &down, dout)) / (2.0 * h);
+        assert!((difference - gradient[i]).abs() <= 1e-5 * largest, "{what}, element {i}: {} is not {difference}", gradient[i]);
+    }
+}
+
+fn normals(purpose: &str, n: usize) -> Vec<f64> {
+    let stream = Random::new(77, purpose);
+    (0..n).map(|i| f64::from(stream.normal(i as u64) as f32)).collect()
+}
+
+fn values(near: &[oracle::Near]) -> Vec<f64> {
+    near.iter().map(|near| near.value).collect()
+}
+
+/// The oracle's backward formulas, which the device is held to above, are the derivatives of its forward formulas: both being wrong
+/// in the same way would show here.
+#[test]
+fn oracle_gradients_equal_central_differences() {
+    let (t, n) = (3, 7);
+    let (x, gain, bias, dy) = (normals("x", t * n), normals("gain", n), normals("bias", n), normals("dy", t * n));
+    for layer in [true, false] {
+        let forward = |x: &[f64], gain: &[f64], bias: &[f64]| values(&oracle::norm(x, gain, Some(bias), layer, 1e-5).0);
+        let stats = values(&oracle::norm(&x, &gain, None, layer, 1e-5).1);
+        let zeros = (vec![0.0; t * n], vec![0.0; n], vec![0.0; n]);
+        let g = oracle::norm_backward((&zeros.0, &zeros.1, &zeros.2), &dy, &x, &gain, &stats, layer);
+        check_gradient("norm dx", &|x| forward(x, &gain, &bias), &x, &dy, &values(&g.dx));
+        check_gradient("norm dgain", &|gain| forward(&x, gain, &bias), &gain, &dy, &values(&g.dgain));
+        check_gradient("norm dbias", &|bias| forward(&x, &gain, bias), &bias, &dy, &values(&g.dbias));
+    }
+    for gated in [true, false] {
+        let n_out = if gated { 20 } else { 40 };
+        // Away from the kink of the ReLU's second derivative by more than h.
+        let x: Vec<f64> = normals("activation", 40).iter().map(|v| if v.abs() < 0.01 { 0.01 } else { *v }).collect();
+        let dout = normals("dout", n_out);
+        let gradient = values(&oracle::activation_backward(&dout, &x, gated));
+        check_gradient("activation", &|x| values(&oracle::activation(x, gated)), &x, &dout, &gradient);
+    }
+    for heads in [(4, 2, 6), (2, 2, 4), (3, 1, 5)] {
+        let columns = (heads.0 + 2 * heads.1) * heads.2;
+        let starts = [0, 4, 4, 9];
+        let (qkv, dout) = (normals("qkv", 9 * columns), normals("dout", 9 * heads.0 * heads.2));
+        let (out, lse) = oracle::attention(&qkv, &starts, heads);
+        let gradient = values(&oracle::attention_backward(&dout, &values(&out), &values(&lse), &qkv, &starts, heads));
+        check_gradient("attention", &|qkv| values(&oracle::attention(qkv, &starts, heads).0), &qkv, &dout, &gradient);
+        let positions: Vec<f64> = (0..9).map(f64::from).collect();
+        let rotary = (heads.2 / 2 * 2, 10000.0);
+        let drotated = normals("drotated", qkv.len());
+        let gradient = values(&oracle::rope(&drotated, &positions, heads, rotary, -1.0));
+        check_gradient("rope", &|qkv| values(&oracle::rope(qkv, &positions, heads, rotary, 1.0)), &qkv, &drotated, &gradient);
+    }
+    let (logits, target, weight) = (normals("logits", 11), 4, 0.7);
+    let forward = |x: &[f64]| vec![weight * (x.iter().map(|v| v.exp()).sum::<f64>().ln() - x[target])];
+    let sum: f64 = logits.iter().map(|v| v.exp()).sum();
+    let shape = Vocabulary { t: 1, columns: 11, n_valid: 11, first_row: 0 };
+    let inputs = [logits.clone(), vec![0.0], vec![sum], vec![target as f64], vec![weight]];
+    let gradient = values(&(cases::cross_entropy_gradient(shape).oracle)(&inputs, &|v| v)[0]);
+    check_gradient("cross entropy", &forward, &logits, &[1.0], &gradient);
+}
+
+/// A sequence fed to the cache in chunks of any sizes gives what whole-sequence attention gives: each is within its bound of the same
+/// formula, so they are within twice that of each other (and half an ulp of the store each). A wrong mask or cache row shows.
+#[test]
+fn cached_chunks_equal_whole_attention() {
+    let cpu = Cpu::new();
+    for (heads, splits) in [((4, 2, 64), vec![1, 1, 1, 50, 3, 97, 1]), ((6, 1, 34), vec![130, 1, 2, 24]), ((2, 2, 128), vec![70])] {
+        let h = cases::heads_of(heads);
+        let t: usize = splits.iter().sum();
+        let qkv: Vec<f32> = normals("cached", t * h.qkv_columns()).iter().map(|v| *v as f32).collect();
+        for dtype in [DType::F32, DType::BF16] {
+            let make = |dims: &[usize]| cpu.alloc(dims, dtype).expect("memory");
+            let qkv = if dtype == DType::F32 {
+                Tensor::from_f32(&[t, h.qkv_columns()], &qkv)
+            } else {
+                Tensor::from_bf16(&[t, h.qkv_columns()], &qkv)
+            };
+            let (mut whole, mut lse) = (make(&[t, h.query * h.dim]), Tensor::from_f32(&[h.query, t], &vec![0.0; h.query * t]));
+            cpu.attention(&mut whole, &mut lse, &qkv, &[0, t], h);
+            let mut cache = KvCache { keys: make(&[2, t, h.kv * h.dim]), values: make(&[2, t, h.kv * h.dim]) };
+            let mut chunked = make(&[t, h.query * h.dim]);
+            let mut past = 0;
+            for new in &splits {
+                let span = CacheSpan { rows: 0..*new, slot: 1, past };
+                let rows = past..past + new;
+                cpu.attention_cached(&mut chunked.rows_mut(rows.clone()), &qkv.rows(rows), &mut cache, &[span], h);
+                past += new;
+            }
+            let bounds = oracle::attention(&widened(&qkv), &[0, t], heads).0;
+            let unit = if dtype == DType::BF16 { U_BF16 } else { U };
+            for (i, ((a, b), near)) in widened(&whole).iter().zip(widened(&chunked)).zip(bounds).enumerate() {
+                let allowed = 2.0 * (near.bound + unit * (near.value.abs() + near.bound));
+                assert!((a - b).abs() <= allowed, "{heads:?} {dtype:?}, element {i}: {b} in chunks, {a} whole, {allowed:e} allowed");
+            }
+        }
+    }
+}
+
+/// Bytes are counted while tensors live and not after, the peak stays, and more than there is is an error that names both sizes.
+#[test]
+fn memory_is_counted_and_its_end_is_an_error() {
+    let cpu = Cpu::new();
+    let x = cpu.alloc(&[100, 10], DType::F32).expect("memory");
+    let y = cpu.alloc(&[100, 10], DType::BF16).expect("memory");
+    assert_eq!((cpu.memory().live_bytes, cpu.memory().n_allocations), (6000, 2));
+    drop(x);
+    assert_eq!((cpu.memory().live_bytes, cpu.memory().peak_bytes), (2000, 6000));
+    let error = cpu.alloc(&[1 << 30, 1 << 28], DType::F32).expect_err("an exabyte").to_string();
+    assert!(error.contains(&(1u64 << 60).to_string()) && error.contains("2000"), "{error}");
+    drop(y);
+    assert_eq!(cpu.memory().live_bytes, 0);
 }

@@ -52,3 +52,22 @@ fn best_s(device: &dyn Device, work: &mut dyn FnMut()) -> f64 {
     }
     best
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    /// Both rates are positive and finite for both dtypes, and every byte taken is given back: a report divides by them.
+    #[test]
+    fn rates_are_usable() {
+        let cpu = Cpu::new();
+        for dtype in [DType::F32, DType::BF16] {
+            let ceiling = measure(&cpu, dtype);
+            assert!(ceiling.gemm_flops_per_s.is_finite() && ceiling.gemm_flops_per_s > 1e6, "{ceiling:?}");
+            assert!(ceiling.copy_bytes_per_s.is_finite() && ceiling.copy_bytes_per_s > 1e6, "{ceiling:?}");
+        }
+        assert_eq!(cpu.memory().live_bytes, 0);
+        assert!(cpu.memory().peak_bytes >= 2 * 4 * COPY_ELEMENTS);
+    }
+}

@@ -191,12 +191,7 @@ impl Generator<'_> {
     }
 
     /// Appends the choices, ends what is complete and frees its slots.
-    fn advance(
-        &self,
-        requests: &[Request],
-        choices: &[Choice],
-        state: (&mut Vec<Active>, &mut Vec<usize>, &mut Vec<(usize, Response)>),
-    ) {
+    fn advance(&self, requests: &[Request], choices: &[Choice], state: (&mut Vec<Active>, &mut Vec<usize>, &mut Vec<(usize, Response)>)) {
         let (active, free, done) = state;
         let mut going_on = Vec::with_capacity(active.len());
         for (mut one, choice) in active.drain(..).zip(choices) {

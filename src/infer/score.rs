@@ -55,7 +55,8 @@ pub fn read_sequences(path: &Path, vocab_size: usize, max_tokens: usize, tokeniz
         if line.trim().is_empty() {
             continue;
         }
-        let line: Line = serde_json::from_str(&line).map_err(|error| wrong(error.to_string(), "a line is {\"id\", \"tokens\" or \"text\"}"))?;
+        let line: Line =
+            serde_json::from_str(&line).map_err(|error| wrong(error.to_string(), "a line is {\"id\", \"tokens\" or \"text\"}"))?;
         let tokens = match (line.tokens, line.text, tokenizer) {
             (Some(tokens), None, _) => tokens,
             (None, Some(text), Some(tokenizer)) => tokenizer.encode(&text),
@@ -126,7 +127,13 @@ fn micro_batch(device: &dyn Device, sequences: &[Sequence], pack: &[usize]) -> R
 
 /// Scores all sequences; the result is in their order and the same on every rank. Replicas share out the micro-batches.
 /// Collective.
-pub fn logprobs(device: &dyn Device, groups: &Groups, chunks: &mut [Chunk], sequences: &[Sequence], batch_tokens: usize) -> Result<Vec<Scored>> {
+pub fn logprobs(
+    device: &dyn Device,
+    groups: &Groups,
+    chunks: &mut [Chunk],
+    sequences: &[Sequence],
+    batch_tokens: usize,
+) -> Result<Vec<Scored>> {
     let packs = pack(sequences, batch_tokens);
     let mine: Vec<&Vec<usize>> = packs.iter().skip(groups.at.dp).step_by(groups.layout.dp).collect();
     let scratch = Scratch::new();

@@ -174,7 +174,11 @@ fn held_out_samples(recipe: &Pretrain, dp: usize, samples: &Sequential) -> Resul
     let round = dp * recipe.batch.micro;
     let n_samples = asked.min(samples.n_samples() as usize) / round * round;
     if n_samples == 0 {
-        let wrong = format!("the held-out shards have {} samples of {} tokens, one measurement needs dp x micro = {round}", samples.n_samples(), recipe.batch.seq_len);
+        let wrong = format!(
+            "the held-out shards have {} samples of {} tokens, one measurement needs dp x micro = {round}",
+            samples.n_samples(),
+            recipe.batch.seq_len
+        );
         return Err(Error::recipe(wrong).remedy("hold out more text, shorten batch.seq_len, or remove [validation]"));
     }
     Ok(n_samples)
@@ -183,7 +187,11 @@ fn held_out_samples(recipe: &Pretrain, dp: usize, samples: &Sequential) -> Resul
 fn check_vocabulary(recipe: &Pretrain, path: &Path, shards: &TokenShards) -> Result<()> {
     match shards.vocab_size() {
         Some(found) if found != recipe.model.vocab_size => {
-            let wrong = format!("model.vocab_size = {}, but the shards in {} were made with {found} pieces", recipe.model.vocab_size, path.display());
+            let wrong = format!(
+                "model.vocab_size = {}, but the shards in {} were made with {found} pieces",
+                recipe.model.vocab_size,
+                path.display()
+            );
             Err(Error::recipe(wrong).remedy(format!("set model.vocab_size = {found}, or take shards of the right tokenizer")))
         }
         _ => Ok(()),
@@ -222,10 +230,8 @@ impl<'a> Trainer<'a> {
         // All ranks measure at once, as they will compute at once.
         world.barrier();
         let mine = (job.ceiling)(dtype);
-        let ceiling = Ceiling {
-            gemm_flops_per_s: world.sum_f64(mine.gemm_flops_per_s),
-            copy_bytes_per_s: world.sum_f64(mine.copy_bytes_per_s),
-        };
+        let ceiling =
+            Ceiling { gemm_flops_per_s: world.sum_f64(mine.gemm_flops_per_s), copy_bytes_per_s: world.sum_f64(mine.copy_bytes_per_s) };
         let metrics = if world.rank() == 0 { MetricsWriter::open(&run_dir::metrics_path(job.out)).map(Some) } else { Ok(None) };
         let metrics = agree(world, metrics)?;
         let trainer = Trainer { job, state, scratch: Scratch::new(), batch, schedule, ceiling, metrics };
@@ -264,7 +270,10 @@ impl<'a> Trainer<'a> {
             self.batch.micro
         );
         log::info!("data        {} tokens a pass, order {}", data.order.n_tokens(), data.order.fingerprint());
-        log::info!("memory      {:.1} MiB of weights, gradients and optimizer state on this rank", memory.live_bytes as f64 / (1 << 20) as f64);
+        log::info!(
+            "memory      {:.1} MiB of weights, gradients and optimizer state on this rank",
+            memory.live_bytes as f64 / (1 << 20) as f64
+        );
         log::info!("ceiling     {:.0} GFLOP/s of matrix product over all ranks, measured now", self.ceiling.gemm_flops_per_s / 1e9);
     }
 
@@ -282,7 +291,8 @@ impl<'a> Trainer<'a> {
         };
         let stored = agree(world, checkpoint::open(&path))?;
         if stored.meta().data_fingerprint != data.order.fingerprint() {
-            let wrong = format!("the checkpoint consumed data {}, the recipe gives {}", stored.meta().data_fingerprint, data.order.fingerprint());
+            let wrong =
+                format!("the checkpoint consumed data {}, the recipe gives {}", stored.meta().data_fingerprint, data.order.fingerprint());
             return Err(Error::file(&path, wrong).remedy("put the shards back that the run was started with, or choose another --out"));
         }
         agree(world, self.state.load(device, &self.scratch, groups, &stored))?;
@@ -344,7 +354,11 @@ impl<'a> Trainer<'a> {
         let grad_norm = optimizer.grad_norm(device, chunks, groups);
         self.check_finite(loss, grad_norm)?;
         let (step, clip) = (self.state.step + 1, recipe.train.clip_grad_norm);
-        let update = Update { step, lr: recipe.optimizer.lr_at(self.state.step, recipe.train.steps), grad_scale: (clip / (grad_norm + 1e-6)).min(1.0) };
+        let update = Update {
+            step,
+            lr: recipe.optimizer.lr_at(self.state.step, recipe.train.steps),
+            grad_scale: (clip / (grad_norm + 1e-6)).min(1.0),
+        };
         let TrainState { chunks, optimizer, .. } = &mut self.state;
         optimizer.update(device, &self.scratch, chunks, groups, (&recipe.optimizer, update));
         device.finish();
@@ -366,8 +380,13 @@ impl<'a> Trainer<'a> {
             return Ok(());
         }
         let first = self.state.consumed_samples;
-        let wrong = format!("step {}: loss {loss}, gradient norm {grad_norm}, samples {first}..{}", self.state.step + 1, first + self.batch.global as u64);
-        Err(Error::new(Kind::Numeric, wrong).remedy("lower optimizer.lr, lengthen the warm-up, or look at these samples; the last checkpoint is kept"))
+        let wrong = format!(
+            "step {}: loss {loss}, gradient norm {grad_norm}, samples {first}..{}",
+            self.state.step + 1,
+            first + self.batch.global as u64
+        );
+        Err(Error::new(Kind::Numeric, wrong)
+            .remedy("lower optimizer.lr, lengthen the warm-up, or look at these samples; the last checkpoint is kept"))
     }
 
     /// Mean loss over the held-out samples, in nats a token. Collective.
@@ -377,7 +396,8 @@ impl<'a> Trainer<'a> {
         let n_micro = held_out.n_samples / (batch.dp * batch.micro);
         let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro });
         let first = |micro: usize| ((micro * batch.dp + groups.at.dp) * batch.micro) as u64;
-        let read = |micro| micro_batch(self.job.device, &held_out.samples, first(micro)..first(micro) + batch.micro as u64, batch.seq_len, 0.0);
+        let read =
+            |micro| micro_batch(self.job.device, &held_out.samples, first(micro)..first(micro) + batch.micro as u64, batch.seq_len, 0.0);
         let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
         let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
         let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), |_, _| {});

@@ -36,7 +36,9 @@ impl RunDir {
         if path.exists() && !recipe_path.exists() {
             let mut entries = fs::read_dir(path).at(path)?;
             if entries.next().is_some() {
-                return Err(Error::file(path, "exists and is not a run (no recipe.toml)").remedy("choose another --out, or remove it first"));
+                return Err(
+                    Error::file(path, "exists and is not a run (no recipe.toml)").remedy("choose another --out, or remove it first")
+                );
             }
         }
         fs::create_dir_all(path.join("checkpoints")).at(path)?;

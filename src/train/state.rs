@@ -106,7 +106,8 @@ impl TrainState {
                     continue;
                 }
                 let (name, rows) = (&param.spec.name, 0..shard.slice.shape[0]);
-                let mut add = |kind: &str, tensor| views.push((format!("{kind}/{name}"), param.spec.shape.clone(), shard.slice.clone(), tensor));
+                let mut add =
+                    |kind: &str, tensor| views.push((format!("{kind}/{name}"), param.spec.shape.clone(), shard.slice.clone(), tensor));
                 add("weights", owned_rows(param, &shard.slice, groups));
                 if param.value.dtype() != DType::F32 {
                     add("master", shard.master.rows(rows.clone()));

@@ -29,7 +29,7 @@ pub enum Init {
     Random(f64),
     Given(Vec<f64>),
     /// A function of the arguments before it, as they were rounded.
-    From(Box<dyn Fn(&[Vec<f64>]) -> Vec<f64>>),
+    From(Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + Send + Sync>),
 }
 
 pub struct Arg {
@@ -41,7 +41,7 @@ pub struct Arg {
 
 type Run = Box<dyn Fn(&dyn Device, &mut [Tensor]) + Send + Sync>;
 /// Values of all arguments and the rounding of the dtype under test, to what is near each argument that is not an input.
-type Oracle = Box<dyn Fn(&[Vec<f64>], &dyn Fn(f64) -> f64) -> Vec<Vec<Near>>>;
+type Oracle = Box<dyn Fn(&[Vec<f64>], &dyn Fn(f64) -> f64) -> Vec<Vec<Near>> + Send + Sync>;
 
 pub struct Case {
     pub operation: &'static str,
@@ -518,8 +518,8 @@ pub fn cross_entropy_sum(shape: Vocabulary) -> Case {
             let (mut sums, mut targets) = (Vec::new(), Vec::new());
             for t in 0..shape.t {
                 let row = &v[2][t * shape.columns..][..shape.n_valid];
-                // exp(x - max): the subtraction is off by U |x - max|, the exponential by 4 U, the sum by n U.
-                let term = |x: &f64| ((x - v[3][t]).exp(), (x - v[3][t]).abs() + shape.n_valid as f64 + 4.0);
+                // exp(x - max): subtraction and exponential are off by (4 + 1.25 |x - max|) U (EXP in the oracle), the sum by n U.
+                let term = |x: &f64| ((x - v[3][t]).exp(), 1.25 * (x - v[3][t]).abs() + shape.n_valid as f64 + 4.0);
                 let bound = row.iter().map(term).map(|(e, c)| e * c * U).sum();
                 sums.push(near(row.iter().map(|x| term(x).0).sum(), bound));
                 let target = v[4][t] as usize;
@@ -560,7 +560,7 @@ pub fn cross_entropy_gradient(shape: Vocabulary) -> Case {
                 }
                 let p = (v[0][at] - v[1][t]).exp() / v[2][t];
                 let one = if v[3][t] == (shape.first_row + c) as f64 { 1.0 } else { 0.0 };
-                let bound = U * (p * ((v[0][at] - v[1][t]).abs() + 8.0) + 2.0 * one);
+                let bound = U * (p * (1.25 * (v[0][at] - v[1][t]).abs() + 8.0) + 2.0 * one);
                 near(v[4][t] * (p - one), v[4][t] * bound + 1e-37)
             };
             vec![(0..shape.t * shape.columns).map(element).collect()]

@@ -7,6 +7,8 @@
 /// Unit roundoff of f32.
 pub const U: f64 = 1.0 / (1u64 << 24) as f64;
 
+// EXP: an exponential in f32 may be off by (4 + |x| / 4) U, relatively; (1 + 1/4) |x| U where x itself was rounded.
+
 /// A value and how far a correct f32 computation may be from it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Near {
@@ -154,8 +156,8 @@ pub fn attention_row(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<Near
     let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let min = s.iter().copied().fold(f64::INFINITY, f64::min);
     let sum: f64 = s.iter().map(|v| (v - max).exp()).sum();
-    // exp(s - max): the score's own error twice (max moves too), the subtraction, the exponential, and n terms of sums.
-    let relative = 2.0 * s_bound + U * (max - min) + (keys.len() as f64 + 16.0) * U;
+    // exp(s - max): the score's own error twice (max moves too), the subtraction, the exponential (EXP), and n terms of sums.
+    let relative = 2.0 * s_bound + 1.25 * U * (max - min) + (keys.len() as f64 + 16.0) * U;
     let mut out = vec![Near::default(); q.len()];
     for (s, v) in s.iter().zip(values) {
         let p = (s - max).exp() / sum;
@@ -242,8 +244,9 @@ pub fn activation(x: &[f64], gated: bool) -> Vec<Near> {
     if !gated {
         return x.iter().map(|v| near(v.max(0.0).powi(2), 2.0 * U * v * v)).collect();
     }
-    // exp of an argument exact in f32 is off by 4 U, relatively; the rest are four roundings.
-    x.chunks_exact(2).map(|v| v[0] * sigmoid(v[0]) * v[1]).map(|y| near(y, 10.0 * U * y.abs() + 1e-37)).collect()
+    // EXP, then four roundings.
+    let one = |v: &[f64]| (v[0] * sigmoid(v[0]) * v[1], (8.0 + v[0].abs() / 4.0) * U);
+    x.chunks_exact(2).map(one).map(|(y, relative)| near(y, relative * y.abs() + 1e-37)).collect()
 }
 
 pub fn activation_backward(dout: &[f64], x: &[f64], gated: bool) -> Vec<Near> {

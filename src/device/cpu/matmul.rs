@@ -38,7 +38,7 @@ pub fn gemm(isa: Isa, pool: &Pool, out: &mut Tensor, a: &Tensor, b: &Tensor, how
     }
     if sizes.m <= few_rows::MOST_ROWS && how.trans_b && (!how.trans_a || sizes.m == 1) {
         return float!(out.dtype(), O => float!(a.dtype(), E => {
-            few_rows::product::<E, O>(isa, elements_mut(out), elements(a), elements(b), sizes, how.out)
+            few_rows::product::<E, O>((isa, pool), elements_mut(out), elements(a), elements(b), sizes, how.out)
         }));
     }
     match a.dtype() {
