@@ -155,7 +155,14 @@ fn three_steps(golden: &Golden, layout: ParallelLayout, out: &Path, world: Box<d
     let schedule = schedule::training(kind, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro: 1 }).unwrap();
     let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded };
     let settings = Optimizer {
-        lr: 1e-2, min_lr: 1e-2, warmup_steps: 0, decay: LrDecay::Constant, beta1: 0.9, beta2: 0.95, eps: 1e-4, weight_decay: 0.1,
+        lr: 1e-2,
+        min_lr: 1e-2,
+        warmup_steps: 0,
+        decay: LrDecay::Constant,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-4,
+        weight_decay: 0.1,
     };
     let mut losses = Vec::new();
     for step in 1..=3 {

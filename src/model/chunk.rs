@@ -14,7 +14,6 @@ use super::param::{self, Param};
 use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
 use crate::error::{Error, Result};
-use crate::model::config::Split;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
@@ -313,7 +312,7 @@ impl Chunk {
             return;
         }
         for param in self.params_mut() {
-            if param.spec.split == Split::None {
+            if param.is_replicated_over_tp() {
                 ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
             }
         }

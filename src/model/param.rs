@@ -1,6 +1,6 @@
 //! A parameter on this rank: its tensor-parallel part, its gradient, and its initial values.
 
-use super::config::{Init, ParamSpec};
+use super::config::{Init, ParamSpec, Split};
 use crate::device::Device;
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
@@ -33,6 +33,12 @@ impl Param {
         }
         let grad = if with_grad { Some(device.alloc(&shape, DType::F32)?) } else { None };
         Ok(Param { value: device.alloc(&shape, dtype)?, grad, spec, slice })
+    }
+
+    /// Whether every tensor-parallel rank holds all of it (norms): its gradient is then a partial sum under sequence parallelism
+    /// until `Chunk::finish_gradients`, and a whole that must be counted once in the global norm after it.
+    pub fn is_replicated_over_tp(&self) -> bool {
+        self.spec.split == Split::None
     }
 
     /// The weight without padding rows, to compute with.
