@@ -218,6 +218,8 @@ fn vocab_parallel_cross_entropy_never_sees_padding() {
 const H: usize = 10;
 const HEADS: Heads = Heads { query: 8, kv: 4, dim: 6 };
 const F: usize = 16;
+const ROTARY: usize = 4;
+const ROPE_BASE: f64 = 100.0;
 
 /// A layer's output, input gradient and weight gradients, whole.
 struct Passed {
@@ -257,15 +259,19 @@ fn gradients_of(params: &[&Param]) -> Vec<(String, Split, Matrix)> {
     params.iter().map(|param| (param.spec.name.clone(), param.spec.split, gradient(param))).collect()
 }
 
+/// qkv and output projection.
+fn attention_weights() -> (Matrix, Matrix) {
+    let qkv = Matrix::random("qkv", (HEADS.query + 2 * HEADS.kv) * HEADS.dim, H, 0.5);
+    (qkv, Matrix::random("out", H, HEADS.query * HEADS.dim, 0.3))
+}
+
 fn make_attention(rank: &Rank) -> Attention {
-    let qkv = Matrix::random("qkv", HEADS.qkv_columns(), H, 0.5);
-    let out = Matrix::random("out", H, HEADS.query * HEADS.dim, 0.3);
-    let tp = rank.layout.tp;
+    let ((qkv, out), tp) = (attention_weights(), rank.layout.tp);
     Attention {
         qkv: ColumnParallelLinear { weight: rank.param("qkv", &qkv, Split::Rows) },
         out: RowParallelLinear { weight: rank.param("out", &out, Split::Columns) },
         heads: Heads { query: HEADS.query / tp, kv: HEADS.kv / tp, dim: HEADS.dim },
-        rope: Rope { rotary_dims: 4, base: 100.0, direction: Direction::Forward },
+        rope: Rope { rotary_dims: ROTARY, base: ROPE_BASE, direction: Direction::Forward },
     }
 }
 
@@ -282,13 +288,58 @@ fn attention_on(division: (usize, SequenceMode), positions: &[u32]) -> Passed {
     join(division, &parts)
 }
 
-/// Heads over ranks: output, input gradient and weight gradients of one rank. A head that meets another group's keys, or a rank
-/// whose part of the output is not summed, differs.
+/// Attention by its formula: packed rows of G groups (A/G queries, key, value), the first dims of queries and keys rotated in pairs
+/// (i, i + 2), softmax over the tokens of the same sequence so far.
+fn naive_attention(x: &Matrix, qkv: &Matrix, out: &Matrix) -> Matrix {
+    let (packed, positions, d) = (x.times(&qkv.transposed()), positions(), HEADS.dim);
+    let rotated = |t: usize, first: usize| -> Vec<f64> {
+        let mut head = packed.row(t)[first..first + d].to_vec();
+        for i in 0..ROTARY / 2 {
+            let angle = f64::from(positions[t]) * ROPE_BASE.powf(-2.0 * i as f64 / ROTARY as f64);
+            let (a, b) = (head[i], head[i + ROTARY / 2]);
+            (head[i], head[i + ROTARY / 2]) = (a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin());
+        }
+        head
+    };
+    let per_group = HEADS.query / HEADS.kv;
+    let mixed: Vec<Vec<f64>> = (0..T)
+        .map(|t| {
+            let first_token = STARTS.iter().copied().rfind(|&start| start <= t).unwrap();
+            let head = |a: usize| -> Vec<f64> {
+                let group = a / per_group * (per_group + 2) * d;
+                let query = rotated(t, group + a % per_group * d);
+                let score = |s: usize| -> f64 {
+                    let key = rotated(s, group + per_group * d);
+                    (query.iter().zip(&key).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()).exp()
+                };
+                let scores: Vec<f64> = (first_token..=t).map(score).collect();
+                let value = |s: usize, i: usize| packed.at(s, group + (per_group + 1) * d + i);
+                let sum = |i: usize| scores.iter().enumerate().map(|(s, score)| score * value(first_token + s, i)).sum::<f64>();
+                (0..d).map(|i| sum(i) / scores.iter().sum::<f64>()).collect()
+            };
+            (0..HEADS.query).flat_map(head).collect()
+        })
+        .collect();
+    Matrix { rows: T, columns: HEADS.query * d, values: mixed.concat() }.times(&out.transposed())
+}
+
+/// Heads over ranks: output, input gradient and weight gradients are those of the formula. A head that meets another group's keys, a
+/// rotation not undone in the backward, or a rank whose part of the output is not summed, differs.
 #[test]
-fn attention_divided_equals_whole() {
-    let whole = attention_on(DIVISIONS[0], &positions());
-    for division in &DIVISIONS[1..] {
-        attention_on(*division, &positions()).assert_close(&whole, 8, &format!("{division:?}"));
+fn attention_equals_its_formula() {
+    let (x, dy) = (Matrix::random("x", T, H, 1.0), Matrix::random("dy", T, H, 1.0));
+    let (qkv, out) = attention_weights();
+    let loss = |y: Matrix| y.zip(&dy, |y, dy| y * dy).values.iter().sum::<f64>();
+    let expected = Passed {
+        y: naive_attention(&x, &qkv, &out),
+        dx: central_differences(&x, |x| loss(naive_attention(x, &qkv, &out))),
+        gradients: vec![
+            ("qkv".into(), central_differences(&qkv, |qkv| loss(naive_attention(&x, qkv, &out)))),
+            ("out".into(), central_differences(&out, |out| loss(naive_attention(&x, &qkv, out)))),
+        ],
+    };
+    for division in DIVISIONS {
+        attention_on(division, &positions()).assert_close(&expected, 8, &format!("{division:?}"));
     }
 }
 
