@@ -242,16 +242,24 @@ fn layouts(golden: &Golden) -> Vec<ParallelLayout> {
 
 /// Largest relative difference an f32 run, or a bf16 one, may show.
 struct Allowed {
+    /// Before the first step.
     loss: f64,
+    /// Before the second and third, at weights that differ already.
+    later_losses: f64,
     gradient: f64,
     /// None: weights are not compared.
     weights: Option<f64>,
 }
 
 fn assert_trained_like(golden: &Golden, trained: &Trained, allowed: &Allowed, what: &str) {
-    for (ours, theirs) in trained.losses.iter().zip(&golden.tensors["losses"].1) {
+    for (step, (ours, theirs)) in trained.losses.iter().zip(&golden.tensors["losses"].1).enumerate() {
         let error = (ours - theirs).abs() / theirs;
-        assert!(error <= allowed.loss, "{what}: losses {:?} and {:?}", trained.losses, golden.tensors["losses"].1);
+        assert!(
+            error <= if step == 0 { allowed.loss } else { allowed.later_losses },
+            "{what}: losses {:?} and {:?}",
+            trained.losses,
+            golden.tensors["losses"].1
+        );
     }
     let mut n_compared = 0;
     for (name, (shape, expected)) in &golden.tensors {
@@ -273,9 +281,11 @@ fn assert_trained_like(golden: &Golden, trained: &Trained, allowed: &Allowed, wh
 
 /// Loss, every gradient and the weights after three steps equal transformers' and torch's in float64, on one rank and under tensor,
 /// pipeline and interleaved parallelism, in one micro-batch or two. Allowed: five times what transformers' own float32 shows (loss
-/// 1e-7, gradients 2e-6). Weights: a step moves each by at most lr = 1e-2, and a gradient's relative error of 1e-5 moves that by
-/// at most lr * 1e-5 * max |g| / (|g| + eps): with eps = 1e-4 and clipped gradients below 1, lr * 0.1 in the worst element,
-/// typically 1e-5 * lr; as vectors, three steps stay within 3 * 1e-5 of the weights' norm.
+/// 1e-7, gradients 2e-6). Weights: AdamW moves an element by lr * g / (|g| + eps) to begin with, so an error dg of a gradient moves it
+/// by lr * dg * eps / (|g| + eps)^2. Clipped gradients of 6000 elements are 1.3e-2 each, dg = 1e-5 of that. The one element in a
+/// hundred with |g| < eps = 1e-4 moves by up to lr * dg / eps = 1.3e-5, others far less: 1.3e-6 root mean square a step, 4e-6 after
+/// three, against weights of 0.25: 2e-5. Such a change of n weights in no particular direction changes a loss of 3 with a gradient of
+/// norm 7 by 7 * 4e-6, which is 1e-5 of it.
 #[test]
 fn training_equals_transformers() {
     let tmp = tempfile::tempdir().unwrap();
@@ -284,7 +294,7 @@ fn training_equals_transformers() {
         let golden = Golden::open(variant, tmp.path());
         for layout in layouts(&golden) {
             let trained = train_under(&golden, How { layout, dtype: DType::F32 }, tmp.path());
-            let allowed = Allowed { loss: 5e-7, gradient: 1e-5, weights: Some(3e-5) };
+            let allowed = Allowed { loss: 5e-7, later_losses: 1e-5, gradient: 1e-5, weights: Some(2e-5) };
             assert_trained_like(&golden, &trained, &allowed, &format!("{variant} {layout:?}"));
             seen.push((layout.tp, layout.pp, layout.vp));
         }
@@ -309,7 +319,7 @@ fn bf16_training_stays_near_transformers() {
                 continue;
             }
             let trained = train_under(&golden, How { layout, dtype: DType::BF16 }, tmp.path());
-            let allowed = Allowed { loss: 1.5e-2, gradient: 6e-2, weights: None };
+            let allowed = Allowed { loss: 1.5e-2, later_losses: 1.5e-2, gradient: 6e-2, weights: None };
             assert_trained_like(&golden, &trained, &allowed, &format!("{variant} bf16 {layout:?}"));
         }
     }

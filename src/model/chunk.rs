@@ -10,6 +10,7 @@ use super::head::{HeadSaved, OutputHead};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
 use super::norm::{Norm, Residual};
+pub use super::param::Purpose;
 use super::param::{self, Param};
 use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
@@ -37,15 +38,6 @@ impl MicroBatch {
     pub fn n_tokens(&self) -> usize {
         self.tokens.n_rows()
     }
-}
-
-/// Whether gradients are needed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Purpose {
-    /// Weights and gradients.
-    Training,
-    /// Weights only.
-    Inference,
 }
 
 /// What a chunk's forward gives.
@@ -142,7 +134,7 @@ impl Chunk {
         }
         let make = |spec: ParamSpec| -> Result<(String, Param)> {
             let name = spec.name.clone();
-            Ok((name, Param::new(device, spec, (layout, at), dtype, purpose == Purpose::Training)?))
+            Ok((name, Param::new(device, spec, (layout, at), dtype, purpose)?))
         };
         let params = config.chunk_specs(layout, at.pp, chunk_idx).into_iter().map(make).collect::<Result<_>>()?;
         let mut parts = Parts { params };

@@ -5,7 +5,7 @@ use trireme::device::cpu::Cpu;
 use trireme::device::{NormKind, Scratch, ScratchTensor};
 use trireme::model::config::{Init, ParamSpec, Place, Split};
 use trireme::model::ctx::{Ctx, SequenceMode};
-use trireme::model::param::Param;
+use trireme::model::param::{Param, Purpose};
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -186,7 +186,7 @@ impl Rank<'_> {
     pub fn param(&self, name: &str, global: &Matrix, split: Split) -> Param {
         let shape = if global.rows == 1 { vec![global.columns] } else { vec![global.rows, global.columns] };
         let spec = ParamSpec { name: name.into(), shape, split, decay: false, init: Init::Constant(0.0), place: Place::Head };
-        let mut param = Param::new(self.ctx.device, spec, (&self.layout, self.at), DType::F32, true).unwrap();
+        let mut param = Param::new(self.ctx.device, spec, (&self.layout, self.at), DType::F32, Purpose::Training).unwrap();
         let mine = match split {
             Split::None => global.clone(),
             Split::Rows => global.row_block(self.at.tp, self.layout.tp),

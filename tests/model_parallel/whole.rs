@@ -4,7 +4,7 @@ use super::ranks::Matrix;
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, Groups, threads};
 use trireme::device::cpu::Cpu;
-use trireme::device::{Activation, CacheSpan, Device, NormKind, Scratch, ScratchTensor};
+use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, Scratch, ScratchTensor};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, ChunkSaved, MicroBatch, Output, Purpose};
 use trireme::model::config::{HeadKind, Init, ModelConfig, Split};
 use trireme::model::ctx::{Ctx, SequenceMode};
@@ -394,9 +394,10 @@ fn cached_forward_equals_forward() {
     }
 }
 
-/// Logits [T, V/tp] in the batch's row order: the first sequence in calls of 3, 1, 3 tokens, the second of 1, 4, 0, in slots 2 and 0.
+/// Logits [T, V/tp] in the batch's row order, after a call on another slot that wants no row's logits: the first sequence in calls of 3, 1, 3 tokens, the second of 1, 4, 0, in slots 2 and 0.
 fn cached_logits(chunks: &[Chunk], ctx: &Ctx, batch: &MicroBatch, lengths: [usize; 2]) -> Matrix {
     let mut caches: Vec<_> = chunks.iter().map(|chunk| chunk.new_caches(ctx.device, 3, 8).unwrap()).collect();
+    assert_eq!(cached_call(chunks, ctx, (batch, &[0, 1, 2]), &[CacheSpan { rows: 0..3, slot: 1, past: 0 }], &mut caches, &[]).rows, 0);
     let mut rows: Vec<Vec<f64>> = vec![Vec::new(); lengths[0] + lengths[1]];
     for pieces in [[0..3, 0..1], [3..4, 1..5], [4..7, 5..5]] {
         let (mut from, mut spans) = (Vec::new(), Vec::new());
@@ -405,24 +406,34 @@ fn cached_logits(chunks: &[Chunk], ctx: &Ctx, batch: &MicroBatch, lengths: [usiz
             from.extend(piece.clone().map(|t| batch.sequence_starts[sequence] + t));
             spans.push(CacheSpan { rows: start..from.len(), slot: [2, 0][sequence], past: piece.start });
         }
-        let pick = |ids: &Tensor| Tensor::from_u32(&[from.len()], &from.iter().map(|&t| ids.u32()[t]).collect::<Vec<_>>());
-        let (tokens, positions) = (pick(&batch.tokens), pick(&batch.positions));
         // Every row, last first: rows are returned in the order asked for.
         let wanted: Vec<usize> = (0..from.len()).rev().collect();
-        let mut passed: Option<ScratchTensor> = None;
-        for (chunk, caches) in chunks.iter().zip(&mut caches) {
-            let input = passed.as_deref().map_or(CachedInput::Tokens(&tokens), CachedInput::Hidden);
-            match chunk.forward_cached(ctx, input, &positions, &spans, caches, &wanted) {
-                CachedOutput::Hidden(hidden) => passed = Some(hidden),
-                CachedOutput::Logits(logits) => {
-                    let logits = Matrix::of(&logits);
-                    wanted.iter().enumerate().for_each(|(i, &row)| rows[from[row]] = logits.row(i).to_vec());
-                    break;
-                }
-            }
-        }
+        let logits = cached_call(chunks, ctx, (batch, &from), &spans, &mut caches, &wanted);
+        wanted.iter().enumerate().for_each(|(i, &row)| rows[from[row]] = logits.row(i).to_vec());
     }
     Matrix { rows: rows.len(), columns: rows[0].len(), values: rows.concat() }
+}
+
+/// One cached forward of these tokens of the batch through all chunks: logits of the wanted rows.
+fn cached_call(
+    chunks: &[Chunk],
+    ctx: &Ctx,
+    (batch, from): (&MicroBatch, &[usize]),
+    spans: &[CacheSpan],
+    caches: &mut [Vec<KvCache>],
+    wanted: &[usize],
+) -> Matrix {
+    let pick = |ids: &Tensor| Tensor::from_u32(&[from.len()], &from.iter().map(|&t| ids.u32()[t]).collect::<Vec<_>>());
+    let (tokens, positions) = (pick(&batch.tokens), pick(&batch.positions));
+    let mut passed: Option<ScratchTensor> = None;
+    for (chunk, caches) in chunks.iter().zip(caches) {
+        let input = passed.as_deref().map_or(CachedInput::Tokens(&tokens), CachedInput::Hidden);
+        match chunk.forward_cached(ctx, input, &positions, spans, caches, wanted) {
+            CachedOutput::Hidden(hidden) => passed = Some(hidden),
+            CachedOutput::Logits(logits) => return Matrix::of(&logits),
+        }
+    }
+    unreachable!("the last chunk gives logits")
 }
 
 /// After the first step, which fills the pool, a step takes no memory from the device; memory that grows with the steps ends a
@@ -456,4 +467,15 @@ fn a_second_step_allocates_nothing_and_sees_nothing_of_the_first() {
             }
         });
     }
+}
+
+/// A model with a head that cannot be run is refused as a recipe error that says what to set, not built halfway.
+#[test]
+fn a_reward_head_is_refused() {
+    let config = ModelConfig { head: HeadKind::Reward(5), ..nemotron() };
+    let at = Coords { tp: 0, pp: 0, dp: 0 };
+    let result = Chunk::new(&Cpu::new(), &config, &SINGLE, at, 0, DType::F32, Purpose::Training);
+    let error = result.err().expect("an error");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("model.head = \"vocabulary\""), "{error}");
 }
