@@ -285,7 +285,7 @@ fn assert_trained_like(golden: &Golden, trained: &Trained, allowed: &Allowed, wh
 /// by lr * dg * eps / (|g| + eps)^2. Clipped gradients of 6000 elements are 1.3e-2 each, dg = 1e-5 of that. The one element in a
 /// hundred with |g| < eps = 1e-4 moves by up to lr * dg / eps = 1.3e-5, others far less: 1.3e-6 root mean square a step, 4e-6 after
 /// three, against weights of 0.25: 2e-5. Such a change of n weights in no particular direction changes a loss of 3 with a gradient of
-/// norm 7 by 7 * 4e-6, which is 1e-5 of it.
+/// norm 3.5 by 3.5 * 4e-6, which is 5e-6 of it.
 #[test]
 fn training_equals_transformers() {
     let tmp = tempfile::tempdir().unwrap();
@@ -294,7 +294,7 @@ fn training_equals_transformers() {
         let golden = Golden::open(variant, tmp.path());
         for layout in layouts(&golden) {
             let trained = train_under(&golden, How { layout, dtype: DType::F32 }, tmp.path());
-            let allowed = Allowed { loss: 5e-7, later_losses: 1e-5, gradient: 1e-5, weights: Some(2e-5) };
+            let allowed = Allowed { loss: 5e-7, later_losses: 5e-6, gradient: 1e-5, weights: Some(2e-5) };
             assert_trained_like(&golden, &trained, &allowed, &format!("{variant} {layout:?}"));
             seen.push((layout.tp, layout.pp, layout.vp));
         }
