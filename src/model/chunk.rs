@@ -10,11 +10,11 @@ use super::head::{HeadSaved, OutputHead};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
 use super::norm::{Norm, Residual};
+pub use super::param::Purpose;
 use super::param::{self, Param};
 use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
 use crate::error::{Error, Result};
-use crate::model::config::Split;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
@@ -38,15 +38,6 @@ impl MicroBatch {
     pub fn n_tokens(&self) -> usize {
         self.tokens.n_rows()
     }
-}
-
-/// Whether gradients are needed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Purpose {
-    /// Weights and gradients.
-    Training,
-    /// Weights only.
-    Inference,
 }
 
 /// What a chunk's forward gives.
@@ -143,7 +134,7 @@ impl Chunk {
         }
         let make = |spec: ParamSpec| -> Result<(String, Param)> {
             let name = spec.name.clone();
-            Ok((name, Param::new(device, spec, (layout, at), dtype, purpose == Purpose::Training)?))
+            Ok((name, Param::new(device, spec, (layout, at), dtype, purpose)?))
         };
         let params = config.chunk_specs(layout, at.pp, chunk_idx).into_iter().map(make).collect::<Result<_>>()?;
         let mut parts = Parts { params };
@@ -313,7 +304,7 @@ impl Chunk {
             return;
         }
         for param in self.params_mut() {
-            if param.spec.split == Split::None {
+            if param.is_replicated_over_tp() {
                 ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
             }
         }

@@ -59,7 +59,8 @@ impl OutputHead {
         ctx.tp.all_reduce(&mut sum, ReduceOp::Sum); // tp: over the vocabulary
         ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
         let [max_host, sum_host, target_host] = [&max, &sum, &target].map(|x| download(ctx, x));
-        let loss = |t: usize| sum_host[t].ln() + max_host[t] - target_host[t];
+        // The terms may be large and nearly cancel: one rounding, at the end.
+        let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
         ((0..n_tokens).map(loss).collect(), HeadSaved { norm, normed, logits, max, sum })
     }
 

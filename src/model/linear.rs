@@ -40,15 +40,17 @@ pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
 /// `ColumnParallelLinear::backward` for a weight that lives elsewhere.
 pub fn column_backward(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) -> ScratchTensor {
     let mut dx_partial = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
-    ctx.device.gemm(&mut dx_partial, dy, &weight.weight(), Gemm::NN); // dx = dy W, summed over tp below
     if !ctx.is_sharded() {
+        ctx.device.gemm(&mut dx_partial, dy, &weight.weight(), Gemm::NN); // dx = dy W, summed over tp below
         ctx.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate()); // dW += dy^T x
         return ctx.sum_rows(dx_partial); // tp: all-reduce
     }
-    let x = ctx.gather_rows(x); // tp: gathered again rather than kept
-    let mut dx = ctx.take(&[dx_partial.n_rows() / ctx.tp.size(), dx_partial.row_len()], dx_partial.dtype());
+    let (mut all_x, mut dx) = (ctx.take(dx_partial.dims(), x.dtype()), ctx.take(x.dims(), dy.dtype()));
+    let gather = ctx.tp.start_all_gather(x, &mut all_x); // tp: gathered again rather than kept; overlaps the next line
+    ctx.device.gemm(&mut dx_partial, dy, &weight.weight(), Gemm::NN); // dx = dy W, summed over tp next
+    gather.wait();
     let scatter = ctx.tp.start_reduce_scatter(&dx_partial, &mut dx); // tp: overlaps the next line
-    ctx.device.gemm(&mut weight.dweight(), dy, &x, Gemm::TN.accumulate()); // dW += dy^T x
+    ctx.device.gemm(&mut weight.dweight(), dy, &all_x, Gemm::TN.accumulate()); // dW += dy^T x
     scatter.wait();
     dx
 }

@@ -1,6 +1,6 @@
 //! A parameter on this rank: its tensor-parallel part, its gradient, and its initial values.
 
-use super::config::{Init, ParamSpec};
+use super::config::{Init, ParamSpec, Split};
 use crate::device::Device;
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
@@ -8,6 +8,15 @@ use crate::parallel::slice::Slice;
 use crate::rng::Random;
 use crate::tensor::{DType, Tensor, TensorView, TensorViewMut};
 use rayon::prelude::*;
+
+/// Whether gradients are needed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// Weights and gradients.
+    Training,
+    /// Weights only.
+    Inference,
+}
 
 /// One parameter's tensor-parallel part. `value` and `grad` have ceil(rows / dp) * dp rows, so that the collectives of the
 /// sharded optimizer move equal blocks; layers see the first `rows` only, the rest is zero.
@@ -24,15 +33,21 @@ pub struct Param {
 
 impl Param {
     /// Zeroed memory for this rank's part.
-    pub fn new(device: &dyn Device, spec: ParamSpec, at: (&ParallelLayout, Coords), dtype: DType, with_grad: bool) -> Result<Param> {
+    pub fn new(device: &dyn Device, spec: ParamSpec, at: (&ParallelLayout, Coords), dtype: DType, purpose: Purpose) -> Result<Param> {
         let (layout, coords) = at;
         let slice = spec.tp_slice(coords.tp, layout.tp);
         let mut shape = slice.shape.clone();
-        if with_grad {
+        if purpose == Purpose::Training {
             shape[0] = shape[0].next_multiple_of(layout.dp);
         }
-        let grad = if with_grad { Some(device.alloc(&shape, DType::F32)?) } else { None };
+        let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
         Ok(Param { value: device.alloc(&shape, dtype)?, grad, spec, slice })
+    }
+
+    /// Whether every tensor-parallel rank holds all of it (norms): its gradient is then a partial sum under sequence parallelism
+    /// until `Chunk::finish_gradients`, and a whole that must be counted once in the global norm after it.
+    pub fn is_replicated_over_tp(&self) -> bool {
+        self.spec.split == Split::None
     }
 
     /// The weight without padding rows, to compute with.

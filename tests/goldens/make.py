@@ -9,23 +9,21 @@ golden.safetensors: tokens [2, T+1], logits [2, T, V], loss (mean over all 2T ta
 after three steps of clip_grad_norm_ 1.0 and torch.optim.AdamW lr 1e-2, betas 0.9/0.95, eps 1e-4, decay 0.1 on matrices only).
 Weights are exact in float32, so both sides start from the same numbers; results are float64 rounded to float32.
 """
-import json
 import pathlib
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM
 
 HERE = pathlib.Path(__file__).parent
-T = 11
+T = 12
 
 
 def nemotron(**changes):
     sizes = dict(
         vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=6, max_position_embeddings=32, hidden_act="relu2", norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5,
+        head_dim=8, max_position_embeddings=32, hidden_act="relu2", norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5,
         tie_word_embeddings=False, attention_bias=False, mlp_bias=False, attention_dropout=0.0, bos_token_id=2, eos_token_id=3,
     )
-    # 6 * 0.5 = 3 is odd: head dims are chosen so that the rotated part is even.
     sizes.update(changes)
     return NemotronForCausalLM(NemotronConfig(**sizes))
 
@@ -38,10 +36,13 @@ def llama():
 
 
 VARIANTS = {
-    "nemotron-gqa": lambda: nemotron(head_dim=8),
-    "nemotron-head-dim": lambda: nemotron(head_dim=12, num_key_value_heads=1, partial_rotary_factor=0.5),
-    "nemotron-rotary-full": lambda: nemotron(head_dim=4, num_key_value_heads=4, partial_rotary_factor=1.0),
-    "nemotron-tied": lambda: nemotron(head_dim=8, tie_word_embeddings=True),
+    "nemotron-gqa": lambda: nemotron(),
+    # head_dim != hidden / heads; one kv head for all queries.
+    "nemotron-head-dim": lambda: nemotron(head_dim=12, num_key_value_heads=1, intermediate_size=12),
+    # Four layers for two chunks on each of two stages, four kv heads for four tensor-parallel ranks.
+    "nemotron-rotary-full": lambda: nemotron(
+        head_dim=4, num_key_value_heads=4, partial_rotary_factor=1.0, num_hidden_layers=4, intermediate_size=12, vocab_size=23),
+    "nemotron-tied": lambda: nemotron(tie_word_embeddings=True),
     "llama": llama,
 }
 
