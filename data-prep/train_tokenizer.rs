@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use trireme::artifact::{ArtifactWriter, Begin, HashingFile};
+use trireme::cli;
 use trireme::error::Result;
 use trireme::text::corpus::{self, Corpus};
 use trireme::text::train::{self, Settings};
@@ -52,13 +53,8 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
-        }
-    }
+    let arguments = Arguments::parse();
+    cli::main_with(|| run(&arguments))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

@@ -61,6 +61,21 @@ pub struct FileEntry {
 }
 
 impl Manifest {
+    /// A manifest without files and counts, dated now.
+    pub fn new(kind: &str, recipe: serde_json::Value, inputs: Vec<Input>) -> Manifest {
+        Manifest {
+            kind: kind.into(),
+            format: FORMAT,
+            producer: concat!("trireme ", env!("CARGO_PKG_VERSION")).into(),
+            recipe,
+            inputs,
+            files: Vec::new(),
+            counts: BTreeMap::new(),
+            fingerprint: String::new(),
+            written_unix_s: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        }
+    }
+
     /// Reads the manifest of an artifact and checks its kind, its form and that every file is there with its size.
     /// Contents are checked by [`Manifest::verify`] or by the reader of each file.
     pub fn open(artifact: &Path, kind: &str) -> Result<Manifest> {
@@ -149,6 +164,30 @@ pub fn checksum(path: &Path) -> Result<FileEntry> {
         bytes += n as u64;
     }
     Ok(FileEntry { name: path.display().to_string(), bytes, xxh3: format!("{:016x}", hash.digest()) })
+}
+
+/// Size and checksum of `dir/name`, as an entry of the artifact `dir`.
+pub fn checksum_as(dir: &Path, name: &str) -> Result<FileEntry> {
+    Ok(FileEntry { name: name.into(), ..checksum(&dir.join(name))? })
+}
+
+/// Turns a directory that grew in place (a run) into an artifact: writes its manifest, atomically, as the last thing.
+pub fn seal(dir: &Path, mut manifest: Manifest) -> Result<()> {
+    manifest.fingerprint = manifest.compute_fingerprint();
+    let (tmp, path) = (dir.join(format!("{MANIFEST}.tmp")), dir.join(MANIFEST));
+    write_synced(&tmp, &serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data"))?;
+    fs::rename(&tmp, &path).at(&path)?;
+    sync_dir(dir)
+}
+
+/// Writes a small file and makes it durable; removes it when that fails.
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().inspect_err(|_| drop(fs::remove_file(path))).at(path)
 }
 
 /// An input by its path: an artifact's fingerprint, or the checksum of a plain file.
@@ -288,23 +327,11 @@ impl ArtifactWriter {
     /// Writes the manifest, syncs, renames. After this the artifact exists.
     pub fn commit(mut self) -> Result<Manifest> {
         self.files.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut manifest = Manifest {
-            kind: self.kind.into(),
-            format: FORMAT,
-            producer: concat!("trireme ", env!("CARGO_PKG_VERSION")).into(),
-            recipe: self.recipe.clone(),
-            inputs: self.inputs.clone(),
-            files: std::mem::take(&mut self.files),
-            counts: std::mem::take(&mut self.counts),
-            fingerprint: String::new(),
-            written_unix_s: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-        };
+        let mut manifest = Manifest::new(self.kind, self.recipe.clone(), self.inputs.clone());
+        manifest.files = std::mem::take(&mut self.files);
+        manifest.counts = std::mem::take(&mut self.counts);
         manifest.fingerprint = manifest.compute_fingerprint();
-        let path = self.tmp.join(MANIFEST);
-        let text = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
-        let mut file = File::create(&path).at(&path)?;
-        file.write_all(&text).at(&path)?;
-        file.sync_all().at(&path)?;
+        write_synced(&self.tmp.join(MANIFEST), &serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data"))?;
         sync_dir(&self.tmp)?;
         if self.out.is_dir() {
             fs::remove_dir(&self.out).at(&self.out)?; // empty, as begin() saw
@@ -362,8 +389,9 @@ impl RunLock {
         for _ in 0..2 {
             match File::options().write(true).create_new(true).open(path) {
                 Ok(mut file) => {
+                    let lock = RunLock { path: path.into() }; // removed again when its text does not fit on the disk
                     file.write_all(&text).at(path)?;
-                    return Ok(RunLock { path: path.into() });
+                    return Ok(lock);
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     let owner: Option<Owner> = fs::read(path).ok().and_then(|text| serde_json::from_slice(&text).ok());

@@ -1,1 +1,214 @@
-//! (being written)
+//! The only place that initialises MPI, handles signals, or ends a job from one rank. A binary starts it, works, and closes it
+//! with the result of the work.
+//!
+//! A Rust panic would unwind into MPI_Finalize, which waits for the other ranks for ever: so a panic prints one line with its
+//! coordinates and calls MPI_Abort. An error that all ranks share ends all of them alike, and rank 0 prints it once; an error
+//! of one rank alone is noticed (the others do not arrive) and aborts the job.
+
+use crate::artifact::host_name;
+use crate::comm::mpi::Mpi;
+use crate::comm::solo::Solo;
+use crate::comm::{Communicator, Groups};
+use crate::error::{Error, Kind, Result};
+use crate::parallel::layout::ParallelLayout;
+use std::io::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Where to compute.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeviceKind {
+    /// The host's cores.
+    Cpu,
+}
+
+impl std::str::FromStr for DeviceKind {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<DeviceKind, String> {
+        match text {
+            "cpu" => Ok(DeviceKind::Cpu),
+            "cuda" => Err("the CUDA device is not in this version; use --device cpu".into()),
+            other => Err(format!("{other:?} is no device; use cpu")),
+        }
+    }
+}
+
+/// Seconds a failing rank waits for the others to fail alike before it ends the job.
+const AGREEMENT_S: f64 = 10.0;
+/// Exit code of a rank that panicked.
+const PANIC_CODE: i32 = 101;
+
+static STOP: AtomicBool = AtomicBool::new(false);
+static MPI_IS_UP: AtomicBool = AtomicBool::new(false);
+/// `r017 tp1 pp3 dp0 host`, once known.
+static COORDINATES: Mutex<String> = Mutex::new(String::new());
+
+fn coordinates() -> String {
+    COORDINATES.lock().map_or_else(|_| String::new(), |text| text.clone())
+}
+
+/// The running program's place in the job.
+pub struct Runtime {
+    // Dropped in this order: communicators before the universe, whose drop finalises MPI.
+    world: Box<dyn Communicator>,
+    guard: Option<Mpi>,
+    _universe: Option<mpi::environment::Universe>,
+}
+
+impl Runtime {
+    /// Joins the job: MPI when a launcher started this process (mpirun, srun --mpi=pmix), else a world of one. Sets the number
+    /// of threads (this rank's share of the cores it may run on), the panic hook and the signal handlers.
+    pub fn start(device: DeviceKind) -> Result<Runtime> {
+        let DeviceKind::Cpu = device;
+        let launched = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK"].iter().any(|name| std::env::var_os(name).is_some());
+        let universe = if launched { Some(start_mpi()?) } else { None };
+        let (world, guard): (Box<dyn Communicator>, _) = match &universe {
+            Some(_) => (Box::new(Mpi::world()), Some(Mpi::world())),
+            None => (Box::new(Solo::new()), None),
+        };
+        set_coordinates(format!("r{:03} {}", world.rank(), host_name()));
+        set_panic_hook();
+        set_signal_handlers();
+        start_logging(world.rank());
+        set_threads(guard.as_ref().map(Mpi::on_this_machine));
+        Ok(Runtime { world, guard, _universe: universe })
+    }
+
+    /// All ranks.
+    pub fn world(&self) -> &dyn Communicator {
+        &*self.world
+    }
+
+    /// Whether this rank speaks for the job.
+    pub fn is_first(&self) -> bool {
+        self.world.rank() == 0
+    }
+
+    /// This rank's communicators under a layout; from here on messages name its coordinates. Collective.
+    pub fn groups(&self, layout: ParallelLayout) -> Groups {
+        let groups = Groups::new(self.world.split(0), layout);
+        let at = groups.at;
+        set_coordinates(format!("r{:03} tp{} pp{} dp{} {}", self.world.rank(), at.tp, at.pp, at.dp, host_name()));
+        groups
+    }
+
+    /// Whether this rank got SIGTERM, SIGINT or SIGUSR1.
+    pub fn stop_requested(&self) -> bool {
+        STOP.load(Ordering::Relaxed)
+    }
+
+    /// Whether any rank did; the same answer everywhere. Collective.
+    pub fn stop_agreed(&self, world: &dyn Communicator) -> bool {
+        world.sum_f64(f64::from(u8::from(self.stop_requested()))) > 0.0
+    }
+
+    /// Leaves the job with the result of its work; groups must be dropped before. Rank 0 returns a shared error, for its one
+    /// line; the other ranks leave with the same exit code, silently.
+    pub fn close(self, result: Result<()>) -> Result<()> {
+        let Err(error) = result else { return Ok(()) };
+        let Some(guard) = &self.guard else { return Err(error) };
+        if !guard.all_arrive_within(AGREEMENT_S) {
+            eprintln!("[{}] error: {error}", coordinates());
+            end_job(i32::from(error.exit_code()));
+        }
+        if self.is_first() {
+            return Err(error);
+        }
+        let code = i32::from(error.exit_code());
+        drop(self);
+        std::process::exit(code)
+    }
+}
+
+fn start_mpi() -> Result<mpi::environment::Universe> {
+    let Some((universe, threading)) = mpi::initialize_with_threading(mpi::Threading::Serialized) else {
+        return Err(Error::new(Kind::Other, "MPI was initialised already").remedy("start one Runtime a process"));
+    };
+    if threading < mpi::Threading::Serialized {
+        let wrong = format!("this MPI gives {threading:?}, Serialized is needed");
+        return Err(Error::new(Kind::Other, wrong).remedy("use an MPI library that was built with threads"));
+    }
+    MPI_IS_UP.store(true, Ordering::SeqCst);
+    Ok(universe)
+}
+
+fn set_coordinates(text: String) {
+    if let Ok(mut coordinates) = COORDINATES.lock() {
+        *coordinates = text;
+    }
+}
+
+/// Ends the whole job at once.
+fn end_job(code: i32) -> ! {
+    let _ = std::io::stderr().flush();
+    if MPI_IS_UP.load(Ordering::SeqCst) {
+        // SAFETY: MPI is initialised; the call does not return.
+        unsafe { mpi::ffi::MPI_Abort(mpi::ffi::RSMPI_COMM_WORLD, code) };
+    }
+    std::process::exit(code)
+}
+
+fn set_panic_hook() {
+    std::panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied()).unwrap_or("panic");
+        let place = info.location().map_or(String::new(), |at| format!(" ({}:{})", at.file(), at.line()));
+        eprintln!("[{}] error: {}{place}", coordinates(), text.replace('\n', "; "));
+        if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+            eprintln!("{}", std::backtrace::Backtrace::force_capture());
+        }
+        end_job(PANIC_CODE)
+    }));
+}
+
+extern "C" fn on_signal(_signal: libc::c_int) {
+    STOP.store(true, Ordering::Relaxed);
+}
+
+fn set_signal_handlers() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
+        // SAFETY: the handler only stores to an atomic; SA_RESTART keeps system calls going.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+        }
+    }
+}
+
+/// Rank 0 says what TRIREME_LOG asks for (info by default), the others warnings, unless TRIREME_LOG_ALL_RANKS is set.
+fn start_logging(rank: usize) {
+    let default = if rank == 0 || std::env::var_os("TRIREME_LOG_ALL_RANKS").is_some() { "info" } else { "warn" };
+    let filter = if rank == 0 { std::env::var("TRIREME_LOG").unwrap_or(default.into()) } else { default.into() };
+    let mut logger = env_logger::Builder::new();
+    logger.parse_filters(&filter).format(move |out, record| {
+        if rank == 0 && record.level() >= log::Level::Info {
+            return writeln!(out, "{}", record.args());
+        }
+        writeln!(out, "[{}] {}: {}", coordinates(), record.level().as_str().to_lowercase(), record.args())
+    });
+    // A second start in one process (tests) keeps the first logger.
+    let _ = logger.try_init();
+}
+
+/// One thread for each core of this rank's share. Ranks of one machine that may run on the same cores share them out; ranks
+/// bound to cores of their own keep them all. RAYON_NUM_THREADS overrides.
+fn set_threads(on_this_machine: Option<Mpi>) {
+    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        return;
+    }
+    let n_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let n_sharing = on_this_machine.map_or(1, |local| {
+        let mine = affinity();
+        local.gather_variable(&mine).into_iter().filter(|theirs| *theirs == mine).count()
+    });
+    // Fails only when the pool exists already (tests): then it stays as it is.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads((n_cores / n_sharing.max(1)).max(1)).build_global();
+}
+
+/// The cores this process may run on, as the kernel says it.
+fn affinity() -> Vec<u8> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status.lines().find(|line| line.starts_with("Cpus_allowed:")).unwrap_or("").as_bytes().to_vec()
+}

@@ -7,7 +7,7 @@ mod oracle;
 
 use cases::{Case, Kind, Role, Vocabulary, widened};
 use oracle::HeadCounts;
-use trireme::device::cpu::Cpu;
+use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -149,8 +149,10 @@ fn check(device: &dyn Device, case: &Case, dtype: DType) {
 }
 use oracle::U;
 
+/// The device with every set of instructions that this processor has: the fallbacks are as right as the fast paths.
 fn devices() -> Vec<Cpu> {
-    vec![Cpu::new()]
+    let all = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    all.into_iter().filter(|isa| *isa <= Isa::detect()).map(Cpu::with_isa).collect()
 }
 
 /// The value of every element is the formula's, within the rounding it is entitled to; assigned outputs start as NaN, so an element

@@ -1,2 +1,143 @@
-//! (being written)
-fn main() {}
+//! trireme-checkpoint: checkpoints in and out of Hugging Face's form, shown and verified. Wiring only; the work is
+//! `checkpoint` and `checkpoint::hf`.
+
+use clap::{Parser, Subcommand};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use trireme::artifact::Manifest;
+use trireme::checkpoint::hf::{self, ExportType};
+use trireme::checkpoint::{self, Stored};
+use trireme::cli;
+use trireme::error::{Context, Error, IoContext, Result};
+use trireme::tensor::DType;
+
+/// Checkpoints in and out of Hugging Face's form, shown and verified.
+///
+/// Examples:
+///   trireme-checkpoint import nvidia/Minitron-4B-Base --out base
+///   trireme-checkpoint export runs/first --out first-hf --dtype bf16
+///   trireme-checkpoint show runs/first
+///   trireme-checkpoint verify runs/first
+#[derive(Parser)]
+#[command(name = "trireme-checkpoint", version, verbatim_doc_comment)]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Turn safetensors of NemotronForCausalLM or LlamaForCausalLM into a checkpoint of weights
+    Import {
+        /// Directory with config.json and the weights; a tokenizer.model in it comes along
+        hf_dir: PathBuf,
+        /// Checkpoint to write
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Write a checkpoint's weights as a directory that transformers loads
+    Export {
+        /// A checkpoint, or a run (its newest checkpoint)
+        checkpoint: PathBuf,
+        /// Directory to write
+        #[arg(long)]
+        out: PathBuf,
+        /// f32 or bf16; left out: each tensor as it is stored
+        #[arg(long, value_parser = cli::parse_dtype)]
+        dtype: Option<DType>,
+    },
+    /// Print what a checkpoint holds: name, type, shape and pieces of every tensor
+    Show {
+        /// A checkpoint, or a run (its newest checkpoint)
+        checkpoint: PathBuf,
+    },
+    /// Read every byte of a checkpoint, or of all checkpoints of a run, and compare it with what was written
+    Verify {
+        /// A checkpoint, or a run
+        checkpoint: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = std::env::var("TRIREME_LOG").unwrap_or("warn".into());
+    env_logger::Builder::new().parse_filters(&filter).format_timestamp(None).format_target(false).init();
+    cli::main_with(|| run(&args))
+}
+
+fn run(args: &Args) -> Result<()> {
+    match &args.what {
+        What::Import { hf_dir, out } => tell_written(out, &hf::import(hf_dir, out)?),
+        What::Export { checkpoint, out, dtype } => {
+            let dtype = match dtype {
+                Some(DType::BF16) => ExportType::Bf16,
+                Some(_) => ExportType::F32,
+                None => ExportType::AsStored,
+            };
+            tell_written(out, &hf::export(checkpoint, out, dtype)?)
+        }
+        What::Show { checkpoint } => say(&describe(&checkpoint::open(checkpoint)?)),
+        What::Verify { checkpoint } => verify(checkpoint),
+    }
+}
+
+/// Standard output may be a pipe that somebody closes (`| head`): an error, not a panic.
+fn say(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").at("standard output")
+}
+
+fn tell_written(out: &Path, manifest: &Manifest) -> Result<()> {
+    let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
+    say(&format!("{}: {} files, {:.1} MB, fingerprint {}", out.display(), manifest.files.len(), bytes as f64 / 1e6, manifest.fingerprint))
+}
+
+fn describe(stored: &Stored) -> String {
+    let meta = stored.meta();
+    let (model, layout) = (&meta.model, &meta.layout);
+    let (embeddings, others) = model.n_params();
+    let mut lines = vec![
+        stored.dir().display().to_string(),
+        format!("step {}, {} samples consumed, written by {}", meta.step, meta.consumed_samples, stored.manifest().producer),
+        format!("layout tp {} x pp {} x dp {} (vp {})", layout.tp, layout.pp, layout.dp, layout.vp),
+        format!("{embeddings} embedding parameters and {others} others: {}", serde_json::to_string(model).expect("plain data")),
+        format!("tokenizer {}", meta.tokenizer.as_ref().map_or("none".into(), |bytes| format!("of {} bytes", bytes.len()))),
+        String::new(),
+    ];
+    let names = stored.tensors().keys().map(String::len);
+    let width = names.max().unwrap_or(0).max(6);
+    lines.push(format!("{:width$}  type  {:>16}  pieces", "tensor", "shape"));
+    for (name, tensor) in stored.tensors() {
+        let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+        lines.push(format!("{name:width$}  {:4}  {shape:>16}  {:6}", tensor.dtype.name(), tensor.n_pieces()));
+    }
+    lines.join("\n")
+}
+
+fn verify(path: &Path) -> Result<()> {
+    let steps = checkpoint::list(path)?;
+    let all: Vec<PathBuf> = if steps.is_empty() { vec![path.into()] } else { steps.into_iter().map(|(_, path)| path).collect() };
+    let mut damaged = Vec::new();
+    for dir in &all {
+        match checkpoint::verify(dir) {
+            Err(error) => damaged.push(error),
+            Ok(report) => {
+                for (file, state) in report {
+                    let verdict = if state.is_ok() { "ok" } else { "DAMAGED" };
+                    say(&format!("{verdict:8}{:>16} bytes  {}", file.bytes, dir.join(&file.name).display()))?;
+                    damaged.extend(state.err());
+                }
+            }
+        }
+        if let Err(error) = checkpoint::open(dir).map(drop)
+            && damaged.is_empty()
+        {
+            damaged.push(error); // every byte as written, but written wrong
+        }
+    }
+    let n = damaged.len();
+    match damaged.into_iter().next() {
+        Some(first) => Err::<(), Error>(first).doing(|| format!("{n} damaged, the first")),
+        None => say(&format!("{}: every byte as it was written", path.display())),
+    }
+}

@@ -62,6 +62,11 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let runtime = Runtime::start(args.device)?;
+    let result = generate(args, &runtime);
+    runtime.close(result)
+}
+
+fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let prepared = agree(world, prepare(args, world.size()))?;
     let begun = if world.rank() == 0 { begin(args, &prepared).map(Some) } else { Ok(None) };
@@ -71,7 +76,6 @@ fn run(args: &Args) -> Result<()> {
         if world.rank() == 0 {
             println!("{}: finished already, nothing to do", args.out.display());
         }
-        runtime.finish();
         return Ok(());
     }
     let groups = runtime.groups(prepared.layout);
@@ -96,8 +100,6 @@ fn run(args: &Args) -> Result<()> {
     if runtime.is_first() {
         println!("{}: {} responses", args.out.join("responses.jsonl").display(), responses.len());
     }
-    drop(groups);
-    runtime.finish();
     Ok(())
 }
 

@@ -48,12 +48,17 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let recipe = Pretrain::load(&args.recipe, &args.sets)?;
     let runtime = Runtime::start(args.device)?;
+    let result = pretrain(args, &recipe, &runtime);
+    runtime.close(result)
+}
+
+fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
     let groups = runtime.groups(layout);
     let device = Cpu::new();
     let stop = || runtime.stop_agreed(&*groups.world);
     let job = Job {
-        recipe: &recipe,
+        recipe,
         groups: &groups,
         device: &device,
         out: &args.out,
@@ -69,7 +74,5 @@ fn run(args: &Args) -> Result<()> {
             Ended::StoppedAsPlanned => println!("{}: saved and stopped as planned; the same command goes on", args.out.display()),
         }
     }
-    drop(groups);
-    runtime.finish();
     Ok(())
 }

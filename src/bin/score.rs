@@ -75,6 +75,11 @@ fn main() -> ExitCode {
 
 fn logprobs(args: &LogprobArgs) -> Result<()> {
     let runtime = Runtime::start(args.device)?;
+    let result = score_logprobs(args, &runtime);
+    runtime.close(result)
+}
+
+fn score_logprobs(args: &LogprobArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let (stored, sequences, layout) = agree(world, prepare(args, world.size()))?;
     let begun = if world.rank() == 0 { begin(args, &stored).map(Some) } else { Ok(None) };
@@ -84,7 +89,6 @@ fn logprobs(args: &LogprobArgs) -> Result<()> {
         if world.rank() == 0 {
             println!("{}: finished already, nothing to do", args.out.display());
         }
-        runtime.finish();
         return Ok(());
     }
     let groups = runtime.groups(layout);
@@ -99,8 +103,6 @@ fn logprobs(args: &LogprobArgs) -> Result<()> {
     if runtime.is_first() {
         println!("{}: {} sequences", args.out.join("logprobs.jsonl").display(), scored.len());
     }
-    drop(groups);
-    runtime.finish();
     Ok(())
 }
 

@@ -1,7 +1,8 @@
 //! HDF5, and the only file that names it: skeletons of shard files (everything but the numbers) and the index of virtual
-//! datasets. Both are made in memory (a memfd, sparse where the numbers will be) and handed on as open files, so that
-//! what reaches the disk goes through plain sequential writes: I/O errors come back as such, checksums are taken from
-//! memory, and HDF5 neither locks nor caches anything on the parallel file system. It knows nothing of models or ranks.
+//! datasets. Both are made in nameless files of `TMPDIR` (else /dev/shm, else /tmp; sparse where the numbers will be) and
+//! handed on open, so that what reaches the disk goes through plain sequential writes: I/O errors come back as such,
+//! checksums are taken from memory, and HDF5 neither locks nor caches anything on the parallel file system. It knows
+//! nothing of models or ranks.
 //!
 //! bf16 is a true float type of 1 sign, 8 exponent and 7 mantissa bits, so h5py and h5ls show numbers.
 
@@ -12,10 +13,10 @@ use hdf5_sys::h5::hsize_t;
 use hdf5_sys::h5i::hid_t;
 use hdf5_sys::{h5a, h5d, h5f, h5p, h5s, h5t};
 use std::ffi::{CString, c_void};
-use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::path::Path;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::ptr::null;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A dataset of a shard file.
 pub struct Dataset {
@@ -62,33 +63,44 @@ pub enum Attribute {
 /// A shard file without its numbers: an open file of the final size, and for each dataset the byte at which its
 /// contiguous values belong.
 pub fn skeleton(datasets: &[Dataset]) -> Result<(File, Vec<u64>)> {
-    let memory = memory_file("shard")?;
-    let offsets = hdf5::sync::sync(|| {
-        let file = create_file(&memory)?;
-        let offsets = datasets.iter().map(|dataset| create_contiguous(&file, dataset)).collect::<Result<Vec<u64>>>()?;
-        close_file(file)?;
-        Ok(offsets)
-    })?;
-    Ok((memory, offsets))
+    build(|file| datasets.iter().map(|dataset| create_contiguous(file, dataset)).collect())
 }
 
 /// The index file: every tensor whole, as a virtual dataset, and attributes of its root.
 pub fn index(tensors: &[Virtual], attributes: &[(&str, Attribute)]) -> Result<File> {
-    let memory = memory_file("index")?;
-    hdf5::sync::sync(|| {
-        let file = create_file(&memory)?;
+    let (file, ()) = build(|file| {
         for (name, value) in attributes {
             match value {
-                Attribute::Number(number) => write_numbers(&file, name, &[*number], Extent::Scalar)?,
-                Attribute::Text(text) => write_text(&file, name, text)?,
+                Attribute::Number(number) => write_numbers(file, name, &[*number], Extent::Scalar)?,
+                Attribute::Text(text) => write_text(file, name, text)?,
             }
         }
-        for tensor in tensors {
-            create_virtual(&file, tensor)?;
-        }
-        close_file(file)
+        tensors.iter().try_for_each(|tensor| create_virtual(file, tensor))
     })?;
-    Ok(memory)
+    Ok(file)
+}
+
+/// Lets HDF5 write a file that has lost its name by the time it is handed on.
+fn build<T>(fill: impl FnOnce(&Id) -> Result<T>) -> Result<(File, T)> {
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let dir = match std::env::var_os("TMPDIR") {
+        Some(dir) => PathBuf::from(dir),
+        None if Path::new("/dev/shm").is_dir() => PathBuf::from("/dev/shm"),
+        None => PathBuf::from("/tmp"),
+    };
+    let name = format!("trireme-{}-{}.h5", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+    let path = dir.join(name);
+    let file = File::options().read(true).write(true).create_new(true).open(&path).at(&path)?;
+    let filled = hdf5::sync::sync(|| {
+        let h5 = create_file(&path)?;
+        let value = fill(&h5)?;
+        close_file(h5)?;
+        Ok(value)
+    });
+    fs::remove_file(&path).at(&path)?;
+    let room = || format!("make room in {}, or set TMPDIR to a directory with room", dir.display());
+    let value = filled.map_err(|error: Error| Error::file(&path, error).remedy(room()))?;
+    Ok((file, value))
 }
 
 /// An HDF5 identifier, closed when dropped.
@@ -115,7 +127,8 @@ fn check(status: hid_t, what: &str) -> Result<()> {
         return Ok(());
     }
     let cause = hdf5::Error::query().map_or_else(|error| error.to_string(), |error| error.to_string());
-    Err(Error::new(Kind::Other, format!("HDF5 could not {what}: {cause}")).remedy("see whether memory is short"))
+    let cause = cause.lines().next().unwrap_or_default(); // an error is one line; the rest is a time and addresses
+    Err(Error::new(Kind::File, format!("HDF5 could not {what}: {cause}")))
 }
 
 fn c_string(text: &str) -> CString {
@@ -126,22 +139,12 @@ fn sizes(shape: &[usize]) -> Vec<hsize_t> {
     shape.iter().map(|&n| n as hsize_t).collect()
 }
 
-fn memory_file(name: &str) -> Result<File> {
-    let name = c_string(name);
-    // SAFETY: `name` is a NUL-terminated string that outlives the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error()).at(Path::new("a file in memory"));
-    }
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    Ok(unsafe { File::from_raw_fd(fd) })
-}
-
-fn create_file(memory: &File) -> Result<Id> {
-    let path = c_string(&format!("/proc/self/fd/{}", memory.as_raw_fd()));
+/// `path` exists and is empty: HDF5 writes into that very file, which stays open elsewhere.
+fn create_file(path: &Path) -> Result<Id> {
+    let path = c_string(path.to_str().ok_or_else(|| Error::new(Kind::File, "its name is not UTF-8"))?);
     // SAFETY: the path is a NUL-terminated string; default property lists.
     let id = unsafe { h5f::H5Fcreate(path.as_ptr(), h5f::H5F_ACC_TRUNC, h5p::H5P_DEFAULT, h5p::H5P_DEFAULT) };
-    own(id, h5f::H5Fclose, "create a file in memory")
+    own(id, h5f::H5Fclose, "create a file")
 }
 
 /// Closes by hand, because what `drop` does cannot fail.
@@ -149,11 +152,11 @@ fn close_file(file: Id) -> Result<()> {
     let id = file.id;
     std::mem::forget(file);
     // SAFETY: the identifier is alive; forgotten above, so it is closed once.
-    check(unsafe { h5f::H5Fclose(id) }.into(), "close a file in memory")
+    check(unsafe { h5f::H5Fclose(id) }.into(), "close a file")
 }
 
 fn create_contiguous(file: &Id, dataset: &Dataset) -> Result<u64> {
-    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    let properties = create_dataset_properties()?;
     // SAFETY: a live dataset-creation property list.
     let status = unsafe {
         h5p::H5Pset_layout(properties.id, h5d::H5D_layout_t::H5D_CONTIGUOUS)
@@ -172,7 +175,7 @@ fn create_contiguous(file: &Id, dataset: &Dataset) -> Result<u64> {
 }
 
 fn create_virtual(file: &Id, tensor: &Virtual) -> Result<()> {
-    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    let properties = create_dataset_properties()?;
     let whole = create_space(&tensor.shape)?;
     for source in &tensor.sources {
         let (start, count) = (sizes(&source.slice.offset), sizes(&source.slice.shape));
@@ -198,6 +201,14 @@ fn create_dataset(file: &Id, path: &str, dtype: DType, (space, properties): (&Id
     // SAFETY: live identifiers and a NUL-terminated string.
     let id = unsafe { h5d::H5Dcreate2(file.id, name.as_ptr(), element.id, space.id, links.id, properties.id, h5p::H5P_DEFAULT) };
     own(id, h5d::H5Dclose, &format!("create the dataset {path}"))
+}
+
+/// Of a dataset. Without the times of its making: equal contents are equal bytes.
+fn create_dataset_properties() -> Result<Id> {
+    let properties = create_properties(*hdf5::globals::H5P_DATASET_CREATE)?;
+    // SAFETY: a live object-creation property list.
+    check(unsafe { h5p::H5Pset_obj_track_times(properties.id, 0) }.into(), "leave out times")?;
+    Ok(properties)
 }
 
 fn create_properties(class: hid_t) -> Result<Id> {

@@ -19,7 +19,7 @@ mod stored;
 
 pub use save::{Meta, Piece, Planned, Streamed, save};
 pub use shard::StoredType;
-pub use stored::{Stored, StoredTensor, Wanted, latest, open, verify};
+pub use stored::{Stored, StoredTensor, Wanted, latest, list, open, verify};
 
 /// Kind of the artifact.
 pub const KIND: &str = "checkpoint";

@@ -5,9 +5,10 @@ use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES, TOKENIZER};
 use crate::artifact::{FileEntry, Manifest, verify_file};
-use crate::error::{Context, Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
+use crate::text::Tokenizer;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -74,11 +75,11 @@ pub fn verify(checkpoint: &Path) -> Result<Vec<(FileEntry, Result<()>)>> {
     Ok(report.collect())
 }
 
-/// Newest first; what is not whole is skipped with a warning, unless nothing is left.
-fn newest(run_dir: &Path) -> Result<Option<Stored>> {
+/// Every directory of a run that is named as a checkpoint (`checkpoints/step-N`), oldest first, whole or not.
+pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = run_dir.join("checkpoints");
     if !folder.is_dir() {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let mut steps: Vec<(u64, PathBuf)> = Vec::new();
     for entry in fs::read_dir(&folder).at(&folder)? {
@@ -90,8 +91,13 @@ fn newest(run_dir: &Path) -> Result<Option<Stored>> {
         }
     }
     steps.sort();
+    Ok(steps)
+}
+
+/// Newest first; what is not whole is skipped with a warning, unless nothing is left.
+fn newest(run_dir: &Path) -> Result<Option<Stored>> {
     let mut first_damage = None;
-    for (_, path) in steps.into_iter().rev() {
+    for (_, path) in list(run_dir)?.into_iter().rev() {
         match Stored::open_dir(&path) {
             Ok(stored) => {
                 if let Some(damage) = first_damage {
@@ -103,7 +109,7 @@ fn newest(run_dir: &Path) -> Result<Option<Stored>> {
         }
     }
     match first_damage {
-        Some(damage) => Err(damage.doing(format!("looking for a whole checkpoint in {}", folder.display()))),
+        Some(damage) => Err(damage.doing(format!("looking for a whole checkpoint in {}", run_dir.display()))),
         None => Ok(None),
     }
 }
@@ -145,6 +151,12 @@ impl Stored {
         &self.dir
     }
 
+    /// The tokenizer that the weights belong to, when it is known.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        let parse = |bytes: &Vec<u8>| Tokenizer::from_bytes(bytes.clone(), &self.dir.join(TOKENIZER));
+        self.meta.tokenizer.as_ref().map(parse).transpose()
+    }
+
     /// Its manifest; the fingerprint goes into the manifests of what is made from it.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -155,9 +167,10 @@ impl Stored {
         &self.tensors
     }
 
-    /// Whether it holds master weights and moments to go on training from, or weights only.
+    /// Whether it holds Adam's moments to go on training from, or weights only. (Master weights are kept only where the
+    /// weights are not f32 themselves.)
     pub fn has_optimizer_state(&self) -> bool {
-        ["master/", "adam_m/", "adam_v/"].iter().all(|group| self.has_group(group))
+        self.has_group("adam_m/") && self.has_group("adam_v/")
     }
 
     fn has_group(&self, group: &str) -> bool {
@@ -167,10 +180,6 @@ impl Stored {
     /// Fills every wanted tensor. Ask for everything at once: each shard is then opened once and read in file order. On
     /// an error the tensors are left in any state.
     pub fn read(&self, wanted: &mut [Wanted]) -> Result<()> {
-        self.read_jobs(wanted).doing(|| format!("loading {}", self.dir.display()))
-    }
-
-    fn read_jobs(&self, wanted: &mut [Wanted]) -> Result<()> {
         let mut jobs = Vec::new();
         for (idx, want) in wanted.iter().enumerate() {
             assert_eq!(want.tensor.n_elements(), want.slice.n_elements(), "room for {} of {:?}", want.name, want.slice);
@@ -226,7 +235,7 @@ impl Stored {
 
     fn unknown(&self, name: &str) -> Error {
         let group = name.split_inclusive('/').next().unwrap_or(name);
-        if ["master/", "adam_m/", "adam_v/"].contains(&group) && !self.has_group(group) {
+        if ["master/", "adam_m/", "adam_v/"].contains(&group) && !self.has_optimizer_state() {
             let wrong = format!("holds weights only, no {name}");
             return Error::file(&self.dir, wrong).remedy("start a new run from its weights, or resume from a checkpoint of training");
         }

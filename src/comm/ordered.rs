@@ -111,10 +111,7 @@ pub(super) fn agree<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
         Err(error) => format!("{}{error}", error.exit_code() as char).into_bytes(),
     };
     let failed = world.gather_variable(&text).into_iter().enumerate().find(|(_, text)| !text.is_empty());
-    let Some((rank, text)) = failed else { return mine };
-    if rank == world.rank() {
-        return mine;
-    }
+    let Some((_, text)) = failed else { return mine };
     let text = String::from_utf8_lossy(&text);
     let mut letters = text.chars();
     let kind = match letters.next().map(|code| code as u32) {

@@ -24,7 +24,9 @@ pub fn write_logprobs(dir: &Path, name: &str, table: &LogprobTable) -> Result<Fi
     let path = dir.join(name);
     let write = || -> hdf5::Result<()> {
         let file = hdf5::File::create(&path)?;
-        let ids: Vec<VarLenUnicode> = table.ids.iter().map(|id| VarLenUnicode::from_str_lossy(id)).collect();
+        // HDF5 strings end at a NUL, so one inside an id becomes U+FFFD.
+        let text = |id: &String| id.replace('\0', "\u{fffd}").parse::<VarLenUnicode>().expect("no NUL is left");
+        let ids: Vec<VarLenUnicode> = table.ids.iter().map(text).collect();
         file.new_dataset_builder().with_data(&ids).create("ids")?;
         file.new_dataset_builder().with_data(&table.starts).create("starts")?;
         file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;

@@ -8,6 +8,7 @@
 //! Dimension letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv
 //! heads, `D` head dim. `float` means f32 or bf16; all `float` arguments of one call have the same dtype unless said.
 
+pub mod ceiling;
 pub mod cpu;
 mod scratch;
 

@@ -173,7 +173,7 @@ impl Generator<'_> {
         let mut all = vec![0u8; mine.len() * tp];
         self.groups.tp.start_all_gather_bytes(&mine, &mut all).wait();
         let values: Vec<f32> = match logits.dtype() {
-            DType::F32 => bytemuck::pod_collect_to_vec(&all),
+            DType::F32 => all.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect(),
             DType::BF16 => all.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             DType::U32 => unreachable!("logits are floats"),
         };

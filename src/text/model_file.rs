@@ -242,10 +242,11 @@ impl ModelFile {
                 return broken(format!("piece {id} {text:?} has score {score}"));
             }
             match kind {
-                PieceKind::Unknown => match unk.replace(id) {
-                    Some(first) => return broken(format!("pieces {first} and {id} are both the unknown piece")),
-                    None => {}
-                },
+                PieceKind::Unknown => {
+                    if let Some(first) = unk.replace(id) {
+                        return broken(format!("pieces {first} and {id} are both the unknown piece"));
+                    }
+                }
                 PieceKind::Byte => match byte_of(&text) {
                     Some(byte) if byte_fallback => bytes_seen[usize::from(byte)] = true,
                     Some(_) => return broken(format!("piece {id} {text:?} is a byte, but the model has no byte fallback")),

@@ -151,8 +151,8 @@ impl ShardedAdamW {
     }
 }
 
-/// Pipeline messages of schedules have tags of their own; this one is theirs no more than once a step.
-const TIED_TAG: u32 = u32::MAX;
+/// Above the tags of schedules, below those that MPI reserves for itself.
+const TIED_TAG: u32 = i32::MAX as u32 - 2;
 
 /// The index of the tied embedding in a chunk whose other copy lives in another chunk.
 fn tied_across_stages(chunk: &Chunk, groups: &Groups) -> Option<usize> {

@@ -131,8 +131,9 @@ fn agree_on_run_dir(job: &Job, recipe_toml: &str) -> Result<Option<Option<RunDir
 fn open_data(job: &Job) -> Result<RunData> {
     let recipe = job.recipe;
     let open = |path: &Path, split: Split| -> Result<TokenShards> {
-        let shards = TokenShards::open(path, split)?;
+        let mut shards = TokenShards::open(path, split)?;
         check_vocabulary(recipe, path, &shards)?;
+        shards.limit_ids(recipe.model.vocab_size);
         if job.groups.world.rank() == 0 {
             shards.verify()?;
         }
@@ -141,15 +142,16 @@ fn open_data(job: &Job) -> Result<RunData> {
     let load = || -> Result<RunData> {
         let (mut sources, mut inputs) = (Vec::new(), Vec::new());
         for source in &recipe.data.train {
-            inputs.push(artifact::input("train-tokens", &source.shards)?);
-            sources.push((open(&source.shards, Split::Train)?, source.weight));
+            let shards = open(&source.shards, Split::Train)?;
+            inputs.push(input_of("train-tokens", &source.shards, &shards));
+            sources.push((shards, source.weight));
         }
         let tokenizer = sources.first().and_then(|(shards, _)| shards.tokenizer_bytes());
         let validation = match &recipe.validation {
             None => None,
             Some(validation) => {
-                inputs.push(artifact::input("validation-tokens", &validation.shards)?);
                 let shards = open(&validation.shards, Split::Validation)?;
+                inputs.push(input_of("validation-tokens", &validation.shards, &shards));
                 let bytes_per_token = shards.text_bytes().map(|bytes| bytes as f64 / shards.n_tokens() as f64);
                 let samples = Sequential::new(shards, recipe.batch.seq_len)?;
                 let n_samples = held_out_samples(recipe, job.groups.layout.dp, &samples)?;
@@ -160,6 +162,10 @@ fn open_data(job: &Job) -> Result<RunData> {
         Ok(RunData { order, validation, inputs, tokenizer })
     };
     agree(&*job.groups.world, load().doing(|| "opening the training data".into()))
+}
+
+fn input_of(role: &str, path: &Path, shards: &TokenShards) -> Input {
+    Input { role: role.into(), path: path.into(), fingerprint: shards.fingerprint().into() }
 }
 
 /// Samples of one held-out measurement: as asked, at most what there is, a multiple of a round of micro-batches.

@@ -9,7 +9,7 @@
 //! RUN/manifest.json              written last; no manifest, not finished
 //! ```
 
-use crate::artifact::{self, RunLock};
+use crate::artifact::{self, Manifest, RunLock};
 use crate::error::{Error, IoContext, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -62,8 +62,10 @@ impl RunDir {
 
     /// Closes the run: the manifest, last.
     pub fn finish(self, recipe: serde_json::Value, inputs: Vec<artifact::Input>, counts: &[(&str, serde_json::Value)]) -> Result<()> {
-        let files = [artifact::checksum_as(&self.path, "metrics.jsonl")?, artifact::checksum_as(&self.path, "recipe.toml")?];
-        artifact::seal(&self.path, "run", recipe, inputs, files.to_vec(), counts)
+        let mut manifest = Manifest::new("run", recipe, inputs);
+        manifest.files = vec![artifact::checksum_as(&self.path, "metrics.jsonl")?, artifact::checksum_as(&self.path, "recipe.toml")?];
+        manifest.counts = counts.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
+        artifact::seal(&self.path, manifest)
     }
 }
 

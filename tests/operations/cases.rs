@@ -218,13 +218,7 @@ pub fn norm(layer: bool, (t, h): (usize, usize)) -> Case {
     Case {
         operation: "norm",
         shape: format!("{} [{t}, {h}]", if layer { "layernorm1p" } else { "rmsnorm" }),
-        args: vec![
-            assigned(&[t, h], Kind::Float),
-            assigned(&[t, 2], Kind::F32),
-            input(&[t, h], 2.0),
-            input(&[h], 1.0),
-            input(&[h], 1.0),
-        ],
+        args: vec![assigned(&[t, h], Kind::Float), assigned(&[t, 2], Kind::F32), input(&[t, h], 2.0), input(&[h], 1.0), input(&[h], 1.0)],
         run: Box::new(move |device, tensors| {
             let [out, stats, x, gain, bias] = tensors else { unreachable!() };
             device.norm(out, stats, x, gain, layer.then_some(&*bias), norm_of(layer));

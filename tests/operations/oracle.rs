@@ -254,7 +254,10 @@ pub fn activation_backward(dout: &[f64], x: &[f64], gated: bool) -> Vec<Near> {
         let s = sigmoid(v[0]);
         // x (1 - s) cancels: bound by the size of its parts.
         let size = (d * v[1] * s).abs() * (1.0 + 2.0 * v[0].abs());
-        [near(d * v[1] * s * (1.0 + v[0] * (1.0 - s)), 16.0 * U * size + 1e-37), near(d * v[0] * s, 12.0 * U * (d * v[0] * s).abs() + 1e-37)]
+        [
+            near(d * v[1] * s * (1.0 + v[0] * (1.0 - s)), 16.0 * U * size + 1e-37),
+            near(d * v[0] * s, 12.0 * U * (d * v[0] * s).abs() + 1e-37),
+        ]
     };
     x.chunks_exact(2).zip(dout).flat_map(pair).collect()
 }

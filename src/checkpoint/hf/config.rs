@@ -50,8 +50,8 @@ const ACTIVATION: &[&str] = &["hidden_act", "activation"];
 pub fn read(dir: &Path) -> Result<(ModelConfig, Value)> {
     let path = dir.join(FILE);
     let text = fs::read(&path).at(&path)?;
-    let value: Value = serde_json::from_slice(&text)
-        .map_err(|error| Error::file(&path, format!("not JSON: {error}")).remedy("download it again"))?;
+    let value: Value =
+        serde_json::from_slice(&text).map_err(|error| Error::file(&path, format!("not JSON: {error}")).remedy("download it again"))?;
     let model = parse(&path, &value)?;
     Ok((model, value))
 }
@@ -153,9 +153,7 @@ impl<'a> Keys<'a> {
 
     fn number_or(&self, spellings: &[&'static str], default: f64) -> Result<f64> {
         match self.find(spellings)? {
-            Some((key, value)) => {
-                value.as_f64().ok_or_else(|| self.wrong(format!("{key} = {value}, expected a number")))
-            }
+            Some((key, value)) => value.as_f64().ok_or_else(|| self.wrong(format!("{key} = {value}, expected a number"))),
             None => Ok(default),
         }
     }

@@ -16,7 +16,6 @@ use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
-use crate::text::Tokenizer;
 use config::TokenIds;
 use names::{Mapped, Rows, mapping};
 use serde_json::{Value, json};
@@ -98,8 +97,7 @@ fn plan(mapped: &Mapped, weights: &Weights) -> Result<Planned> {
 
 /// A tensor that would be dropped might belong to the function (a bias, an adapter).
 fn refuse_unknown_tensors(hf_dir: &Path, table: &[Mapped], weights: &Weights) -> Result<()> {
-    let known: std::collections::BTreeSet<&str> =
-        table.iter().flat_map(|mapped| &mapped.sources).map(|(name, _)| name.as_str()).collect();
+    let known: std::collections::BTreeSet<&str> = table.iter().flat_map(|mapped| &mapped.sources).map(|(name, _)| name.as_str()).collect();
     let ignored = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
     match weights.entries().keys().find(|name| !known.contains(name.as_str()) && !ignored(name)) {
         Some(name) => {
@@ -194,8 +192,7 @@ fn token_ids(stored: &Stored) -> Result<TokenIds> {
         let id = |key: &str| came_with[key].clone();
         return Ok(TokenIds { bos: id("bos_token_id"), eos: id("eos_token_id"), pad: id("pad_token_id") });
     }
-    let Some(bytes) = &stored.meta().tokenizer else { return Ok(TokenIds::default()) };
-    let tokenizer = Tokenizer::from_bytes(bytes.clone(), &stored.dir().join(TOKENIZER))?;
+    let Some(tokenizer) = stored.tokenizer()? else { return Ok(TokenIds::default()) };
     Ok(TokenIds { bos: json!(tokenizer.bos_id()), eos: json!(tokenizer.eos_id()), pad: json!(tokenizer.pad_id()) })
 }
 

@@ -51,9 +51,8 @@ impl Mapped {
             }
             Pack::Qkv => {
                 let (dim, queries) = (config.head_dim, config.n_heads / config.n_kv_heads * config.head_dim);
-                let group = |g: usize| {
-                    [of(0, g * queries..(g + 1) * queries), of(1, g * dim..(g + 1) * dim), of(2, g * dim..(g + 1) * dim)]
-                };
+                let group =
+                    |g: usize| [of(0, g * queries..(g + 1) * queries), of(1, g * dim..(g + 1) * dim), of(2, g * dim..(g + 1) * dim)];
                 (0..config.n_kv_heads).flat_map(group).collect()
             }
             Pack::GateUp => (0..config.ffn_hidden).flat_map(|row| [of(0, row..row + 1), of(1, row..row + 1)]).collect(),

@@ -1,64 +1,102 @@
-//! The CPU device: plain host memory, rayon over rows.
+//! The CPU device: host memory, rayon over rows and tiles, vector instructions chosen at run time.
+//!
+//! This file checks shapes, chooses the element type and splits the work; the arithmetic is in the files below it. Small
+//! operations stay on the calling thread. Row operations, `sum_squares`, `norm_backward`, `embed_backward` and attention do not
+//! depend on the number of threads.
 
-use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Direction, Gemm, Heads, KvCache, MemoryUse, Norm, NormKind, Rope, Store};
+mod attention;
+mod attention_backward;
+#[cfg(target_arch = "x86_64")]
+mod dot_bf16;
+mod elementwise;
+mod few_rows;
+mod lanes;
+mod loss;
+mod matmul;
+mod norm;
+mod parallel;
+mod product;
+mod rope;
+
+use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
+use lanes::{Element, elements, elements_mut};
+use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows, for_tasks};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The host as a device. All threads of the global rayon pool.
-#[derive(Default)]
+pub use lanes::Isa;
+
+/// Runs the expression with `$E` the Rust type of a dtype.
+macro_rules! float {
+    ($dtype:expr, $E:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $E = f32;
+                $body
+            }
+            DType::BF16 => {
+                type $E = half::bf16;
+                $body
+            }
+            DType::U32 => panic!("an operation on floats was given u32"),
+        }
+    };
+}
+use float;
+
+/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
 pub struct Cpu {
+    isa: Isa,
     live_bytes: Arc<AtomicUsize>,
     peak_bytes: AtomicUsize,
     n_allocations: AtomicUsize,
+    rope_tables: rope::Tables,
+    pool: Pool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu::new()
+    }
 }
 
 impl Cpu {
-    /// Uses the global rayon pool.
+    /// Uses the best instructions there are.
     pub fn new() -> Cpu {
-        Cpu::default()
+        Cpu::with_isa(Isa::detect())
     }
-}
 
-fn store(out: &mut Tensor, values: &[f32], how: Store) {
-    match (out.dtype(), how) {
-        (DType::F32, Store::Assign) => out.f32_mut().copy_from_slice(values),
-        (DType::F32, Store::Accumulate) => out.f32_mut().iter_mut().zip(values).for_each(|(o, v)| *o += v),
-        (DType::BF16, Store::Assign) => out.bf16_mut().iter_mut().zip(values).for_each(|(o, v)| *o = half::bf16::from_f32(*v)),
-        (DType::BF16, Store::Accumulate) => {
-            out.bf16_mut().iter_mut().zip(values).for_each(|(o, v)| *o = half::bf16::from_f32(o.to_f32() + v))
-        }
-        (DType::U32, _) => panic!("store into a u32 tensor"),
-    }
-}
-
-fn normalise(x: &[f32], stats: &mut [f32], gain: &[f32], bias: Option<&[f32]>, how: Norm) -> Vec<f32> {
-    let n = gain.len();
-    let mut out = vec![0.0; x.len()];
-    for (t, row) in x.chunks_exact(n).enumerate() {
-        let mean = match how.kind {
-            NormKind::LayerNorm1P => row.iter().sum::<f32>() / n as f32,
-            NormKind::RmsNorm => 0.0,
-        };
-        let var = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / n as f32;
-        let rstd = 1.0 / (var + how.eps).sqrt();
-        (stats[2 * t], stats[2 * t + 1]) = (mean, rstd);
-        for i in 0..n {
-            let g = if how.kind == NormKind::LayerNorm1P { 1.0 + gain[i] } else { gain[i] };
-            out[t * n + i] = (row[i] - mean) * rstd * g + bias.map_or(0.0, |b| b[i]);
+    /// Uses these instructions at most; for tests of the fallbacks.
+    pub fn with_isa(isa: Isa) -> Cpu {
+        Cpu {
+            isa: isa.min(Isa::detect()),
+            live_bytes: Arc::default(),
+            peak_bytes: AtomicUsize::new(0),
+            n_allocations: AtomicUsize::new(0),
+            rope_tables: rope::Tables::default(),
+            pool: Pool::default(),
         }
     }
-    out
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
+/// Rows of a tensor as `h`-element slices must be.
+fn assert_rows(what: &str, tensors: &[&Tensor], n_rows: usize, row_len: usize) {
+    for tensor in tensors {
+        assert!(tensor.n_rows() == n_rows && tensor.row_len() == row_len, "{what}: {tensor:?} is not [{n_rows}, {row_len}]");
+    }
+}
+
+/// Starts of sequences and their end as the trait says.
+fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
+    let ends = (starts.first(), starts.last());
+    assert!(ends == (Some(&0), Some(&n_tokens)) && starts.is_sorted(), "{what}: sequence starts {starts:?} of {n_tokens} tokens");
 }
 
 impl Device for Cpu {
     fn name(&self) -> String {
-        format!("cpu, {} threads", rayon::current_num_threads())
+        format!("cpu, {} threads, {}", rayon::current_num_threads(), self.isa.name())
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -97,94 +135,119 @@ impl Device for Cpu {
     fn finish(&self) {}
 
     fn fill_zero(&self, x: &mut Tensor) {
-        x.bytes_mut().fill(0);
+        let bytes = x.bytes_mut();
+        let (n, shared) = (bytes.len(), Shared::new(bytes));
+        // SAFETY: the ranges are disjoint.
+        for_ranges(n, 8 * GRAIN, |range| unsafe { shared.part(range) }.fill(0));
     }
 
     fn copy(&self, out: &mut Tensor, x: &Tensor) {
         assert_eq!(out.n_elements(), x.n_elements(), "copy {x:?} to {out:?}");
-        if out.dtype() == x.dtype() { out.bytes_mut().copy_from_slice(x.bytes()) } else { store(out, &x.to_f32_vec(), Store::Assign) }
+        if out.dtype() == x.dtype() {
+            let (from, to) = (x.bytes(), Shared::new(out.bytes_mut()));
+            // SAFETY: the ranges are disjoint.
+            for_ranges(from.len(), 8 * GRAIN, |range| unsafe { to.part(range.clone()) }.copy_from_slice(&from[range]));
+            return;
+        }
+        float!(out.dtype(), O => float!(x.dtype(), X => {
+            let (from, to) = (elements::<X>(x), Shared::new(elements_mut::<O>(out)));
+            for_ranges(from.len(), GRAIN, |range| {
+                // SAFETY: the ranges are disjoint.
+                elementwise::convert(self.isa, unsafe { to.part(range.clone()) }, &from[range]);
+            });
+        }));
     }
 
     fn add(&self, x: &mut Tensor, y: &Tensor) {
         assert_eq!(x.n_elements(), y.n_elements(), "add {y:?} to {x:?}");
-        store(x, &y.to_f32_vec(), Store::Accumulate);
+        float!(x.dtype(), X => float!(y.dtype(), Y => {
+            let (from, to) = (elements::<Y>(y), Shared::new(elements_mut::<X>(x)));
+            for_ranges(from.len(), GRAIN, |range| {
+                // SAFETY: the ranges are disjoint.
+                elementwise::add(self.isa, unsafe { to.part(range.clone()) }, &from[range]);
+            });
+        }));
     }
 
     fn scale(&self, x: &mut Tensor, factor: f32) {
-        let values: Vec<f32> = x.to_f32_vec().iter().map(|v| v * factor).collect();
-        store(x, &values, Store::Assign);
+        let n = x.n_elements();
+        float!(x.dtype(), X => {
+            let shared = Shared::new(elements_mut::<X>(x));
+            // SAFETY: the ranges are disjoint.
+            for_ranges(n, GRAIN, |range| elementwise::scale(self.isa, unsafe { shared.part(range) }, factor));
+        });
     }
 
     fn sum_squares(&self, x: &Tensor) -> f64 {
-        x.f32().chunks(4096).map(|block| block.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>()).sum()
+        const BLOCK: usize = 4096;
+        let x = x.f32();
+        let mut sums = vec![0.0f64; x.len().div_ceil(BLOCK)];
+        let (n, shared) = (sums.len(), Shared::new(&mut sums));
+        for_ranges(n, 2 * GRAIN / BLOCK, |blocks| {
+            // SAFETY: the ranges are disjoint.
+            for (sum, block) in unsafe { shared.part(blocks.clone()) }.iter_mut().zip(x[blocks.start * BLOCK..].chunks(BLOCK)) {
+                *sum = elementwise::sum_squares(self.isa, block);
+            }
+        });
+        sums.iter().sum()
     }
 
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
-        let (m, k) = if how.trans_a { (a.row_len(), a.n_rows()) } else { (a.n_rows(), a.row_len()) };
-        let (k_b, n) = if how.trans_b { (b.row_len(), b.n_rows()) } else { (b.n_rows(), b.row_len()) };
-        assert!(k == k_b && out.n_rows() == m && out.row_len() == n, "gemm {out:?} = {a:?} x {b:?}, {how:?}");
-        if m == 0 || n == 0 {
-            return;
-        }
-        let (a_values, b_values) = (a.to_f32_vec(), b.to_f32_vec());
-        let (a_cs, a_rs) = if how.trans_a { (m as isize, 1) } else { (1, k as isize) };
-        let (b_cs, b_rs) = if how.trans_b { (k as isize, 1) } else { (1, n as isize) };
-        let mut result = vec![0.0f32; m * n];
-        let parallel = if m * n * k < 1 << 17 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
-        // SAFETY: shapes and strides describe the three slices exactly; `result` is not aliased.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                result.as_mut_ptr(),
-                1,
-                n as isize,
-                false,
-                a_values.as_ptr(),
-                a_cs,
-                a_rs,
-                b_values.as_ptr(),
-                b_cs,
-                b_rs,
-                0.0f32,
-                1.0f32,
-                false,
-                false,
-                false,
-                parallel,
-            );
-        }
-        store(out, &result, how.out);
+        matmul::gemm(self.isa, &self.pool, out, a, b, how);
     }
 
     fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize) {
         let h = table.row_len();
-        let table_values = table.to_f32_vec();
-        let mut values = vec![0.0; tokens.n_elements() * h];
-        for (row, &token) in values.chunks_exact_mut(h).zip(tokens.u32()) {
-            if let Some(at) = (token as usize).checked_sub(first_row).filter(|at| *at < table.n_rows()) {
-                row.copy_from_slice(&table_values[at * h..][..h]);
-            }
-        }
-        store(out, &values, Store::Assign);
+        assert_rows("embed", &[out], tokens.n_elements(), h);
+        let tokens = tokens.u32();
+        float!(table.dtype(), E => {
+            let (table, out) = (elements::<E>(table), Shared::new(elements_mut::<E>(out)));
+            for_rows(tokens.len(), h, |rows| {
+                // SAFETY: the ranges are disjoint.
+                let out = unsafe { out.part(rows.start * h..rows.end * h) };
+                for (row, token) in out.chunks_exact_mut(h).zip(&tokens[rows]) {
+                    match (*token as usize).checked_sub(first_row).filter(|at| (at + 1) * h <= table.len()) {
+                        Some(at) => row.copy_from_slice(&table[at * h..][..h]),
+                        None => row.fill(E::from_f32(0.0)),
+                    }
+                }
+            });
+        });
     }
 
     fn embed_backward(&self, dtable: &mut Tensor, dout: &Tensor, tokens: &Tensor, first_row: usize) {
-        let (h, n_rows) = (dtable.row_len(), dtable.n_rows());
-        let dout_values = dout.to_f32_vec();
-        let dtable = dtable.f32_mut();
-        for (row, &token) in dout_values.chunks_exact(h).zip(tokens.u32()) {
-            if let Some(at) = (token as usize).checked_sub(first_row).filter(|at| *at < n_rows) {
-                dtable[at * h..][..h].iter_mut().zip(row).for_each(|(d, v)| *d += v);
-            }
-        }
+        let (n_rows, h, tokens) = (dtable.n_rows(), dtable.row_len(), tokens.u32());
+        assert_rows("embed_backward", &[dout], tokens.len(), h);
+        let dtable = Shared::new(dtable.f32_mut());
+        float!(dout.dtype(), E => {
+            let dout = elements::<E>(dout);
+            // Each task owns some columns of all rows, so every sum is in token order.
+            for_ranges(h, (GRAIN / tokens.len().max(1)).max(64), |columns| {
+                for (t, token) in tokens.iter().enumerate() {
+                    if let Some(at) = (*token as usize).checked_sub(first_row).filter(|at| *at < n_rows) {
+                        // SAFETY: no other task has these columns.
+                        let to = unsafe { dtable.part(at * h + columns.start..at * h + columns.end) };
+                        elementwise::add(self.isa, to, &dout[t * h..][columns.clone()]);
+                    }
+                }
+            });
+        });
     }
 
     fn norm(&self, out: &mut Tensor, stats: &mut Tensor, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, how: Norm) {
-        let bias = bias.map(Tensor::to_f32_vec);
-        let values = normalise(&x.to_f32_vec(), stats.f32_mut(), &gain.to_f32_vec(), bias.as_deref(), how);
-        store(out, &values, Store::Assign);
+        let (t, h) = (x.n_rows(), gain.n_elements());
+        assert_rows("norm", &[x, out], t, h);
+        assert_rows("norm", &[stats], t, 2);
+        float!(x.dtype(), E => {
+            let (x, gain, bias) = (elements::<E>(x), elements::<E>(gain), bias.map(elements::<E>));
+            let (out, stats) = (Shared::new(elements_mut::<E>(out)), Shared::new(stats.f32_mut()));
+            for_rows(t, h, |rows| {
+                let at = rows.start * h..rows.end * h;
+                // SAFETY: the ranges are disjoint.
+                let (out, stats) = unsafe { (out.part(at.clone()), stats.part(rows.start * 2..rows.end * 2)) };
+                norm::forward(self.isa, out, stats, &x[at], gain, bias, how);
+            });
+        });
     }
 
     fn add_norm(
@@ -197,91 +260,91 @@ impl Device for Cpu {
         bias: Option<&Tensor>,
         how: Norm,
     ) {
-        self.add(x, delta);
-        self.norm(out, stats, x, gain, bias, how);
+        let (t, h) = (x.n_rows(), gain.n_elements());
+        assert_rows("add_norm", &[x, delta, out], t, h);
+        assert_rows("add_norm", &[stats], t, 2);
+        float!(x.dtype(), E => {
+            let (delta, gain, bias) = (elements::<E>(delta), elements::<E>(gain), bias.map(elements::<E>));
+            let (x, out) = (Shared::new(elements_mut::<E>(x)), Shared::new(elements_mut::<E>(out)));
+            let stats = Shared::new(stats.f32_mut());
+            for_rows(t, h, |rows| {
+                let at = rows.start * h..rows.end * h;
+                // SAFETY: the ranges are disjoint.
+                let (x, out) = unsafe { (x.part(at.clone()), out.part(at.clone())) };
+                // SAFETY: as above.
+                let stats = unsafe { stats.part(rows.start * 2..rows.end * 2) };
+                norm::add_forward(self.isa, x, &delta[at], out, stats, gain, bias, how);
+            });
+        });
     }
 
     fn norm_backward(
         &self,
         dx: &mut Tensor,
         dgain: &mut Tensor,
-        mut dbias: Option<&mut Tensor>,
+        dbias: Option<&mut Tensor>,
         dy: &Tensor,
         x: &Tensor,
         gain: &Tensor,
         stats: &Tensor,
         how: Norm,
     ) {
-        let n = gain.n_elements();
-        let (dy, x, gain, stats) = (dy.to_f32_vec(), x.to_f32_vec(), gain.to_f32_vec(), stats.f32());
-        let mut values = vec![0.0; x.len()];
-        for t in 0..x.len() / n {
-            let (mean, rstd) = (stats[2 * t], stats[2 * t + 1]);
-            let hat: Vec<f32> = x[t * n..][..n].iter().map(|v| (v - mean) * rstd).collect();
-            let dy = &dy[t * n..][..n];
-            let plus = if how.kind == NormKind::LayerNorm1P { 1.0 } else { 0.0 };
-            let g: Vec<f32> = dy.iter().zip(&gain).map(|(d, w)| d * (w + plus)).collect();
-            let along = dot(&g, &hat) / n as f32;
-            let offset = if how.kind == NormKind::LayerNorm1P { g.iter().sum::<f32>() / n as f32 } else { 0.0 };
-            for i in 0..n {
-                values[t * n + i] = rstd * (g[i] - offset - hat[i] * along);
-                dgain.f32_mut()[i] += dy[i] * hat[i];
-            }
-            if let Some(dbias) = &mut dbias {
-                dbias.f32_mut().iter_mut().zip(dy).for_each(|(b, d)| *b += d);
+        let (t, h) = (x.n_rows(), gain.n_elements());
+        assert_rows("norm_backward", &[dx, dy, x], t, h);
+        assert_rows("norm_backward", &[stats], t, 2);
+        let n_blocks = t.div_ceil(norm::BACKWARD_ROWS);
+        let mut partial = self.pool.take(n_blocks * 2 * h);
+        let sums = Shared::new(&mut partial);
+        float!(x.dtype(), E => {
+            let (dy, x, gain, stats) = (elements::<E>(dy), elements::<E>(x), elements::<E>(gain), stats.f32());
+            let dx = Shared::new(elements_mut::<E>(dx));
+            for_tasks(n_blocks, t * h, |block| {
+                let rows = block * norm::BACKWARD_ROWS..((block + 1) * norm::BACKWARD_ROWS).min(t);
+                let at = rows.start * h..rows.end * h;
+                // SAFETY: each block has its own rows and its own sums.
+                let (dx, sums) = unsafe { (dx.part(at.clone()), sums.part(block * 2 * h..(block + 1) * 2 * h)) };
+                let (dgain, dbias) = sums.split_at_mut(h);
+                let stats = &stats[rows.start * 2..rows.end * 2];
+                norm::backward(self.isa, dx, dgain, dbias, &dy[at.clone()], &x[at], gain, stats, how);
+            });
+        });
+        for sums in partial.chunks_exact(2 * h) {
+            elementwise::add(self.isa, dgain.f32_mut(), &sums[..h]);
+        }
+        if let Some(dbias) = dbias {
+            for sums in partial.chunks_exact(2 * h) {
+                elementwise::add(self.isa, dbias.f32_mut(), &sums[h..]);
             }
         }
-        store(dx, &values, Store::Accumulate);
     }
 
     fn rope(&self, qkv: &mut Tensor, positions: &Tensor, heads: Heads, how: Rope) {
-        let (columns, half) = (heads.qkv_columns(), how.rotary_dims / 2);
-        let mut values = qkv.to_f32_vec();
-        let rotated: Vec<usize> =
-            (0..heads.query).map(|h| heads.query_column(h)).chain((0..heads.kv).map(|g| heads.key_column(g))).collect();
-        for (row, &position) in values.chunks_exact_mut(columns).zip(positions.u32()) {
-            for i in 0..half {
-                let angle = f64::from(position) * how.base.powf(-2.0 * i as f64 / how.rotary_dims as f64);
-                let (cos, mut sin) = (angle.cos() as f32, angle.sin() as f32);
-                if how.direction == Direction::Backward {
-                    sin = -sin;
-                }
-                for &at in &rotated {
-                    let (a, b) = (row[at + i], row[at + i + half]);
-                    row[at + i] = a * cos - b * sin;
-                    row[at + i + half] = b * cos + a * sin;
-                }
-            }
+        let (t, columns, positions) = (qkv.n_rows(), heads.qkv_columns(), positions.u32());
+        assert_rows("rope", &[qkv], positions.len(), columns);
+        assert!(how.rotary_dims % 2 == 0 && how.rotary_dims <= heads.dim, "{how:?} of {heads:?}");
+        if how.rotary_dims == 0 || t == 0 {
+            return;
         }
-        store(qkv, &values, Store::Assign);
+        let table = self.rope_tables.get(positions, how);
+        float!(qkv.dtype(), E => {
+            let qkv = Shared::new(elements_mut::<E>(qkv));
+            for_rows(t, columns, |rows| {
+                // SAFETY: the ranges are disjoint.
+                let qkv = unsafe { qkv.part(rows.start * columns..rows.end * columns) };
+                rope::rotate(self.isa, qkv, &positions[rows], table.values(), heads, how);
+            });
+        });
     }
 
     fn attention(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], heads: Heads) {
-        let (n_tokens, columns, d) = (qkv.n_rows(), heads.qkv_columns(), heads.dim);
-        let values = qkv.to_f32_vec();
-        let mut result = vec![0.0; out.n_elements()];
-        let lse = lse.f32_mut();
-        let scale = 1.0 / (d as f32).sqrt();
-        for ends in sequence_starts.windows(2) {
-            for t in ends[0]..ends[1] {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q = &values[t * columns + heads.query_column(head)..][..d];
-                    let key = |s: usize| &values[s * columns + heads.key_column(group)..][..d];
-                    let scores: Vec<f32> = (ends[0]..=t).map(|s| scale * dot(q, key(s))).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
-                    lse[head * n_tokens + t] = max + sum.ln();
-                    let row = &mut result[t * heads.query * d + head * d..][..d];
-                    for (s, score) in (ends[0]..=t).zip(&scores) {
-                        let p = (score - max).exp() / sum;
-                        let v = &values[s * columns + heads.value_column(group)..][..d];
-                        row.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-                    }
-                }
-            }
-        }
-        store(out, &result, Store::Assign);
+        assert_rows("attention", &[qkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention", &[out], qkv.n_rows(), heads.query * heads.dim);
+        assert_sequences("attention", sequence_starts, qkv.n_rows());
+        assert_eq!(lse.n_elements(), heads.query * qkv.n_rows(), "attention: {lse:?} for {heads:?}");
+        float!(qkv.dtype(), E => {
+            let (out, lse, qkv) = (elements_mut::<E>(out), lse.f32_mut(), elements::<E>(qkv));
+            attention::attention(self.isa, &self.pool, out, lse, qkv, (sequence_starts, heads));
+        });
     }
 
     fn attention_backward(
@@ -294,110 +357,80 @@ impl Device for Cpu {
         sequence_starts: &[usize],
         heads: Heads,
     ) {
-        let (n_tokens, columns, d) = (qkv.n_rows(), heads.qkv_columns(), heads.dim);
-        let (values, dout, out, lse) = (qkv.to_f32_vec(), dout.to_f32_vec(), out.to_f32_vec(), lse.f32());
-        let mut result = vec![0.0; dqkv.n_elements()];
-        let scale = 1.0 / (d as f32).sqrt();
-        for ends in sequence_starts.windows(2) {
-            for t in ends[0]..ends[1] {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q_at = t * columns + heads.query_column(head);
-                    let o_at = (t * heads.query + head) * d;
-                    let (d_row, o_row) = (&dout[o_at..][..d], &out[o_at..][..d]);
-                    let delta = dot(d_row, o_row);
-                    for s in ends[0]..=t {
-                        let k_at = s * columns + heads.key_column(group);
-                        let v_at = s * columns + heads.value_column(group);
-                        let score = scale * dot(&values[q_at..][..d], &values[k_at..][..d]);
-                        let p = (score - lse[head * n_tokens + t]).exp();
-                        let ds = p * (dot(d_row, &values[v_at..][..d]) - delta) * scale;
-                        for i in 0..d {
-                            result[q_at + i] += ds * values[k_at + i];
-                            result[k_at + i] += ds * values[q_at + i];
-                            result[v_at + i] += p * d_row[i];
-                        }
-                    }
-                }
-            }
-        }
-        store(dqkv, &result, Store::Assign);
+        assert_rows("attention_backward", &[qkv, dqkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention_backward", &[out, dout], qkv.n_rows(), heads.query * heads.dim);
+        assert_sequences("attention_backward", sequence_starts, qkv.n_rows());
+        assert_eq!(lse.n_elements(), heads.query * qkv.n_rows(), "attention_backward: {lse:?} for {heads:?}");
+        float!(qkv.dtype(), E => {
+            let (dout, out, lse, qkv) = (elements::<E>(dout), elements::<E>(out), lse.f32(), elements::<E>(qkv));
+            let inputs = attention_backward::Inputs { dout, out, lse, qkv, starts: sequence_starts, heads };
+            attention_backward::attention_backward(self.isa, &self.pool, elements_mut::<E>(dqkv), &inputs);
+        });
     }
 
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
-        let (columns, d, kv_columns) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
-        let max_tokens = cache.keys.dims()[1];
-        let values = qkv.to_f32_vec();
-        let mut result = out.to_f32_vec();
-        let scale = 1.0 / (d as f32).sqrt();
+        let dims = cache.keys.dims().to_vec();
+        assert!(dims.len() == 3 && dims[2] == heads.kv * heads.dim && cache.values.dims() == dims, "attention_cached: cache {dims:?}");
+        assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
+        assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
         for span in spans {
-            assert!(span.past + span.rows.len() <= max_tokens, "{span:?} in a cache of {max_tokens} tokens");
-            let first = span.slot * max_tokens;
-            for (i, t) in span.rows.clone().enumerate() {
-                let row = first + span.past + i;
-                let (mut k, mut v) = (Vec::new(), Vec::new());
-                for g in 0..heads.kv {
-                    k.extend_from_slice(&values[t * columns + heads.key_column(g)..][..d]);
-                    v.extend_from_slice(&values[t * columns + heads.value_column(g)..][..d]);
-                }
-                let (slots, bytes) = (cache.keys.dims()[0], [slots_of(&cache.keys), kv_columns]);
-                assert!(span.slot < slots);
-                store(&mut cache.keys.reshaped_mut(&bytes).rows_mut(row..row + 1), &k, Store::Assign);
-                store(&mut cache.values.reshaped_mut(&bytes).rows_mut(row..row + 1), &v, Store::Assign);
-            }
-            let flat = [slots_of(&cache.keys), kv_columns];
-            let present = first..first + span.past + span.rows.len();
-            let keys = cache.keys.reshaped(&flat).rows(present.clone()).to_f32_vec();
-            let cached_values = cache.values.reshaped(&flat).rows(present).to_f32_vec();
-            for (i, t) in span.rows.clone().enumerate() {
-                for head in 0..heads.query {
-                    let group = head / heads.queries_per_kv();
-                    let q = &values[t * columns + heads.query_column(head)..][..d];
-                    let scores: Vec<f32> = (0..=span.past + i).map(|s| scale * dot(q, &keys[s * kv_columns + group * d..][..d])).collect();
-                    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    let sum: f32 = scores.iter().map(|s| (s - max).exp()).sum();
-                    let row = &mut result[(t * heads.query + head) * d..][..d];
-                    row.fill(0.0);
-                    for (s, score) in scores.iter().enumerate() {
-                        let p = (score - max).exp() / sum;
-                        let v = &cached_values[s * kv_columns + group * d..][..d];
-                        row.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
-                    }
-                }
-            }
+            let fits = span.slot < dims[0] && span.past + span.rows.len() <= dims[1] && span.rows.end <= qkv.n_rows();
+            assert!(fits, "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
         }
-        store(out, &result, Store::Assign);
+        float!(qkv.dtype(), E => {
+            let (keys, values) = (elements_mut::<E>(&mut cache.keys), elements_mut::<E>(&mut cache.values));
+            let cache = attention::Cache { keys, values, max_tokens: dims[1] };
+            attention::cached(self.isa, &self.pool, elements_mut::<E>(out), elements::<E>(qkv), cache, (spans, heads));
+        });
     }
 
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation) {
-        let x = x.to_f32_vec();
-        let values: Vec<f32> = match kind {
-            Activation::SquaredRelu => x.iter().map(|v| v.max(0.0) * v.max(0.0)).collect(),
-            Activation::Swiglu => x.chunks_exact(2).map(|v| v[0] / (1.0 + (-v[0]).exp()) * v[1]).collect(),
-        };
-        store(out, &values, Store::Assign);
+        let (n, inputs) = (out.n_elements(), kind.inputs_per_output());
+        assert_eq!(x.n_elements(), n * inputs, "activation {kind:?} of {x:?} to {out:?}");
+        float!(x.dtype(), E => {
+            let (x, out) = (elements::<E>(x), Shared::new(elements_mut::<E>(out)));
+            for_ranges(n, GRAIN / inputs, |range| {
+                let x = &x[range.start * inputs..range.end * inputs];
+                // SAFETY: the ranges are disjoint.
+                let out = unsafe { out.part(range) };
+                match kind {
+                    Activation::SquaredRelu => elementwise::squared_relu(self.isa, out, x),
+                    Activation::Swiglu => elementwise::swiglu(self.isa, out, x),
+                }
+            });
+        });
     }
 
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation) {
-        let (dout, x) = (dout.to_f32_vec(), x.to_f32_vec());
-        let values: Vec<f32> = match kind {
-            Activation::SquaredRelu => x.iter().zip(&dout).map(|(v, d)| 2.0 * v.max(0.0) * d).collect(),
-            Activation::Swiglu => {
-                let pair = |(v, d): (&[f32], &f32)| {
-                    let sigmoid = 1.0 / (1.0 + (-v[0]).exp());
-                    [d * v[1] * sigmoid * (1.0 + v[0] * (1.0 - sigmoid)), d * v[0] * sigmoid]
-                };
-                x.chunks_exact(2).zip(&dout).flat_map(pair).collect()
-            }
-        };
-        store(dx, &values, Store::Assign);
+        let (n, inputs) = (dout.n_elements(), kind.inputs_per_output());
+        assert!(x.n_elements() == n * inputs && dx.n_elements() == n * inputs, "activation {kind:?}: {dx:?} from {dout:?}, {x:?}");
+        float!(x.dtype(), E => {
+            let (x, dout, dx) = (elements::<E>(x), elements::<E>(dout), Shared::new(elements_mut::<E>(dx)));
+            for_ranges(n, GRAIN / inputs, |range| {
+                let at = range.start * inputs..range.end * inputs;
+                // SAFETY: the ranges are disjoint.
+                let dx = unsafe { dx.part(at.clone()) };
+                match kind {
+                    Activation::SquaredRelu => elementwise::squared_relu_backward(self.isa, dx, &dout[range], &x[at]),
+                    Activation::Swiglu => elementwise::swiglu_backward(self.isa, dx, &dout[range], &x[at]),
+                }
+            });
+        });
     }
 
     fn cross_entropy_max(&self, max: &mut Tensor, logits: &Tensor, n_valid: usize) {
-        let values = logits.to_f32_vec();
-        for (max, row) in max.f32_mut().iter_mut().zip(values.chunks_exact(logits.row_len())) {
-            *max = row[..n_valid].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        }
+        let (t, columns) = (logits.n_rows(), logits.row_len());
+        assert!(n_valid <= columns && max.n_elements() == t, "cross_entropy_max {max:?} of {logits:?}, {n_valid} valid");
+        let max = Shared::new(max.f32_mut());
+        float!(logits.dtype(), E => {
+            let logits = elements::<E>(logits);
+            for_rows(t, columns, |rows| {
+                // SAFETY: the ranges are disjoint.
+                for (max, t) in unsafe { max.part(rows.clone()) }.iter_mut().zip(rows) {
+                    *max = loss::row_max(self.isa, &logits[t * columns..][..n_valid]);
+                }
+            });
+        });
     }
 
     fn cross_entropy_sum(
@@ -410,12 +443,25 @@ impl Device for Cpu {
         first_row: usize,
         n_valid: usize,
     ) {
-        let values = logits.to_f32_vec();
-        for (t, row) in values.chunks_exact(logits.row_len()).enumerate() {
-            sum.f32_mut()[t] = row[..n_valid].iter().map(|v| (v - max.f32()[t]).exp()).sum();
-            let column = (targets.u32()[t] as usize).checked_sub(first_row).filter(|c| *c < n_valid);
-            target_logit.f32_mut()[t] = column.map_or(0.0, |c| row[c]);
-        }
+        let (t, columns) = (logits.n_rows(), logits.row_len());
+        assert!(
+            n_valid <= columns && max.n_elements() == t && targets.n_elements() == t,
+            "cross_entropy_sum of {logits:?}, {n_valid} valid"
+        );
+        let (sum, target_logit) = (Shared::new(sum.f32_mut()), Shared::new(target_logit.f32_mut()));
+        let (max, targets) = (max.f32(), targets.u32());
+        float!(logits.dtype(), E => {
+            let logits = elements::<E>(logits);
+            for_rows(t, columns, |rows| {
+                // SAFETY: the ranges are disjoint.
+                let (sum, target_logit) = unsafe { (sum.part(rows.clone()), target_logit.part(rows.clone())) };
+                for (i, t) in rows.enumerate() {
+                    let row = &logits[t * columns..][..n_valid];
+                    sum[i] = loss::row_sum(self.isa, row, max[t]);
+                    target_logit[i] = loss::target_of(row, targets[t], first_row, n_valid).1;
+                }
+            });
+        });
     }
 
     fn cross_entropy_gradient(
@@ -428,39 +474,43 @@ impl Device for Cpu {
         first_row: usize,
         n_valid: usize,
     ) {
-        let columns = logits.row_len();
-        let mut values = logits.to_f32_vec();
-        for (t, row) in values.chunks_exact_mut(columns).enumerate() {
-            let weight = weights.f32()[t];
-            if weight == 0.0 {
-                row.fill(0.0);
-                continue;
-            }
-            let (max, sum) = (max.f32()[t], sum.f32()[t]);
-            let target = (targets.u32()[t] as usize).checked_sub(first_row);
-            for (i, v) in row.iter_mut().enumerate() {
-                let one = if Some(i) == target { 1.0 } else { 0.0 };
-                *v = if i < n_valid { weight * ((*v - max).exp() / sum - one) } else { 0.0 };
-            }
-        }
-        store(logits, &values, Store::Assign);
+        let (t, columns) = (logits.n_rows(), logits.row_len());
+        assert!(n_valid <= columns && weights.n_elements() == t, "cross_entropy_gradient of {logits:?}, {n_valid} valid, {weights:?}");
+        let (max, sum, targets, weights) = (max.f32(), sum.f32(), targets.u32(), weights.f32());
+        float!(logits.dtype(), E => {
+            let logits = Shared::new(elements_mut::<E>(logits));
+            for_rows(t, columns, |rows| {
+                for t in rows {
+                    // SAFETY: each row is one task's.
+                    let row = unsafe { logits.part(t * columns..(t + 1) * columns) };
+                    if weights[t] == 0.0 {
+                        row.fill(E::from_f32(0.0));
+                        continue;
+                    }
+                    let target = loss::target_of(row, targets[t], first_row, n_valid).0;
+                    loss::row_gradient(self.isa, row, max[t], sum[t], weights[t], target, n_valid);
+                }
+            });
+        });
     }
 
     fn adamw(&self, shard: AdamwShard<'_>, how: Adamw) {
-        let (m, v, master) = (shard.m.f32_mut(), shard.v.f32_mut(), shard.master.f32_mut());
-        let m_scale = (1.0 / (1.0 - f64::from(how.beta1).powi(how.step as i32))) as f32;
-        let v_scale = (1.0 / (1.0 - f64::from(how.beta2).powi(how.step as i32))) as f32;
-        for (i, g) in shard.grad.f32().iter().enumerate() {
-            let g = g * how.grad_scale;
-            m[i] = how.beta1 * m[i] + (1.0 - how.beta1) * g;
-            v[i] = how.beta2 * v[i] + (1.0 - how.beta2) * g * g;
-            let update = m[i] * m_scale / ((v[i] * v_scale).sqrt() + how.eps);
-            master[i] -= how.lr * (update + how.weight_decay * master[i]);
-        }
-        store(shard.weight, master, Store::Assign);
+        let n = shard.grad.n_elements();
+        let all = [&*shard.master, &*shard.m, &*shard.v, &*shard.weight];
+        assert!(all.iter().all(|x| x.n_elements() == n), "adamw of {:?} with {all:?}", shard.grad);
+        let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(how.step as f64))) as f32;
+        let (m_scale, v_scale) = (correction(how.beta1), correction(how.beta2));
+        let (master, m, v) = (Shared::new(shard.master.f32_mut()), Shared::new(shard.m.f32_mut()), Shared::new(shard.v.f32_mut()));
+        let grad = shard.grad.f32();
+        float!(shard.weight.dtype(), W => {
+            let weight = Shared::new(elements_mut::<W>(shard.weight));
+            for_ranges(n, GRAIN, |range| {
+                // SAFETY: the ranges are disjoint.
+                let (master, m) = unsafe { (master.part(range.clone()), m.part(range.clone())) };
+                // SAFETY: as above.
+                let (v, weight) = unsafe { (v.part(range.clone()), weight.part(range.clone())) };
+                elementwise::adamw(self.isa, master, m, v, &grad[range], weight, &how, m_scale, v_scale);
+            });
+        });
     }
-}
-
-fn slots_of(cache: &Tensor) -> usize {
-    cache.dims()[0] * cache.dims()[1]
 }

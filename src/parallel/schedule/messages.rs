@@ -1,6 +1,7 @@
 //! Puts the messages into a schedule of computation.
 //!
-//! The method: run the computation on a clock on which every forward and backward takes one tick and a message none. A
+//! The method: run the computation on a clock on which every forward and backward (or pair of them, see [`Rhythm`])
+//! takes one tick and a message none. A
 //! message belongs to the tick at which its reader starts; there both its ends stand between two computations. Sender and
 //! receiver take it up in exactly that gap, and all messages of one gap form one `Exchange`.
 //!
@@ -15,9 +16,20 @@ use std::collections::HashMap;
 /// A computation: which direction of which chunk on which micro-batch.
 type Work = (What, ChunkAt, usize);
 
+/// Which computations share a tick. Wrong choices stay correct but lose time: stages then meet for messages at moments when
+/// one of them has work to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rhythm {
+    /// Each forward and each backward has a tick of its own: neighbours alternate (GPipe, 1F1B, forward only).
+    Single,
+    /// A forward and the backward after it share a tick, with messages only between pairs: all stages go in step, whatever
+    /// the ratio of backward to forward (interleaved; Megatron-LM's send_forward_backward_recv_forward_backward).
+    Pairs,
+}
+
 /// Adds the exchanges. Panics when the computations cannot be executed in the given order (a generator's fault).
-pub fn insert_messages(compute: &Schedule) -> Schedule {
-    let Clock { start, ticks } = Clock::run(compute);
+pub fn insert_messages(compute: &Schedule, rhythm: Rhythm) -> Schedule {
+    let Clock { start, ticks } = Clock::run(compute, rhythm);
     // The gap before the first action that starts at `tick` or later.
     let gap_at = |stage: usize, tick: usize| ticks[stage].partition_point(|&start| start < tick);
     let mut gaps: Vec<Vec<Gap>> = compute.stages.iter().map(|actions| vec![Gap::default(); actions.len() + 1]).collect();
@@ -75,29 +87,30 @@ fn work(stage: usize, action: &Action) -> Option<Work> {
 
 /// The computation in ticks.
 struct Clock {
-    /// When each forward and backward starts.
+    /// The tick of each forward and backward.
     start: HashMap<Work, usize>,
-    /// When each action of each stage starts. `ReduceGrads` takes no tick: it starts when the backward before it has ended.
+    /// The tick of each action of each stage. `ReduceGrads` takes no time: it stands at the tick after the backward before it.
     ticks: Vec<Vec<usize>>,
 }
 
 impl Clock {
-    fn run(compute: &Schedule) -> Clock {
+    fn run(compute: &Schedule, rhythm: Rhythm) -> Clock {
         let n_stages = compute.stages.len();
         let (mut start, mut ticks, mut free) = (HashMap::new(), vec![Vec::new(); n_stages], vec![0; n_stages]);
         loop {
             let mut progress = false;
             for (stage, actions) in compute.stages.iter().enumerate() {
-                while let Some(action) = actions.get(ticks[stage].len()) {
-                    assert!(!matches!(action, Action::Exchange { .. }), "messages are inserted once");
-                    let work = work(stage, action);
-                    let Some(ready) = work.map_or(Some(0), |work| ready_tick(compute, &start, work)) else { break };
-                    let tick = ready.max(free[stage]);
-                    if let Some(work) = work {
+                while ticks[stage].len() < actions.len() {
+                    let together: Vec<Option<Work>> =
+                        unit(&actions[ticks[stage].len()..], rhythm).map(|action| work(stage, action)).collect();
+                    let works = || together.iter().flatten().copied();
+                    let ready = works().try_fold(free[stage], |tick, work| Some(tick.max(ready_tick(compute, &start, work, &together)?)));
+                    let Some(tick) = ready else { break };
+                    for work in works() {
                         start.insert(work, tick);
                         free[stage] = tick + 1;
                     }
-                    ticks[stage].push(tick);
+                    ticks[stage].extend(together.iter().map(|_| tick));
                     progress = true;
                 }
             }
@@ -112,10 +125,19 @@ impl Clock {
     }
 }
 
-/// The tick at which everything that `work` reads has been made; `None` when some of it has not been started.
-fn ready_tick(compute: &Schedule, start: &HashMap<Work, usize>, work: Work) -> Option<usize> {
+/// The first actions of a list that share one tick.
+fn unit(actions: &[Action], rhythm: Rhythm) -> impl Iterator<Item = &Action> {
+    assert!(!matches!(actions[0], Action::Exchange { .. }), "messages are inserted once");
+    let is_pair = matches!(actions, [Action::Forward { .. }, Action::Backward { .. }, ..]);
+    actions[..if is_pair && rhythm == Rhythm::Pairs { 2 } else { 1 }].iter()
+}
+
+/// The first tick at which everything that `work` reads has been made; `None` when some of it has no tick yet. A backward
+/// may read from the forward that shares its tick.
+fn ready_tick(compute: &Schedule, start: &HashMap<Work, usize>, work: Work, together: &[Option<Work>]) -> Option<usize> {
     let (what, at, micro) = work;
     let own_forward = (what == What::Gradient).then_some((What::Activation, at, micro));
     let input = source(compute, work).map(|from| (what, from, micro));
-    own_forward.into_iter().chain(input).try_fold(0, |ready, work| start.get(&work).map(|&tick| ready.max(tick + 1)))
+    let earlier = own_forward.into_iter().chain(input).filter(|&read| !together.contains(&Some(read)));
+    earlier.into_iter().try_fold(0, |ready, read| start.get(&read).map(|&tick| ready.max(tick + 1)))
 }

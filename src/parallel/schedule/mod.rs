@@ -29,7 +29,7 @@ mod messages;
 
 pub use check::Liveness;
 pub use generate::{forward_only, gpipe, interleaved, one_f_one_b};
-pub use messages::insert_messages;
+pub use messages::{Rhythm, insert_messages};
 
 use crate::error::Result;
 use crate::recipe::ScheduleKind;
@@ -149,15 +149,16 @@ pub struct Schedule {
 
 /// The complete schedule of a training step. Errors: a recipe error when the shape does not suit the kind.
 pub fn training(kind: ScheduleKind, shape: PipelineShape) -> Result<Schedule> {
-    let compute = match kind {
-        ScheduleKind::GPipe => gpipe(shape)?,
-        ScheduleKind::OneFOneB => one_f_one_b(shape)?,
-        ScheduleKind::Interleaved => interleaved(shape)?,
-    };
-    Ok(insert_messages(&compute))
+    Ok(match kind {
+        ScheduleKind::GPipe => insert_messages(&gpipe(shape)?, Rhythm::Single),
+        ScheduleKind::OneFOneB => insert_messages(&one_f_one_b(shape)?, Rhythm::Single),
+        // With a single group of micro-batches some stages never alternate, so pairs cannot go in step.
+        ScheduleKind::Interleaved if shape.n_micro == shape.pp => insert_messages(&interleaved(shape)?, Rhythm::Single),
+        ScheduleKind::Interleaved => insert_messages(&interleaved(shape)?, Rhythm::Pairs),
+    })
 }
 
 /// The complete schedule of forwards alone: held-out loss and scoring.
 pub fn evaluation(shape: PipelineShape) -> Schedule {
-    insert_messages(&forward_only(shape))
+    insert_messages(&forward_only(shape), Rhythm::Single)
 }

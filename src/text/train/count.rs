@@ -145,7 +145,10 @@ impl<'a> Worker<'a> {
         if level < lowest {
             return;
         }
-        self.kept.add(hash, || block[..block.floor_char_boundary(2 * BLOCK_BYTES)].to_string());
+        self.kept.add(hash, || {
+            let end = (0..=block.len().min(2 * BLOCK_BYTES)).rev().find(|&at| block.is_char_boundary(at));
+            block[..end.expect("zero is a boundary")].to_string()
+        });
         let (sorts, counts) = (self.sorts, &mut self.levels[level]);
         let folded;
         let text = match block.contains(SPACE_MARK) {

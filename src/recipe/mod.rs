@@ -1,5 +1,12 @@
 //! Recipes: one complete TOML file a run, `--set a.b=value` on top, unknown keys refused with the nearest known one.
-//! Scientific numbers have no defaults; paths and cadence may.
+//! Scientific numbers have no defaults; paths and cadence may. Relative paths are relative to the current directory.
+//!
+//! [`Pretrain::load`] reads and overrides (`load`, over the strict reader in `strict`); [`Pretrain::check`] compares the
+//! numbers with each other and with the number of ranks (`check`). This file knows nothing of what the numbers are used for.
+
+mod check;
+mod load;
+mod strict;
 
 use crate::model::config::ModelConfig;
 use serde::{Deserialize, Serialize};
@@ -116,6 +123,32 @@ pub struct Optimizer {
     pub eps: f64,
     /// Decoupled weight decay of matrices.
     pub weight_decay: f64,
+}
+
+impl Optimizer {
+    /// Learning rate of the update that takes the model from `step` to `step + 1` (the first is step 0) of `total_steps`.
+    ///
+    /// With n = step + 1, w = warmup_steps, r = (n - w) / (total_steps - w):
+    /// n <= w: lr n / w; then constant: lr; linear: min_lr + (lr - min_lr) (1 - r);
+    /// cosine: min_lr + (lr - min_lr) (1 + cos(pi r)) / 2; past the end: min_lr (constant: lr).
+    ///
+    /// These are Megatron-LM's formulas (OptimizerParamScheduler.get_lr with init_lr = 0) one update earlier: Megatron makes
+    /// its first update with n = 0, so with a rate of 0; here the first update already moves and the last one, n =
+    /// total_steps, is made with min_lr.
+    pub fn lr_at(&self, step: u64, total_steps: u64) -> f64 {
+        let n = step + 1;
+        if n <= self.warmup_steps {
+            return self.lr * n as f64 / self.warmup_steps as f64;
+        }
+        let past = (n - self.warmup_steps) as f64;
+        let ratio = if n >= total_steps { 1.0 } else { past / (total_steps - self.warmup_steps) as f64 };
+        let share = match self.decay {
+            LrDecay::Constant => 1.0,
+            LrDecay::Linear => 1.0 - ratio,
+            LrDecay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * ratio).cos()),
+        };
+        self.min_lr + (self.lr - self.min_lr) * share
+    }
 }
 
 /// Shape of the learning rate after warm-up.

@@ -1,0 +1,367 @@
+//! Causal attention, forward: tiles of up to 96 queries by 64 keys with an online softmax (Milakov and Gimelshein 2018;
+//! FlashAttention, Dao et al. 2022).
+//!
+//! A task is one kv head and up to 96 rows, a row being a (token, query head of the group) in token order. Everything is kept
+//! transposed, rows in the vector lanes: scores^T[key, row] = K Q^T and out^T[dim, row] += V^T P^T need keys and values only one
+//! element at a time, as they lie, and the softmax runs down the keys without crossing lanes. A few rows over a cache (decode)
+//! take the other way round, one pass over keys and values with the head dim in the lanes.
+
+use super::elementwise;
+use super::lanes::{Element, Isa, each, kernel, load, store};
+use super::parallel::{Pool, Shared, for_tasks};
+use super::product::{Product, product};
+use crate::device::{CacheSpan, Heads, Store};
+use std::ops::Range;
+
+/// Most rows of a task.
+pub const ROWS: usize = 96;
+/// Keys of a tile.
+pub const KEYS: usize = 64;
+/// Rows (tokens times query heads of a group) that are attended one pass each rather than in tiles.
+const FEW_ROWS: usize = 8;
+
+/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`.
+#[derive(Clone, Copy)]
+pub struct Strided<'a, E> {
+    /// The whole.
+    pub data: &'a [E],
+    /// Start of vector 0.
+    pub first: usize,
+    /// Elements from one to the next.
+    pub stride: usize,
+}
+
+impl<'a, E> Strided<'a, E> {
+    /// Vector i.
+    pub fn row(&self, i: usize, dim: usize) -> &'a [E] {
+        &self.data[self.first + i * self.stride..][..dim]
+    }
+}
+
+/// One kv head's keys and values and the rows that attend to them. Row r of the group is query head r % per_kv of new token
+/// r / per_kv; new token i sees the first `past + i + 1` keys.
+struct Group<'a, E> {
+    keys: Strided<'a, E>,
+    values: Strided<'a, E>,
+    /// The packed rows of the new tokens.
+    qkv: &'a [E],
+    first_token: usize,
+    past: usize,
+    group: usize,
+    heads: Heads,
+}
+
+impl<E: Element> Group<'_, E> {
+    fn per_kv(&self) -> usize {
+        self.heads.queries_per_kv()
+    }
+
+    /// Keys that a row sees.
+    fn visible(&self, row: usize) -> usize {
+        self.past + row / self.per_kv() + 1
+    }
+
+    fn token(&self, row: usize) -> usize {
+        self.first_token + row / self.per_kv()
+    }
+
+    fn head(&self, row: usize) -> usize {
+        self.group * self.per_kv() + row % self.per_kv()
+    }
+
+    fn query(&self, row: usize) -> &[E] {
+        &self.qkv[self.token(row) * self.heads.qkv_columns() + self.heads.query_column(self.head(row))..][..self.heads.dim]
+    }
+
+    /// Where a row's result starts in out[T, A*D].
+    fn out_at(&self, row: usize) -> usize {
+        (self.token(row) * self.heads.query + self.head(row)) * self.heads.dim
+    }
+}
+
+/// out and, when kept, lse[A, T].
+struct Outputs<'a, E> {
+    out: Shared<'a, E>,
+    lse: Option<(Shared<'a, f32>, usize)>,
+}
+
+/// See `Device::attention`.
+pub fn attention<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], lse: &mut [f32], qkv: &[E], (starts, heads): (&[usize], Heads)) {
+    let (columns, per_kv) = (heads.qkv_columns(), heads.queries_per_kv());
+    let n_tokens = qkv.len() / columns;
+    let outputs = Outputs { out: Shared::new(out), lse: Some((Shared::new(lse), n_tokens)) };
+    let mut tasks: Vec<(Range<usize>, usize, Range<usize>)> = Vec::new();
+    for ends in starts.windows(2) {
+        let rows = (ends[1] - ends[0]) * per_kv;
+        // The longest first, so that the threads end together.
+        for block in (0..rows.div_ceil(ROWS)).rev() {
+            tasks.extend((0..heads.kv).map(|group| (ends[0]..ends[1], group, block * ROWS..((block + 1) * ROWS).min(rows))));
+        }
+    }
+    let cost = qkv.len() * 8;
+    for_tasks(tasks.len(), cost, |task| {
+        let (tokens, group, rows) = tasks[task].clone();
+        let at = |column: usize| Strided { data: qkv, first: tokens.start * columns + column, stride: columns };
+        let (keys, values) = (at(heads.key_column(group)), at(heads.value_column(group)));
+        let group = Group { keys, values, qkv, first_token: tokens.start, past: 0, group, heads };
+        block(isa, pool, &outputs, &group, rows);
+    });
+}
+
+/// The cache as its two flat arrays [slots * max_tokens, G*D].
+pub struct Cache<'a, E> {
+    /// Keys.
+    pub keys: &'a mut [E],
+    /// Values.
+    pub values: &'a mut [E],
+    /// Positions of a slot.
+    pub max_tokens: usize,
+}
+
+/// See `Device::attention_cached`.
+pub fn cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache: Cache<E>, (spans, heads): (&[CacheSpan], Heads)) {
+    let (columns, d, width) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
+    for span in spans {
+        for (i, token) in span.rows.clone().enumerate() {
+            let row = (span.slot * cache.max_tokens + span.past + i) * width;
+            for group in 0..heads.kv {
+                let from = token * columns + heads.key_column(group);
+                cache.keys[row + group * d..][..d].copy_from_slice(&qkv[from..][..d]);
+                cache.values[row + group * d..][..d].copy_from_slice(&qkv[from + d..][..d]);
+            }
+        }
+    }
+    let outputs = Outputs { out: Shared::new(out), lse: None };
+    let (keys, values) = (&*cache.keys, &*cache.values);
+    let mut tasks: Vec<(&CacheSpan, usize, Range<usize>)> = Vec::new();
+    for span in spans {
+        let rows = span.rows.len() * heads.queries_per_kv();
+        for block in (0..rows.div_ceil(ROWS)).rev() {
+            tasks.extend((0..heads.kv).map(|group| (span, group, block * ROWS..((block + 1) * ROWS).min(rows))));
+        }
+    }
+    let pairs: usize = spans.iter().map(|span| span.rows.len() * (span.past + span.rows.len())).sum();
+    for_tasks(tasks.len(), pairs * heads.query * d / 4, |task| {
+        let (span, group, rows) = tasks[task].clone();
+        let at = |data| Strided { data, first: span.slot * cache.max_tokens * width + group * d, stride: width };
+        let (keys, values) = (at(keys), at(values));
+        let group = Group { keys, values, qkv, first_token: span.rows.start, past: span.past, group, heads };
+        if rows.len() <= FEW_ROWS { few(isa, pool, &outputs, &group, rows) } else { block(isa, pool, &outputs, &group, rows) }
+    });
+}
+
+/// A tile of keys or values as f32: [n, dim padded to 16], padding unspecified.
+pub fn widen<E: Element>(isa: Isa, to: &mut [f32], from: Strided<E>, rows: Range<usize>, dim: usize) {
+    let padded = dim.next_multiple_of(16);
+    for (to, i) in to.chunks_exact_mut(padded).zip(rows) {
+        elementwise::convert(isa, &mut to[..dim], from.row(i, dim));
+    }
+}
+
+/// Up to 96 rows against all the keys they see.
+fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<E>, rows: Range<usize>) {
+    let (d, padded) = (group.heads.dim, group.heads.dim.next_multiple_of(16));
+    let mut buffer = pool.take(2 * d * ROWS + KEYS * ROWS + KEYS * padded + 4 * ROWS);
+    let (queries, rest) = buffer.split_at_mut(d * ROWS); // [d, row], scaled
+    let (sums, rest) = rest.split_at_mut(d * ROWS); // [d, row]
+    let (scores, rest) = rest.split_at_mut(KEYS * ROWS); // [key, row]
+    let (tile, rest) = rest.split_at_mut(KEYS * padded); // [key, d]
+    let mut softmax = Softmax::over(rest);
+    let lanes = rows.len().next_multiple_of(16);
+    let scale = 1.0 / (d as f32).sqrt();
+    for lane in 0..lanes {
+        let row = rows.start + lane;
+        // Lanes past the end repeat the last row, unscaled to nothing.
+        let query = group.query(row.min(rows.end - 1));
+        let factor = if row < rows.end { scale } else { 0.0 };
+        for (i, q) in query.iter().enumerate() {
+            queries[i * ROWS + lane] = q.get() * factor;
+        }
+        softmax.visible[lane] = group.visible(row.min(rows.end - 1)) as f32;
+    }
+    sums.fill(0.0);
+    softmax.max.fill(f32::NEG_INFINITY);
+    softmax.sum.fill(0.0);
+    let n_keys = group.visible(rows.end - 1);
+    for first in (0..n_keys).step_by(KEYS) {
+        let n = KEYS.min(n_keys - first);
+        // Rows that see none of this tile come first; whole vectors of them are left out.
+        let skipped = softmax.visible[..lanes].iter().take_while(|seen| **seen <= first as f32).count() / 16 * 16;
+        let used = lanes - skipped;
+        widen(isa, tile, group.keys, first..first + n, d);
+        let scored = Product {
+            m: n,
+            n: used,
+            k: d,
+            a: tile.as_ptr(),
+            a_row: padded,
+            a_column: 1,
+            b: queries[skipped..].as_ptr(),
+            b_row: ROWS,
+            c: scores[skipped..].as_mut_ptr(),
+            c_row: ROWS,
+            how: Store::Assign,
+        };
+        // SAFETY: n <= KEYS keys of d in the tile, `used` lanes from `skipped` in rows of ROWS.
+        unsafe { product(isa, &scored) };
+        online_softmax(isa, scores, sums, &mut softmax, n, first, skipped..lanes);
+        widen(isa, tile, group.values, first..first + n, d);
+        let weighted = Product {
+            m: d,
+            k: n,
+            a_row: 1,
+            a_column: padded,
+            b: scores[skipped..].as_ptr(),
+            c: sums[skipped..].as_mut_ptr(),
+            how: Store::Accumulate,
+            ..scored
+        };
+        // SAFETY: as above, with sums [d, ROWS].
+        unsafe { product(isa, &weighted) };
+    }
+    for (lane, row) in rows.enumerate() {
+        // SAFETY: each row belongs to one task.
+        let out = unsafe { outputs.out.part(group.out_at(row)..group.out_at(row) + d) };
+        let inverse = 1.0 / softmax.sum[lane];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = E::from_f32(sums[i * ROWS + lane] * inverse);
+        }
+        if let Some((lse, n_tokens)) = &outputs.lse {
+            let at = group.head(row) * n_tokens + group.token(row);
+            // SAFETY: as above.
+            let to = unsafe { lse.part(at..at + 1) };
+            to[0] = softmax.max[lane] + softmax.sum[lane].ln();
+        }
+    }
+}
+
+/// Running values of the online softmax, one a row.
+struct Softmax<'a> {
+    /// Keys seen, as f32.
+    visible: &'a mut [f32],
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    /// What earlier sums are multiplied by after this tile.
+    keep: &'a mut [f32],
+}
+
+impl<'a> Softmax<'a> {
+    fn over(buffer: &'a mut [f32]) -> Self {
+        let (visible, rest) = buffer.split_at_mut(ROWS);
+        let (max, rest) = rest.split_at_mut(ROWS);
+        let (sum, keep) = rest.split_at_mut(ROWS);
+        Softmax { visible, max, sum, keep: &mut keep[..ROWS] }
+    }
+}
+
+kernel! {
+    /// scores[key, row] of keys first.. become exp(score - max), masked; max and sum move on; earlier sums[d, row] are scaled.
+    fn online_softmax over V [] (
+        scores: &mut [f32], sums: &mut [f32], softmax: &mut Softmax, n: usize, first: usize, lanes: Range<usize>
+    ) {
+        for at in lanes.step_by(V::N) {
+            let visible = load::<V, f32>(softmax.visible, at, V::N);
+            // Rows are in token order: if the first sees the whole tile, all do.
+            let masked = softmax.visible[at] < (first + n) as f32;
+            let old = load::<V, f32>(softmax.max, at, V::N);
+            let mut max = old;
+            for key in 0..n {
+                let mut score = load::<V, f32>(scores, key * ROWS + at, V::N);
+                if masked {
+                    score = V::splat((first + key) as f32).where_below(visible, score, V::splat(f32::NEG_INFINITY));
+                    store(scores, key * ROWS + at, V::N, score);
+                }
+                max = score.max(max);
+            }
+            let keep = old.sub(max).exp();
+            let mut sum = load::<V, f32>(softmax.sum, at, V::N).mul(keep);
+            for key in 0..n {
+                let p = load::<V, f32>(scores, key * ROWS + at, V::N).sub(max).exp();
+                sum = sum.add(p);
+                store(scores, key * ROWS + at, V::N, p);
+            }
+            store(softmax.max, at, V::N, max);
+            store(softmax.sum, at, V::N, sum);
+            store(softmax.keep, at, V::N, keep);
+            if keep.lanes()[..V::N].iter().any(|keep| *keep != 1.0) {
+                for sums in sums.chunks_exact_mut(ROWS) {
+                    let scaled = load::<V, f32>(sums, at, V::N).mul(keep);
+                    store(sums, at, V::N, scaled);
+                }
+            }
+        }
+    }
+}
+
+/// A few rows against the keys they see, one pass over keys, then one over values.
+fn few<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<E>, rows: Range<usize>) {
+    let d = group.heads.dim;
+    let n_keys = group.visible(rows.end - 1);
+    let mut buffer = pool.take(rows.len() * (n_keys + 2 * d));
+    let (scores, rest) = buffer.split_at_mut(rows.len() * n_keys); // [row, key]
+    let (queries, sums) = rest.split_at_mut(rows.len() * d); // [row, d]
+    let scale = 1.0 / (d as f32).sqrt();
+    for (row, to) in rows.clone().zip(queries.chunks_exact_mut(d)) {
+        elementwise::convert(isa, to, group.query(row));
+        elementwise::scale(isa, to, scale);
+    }
+    few_scores(isa, scores, queries, group.keys, n_keys, d);
+    for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(n_keys)) {
+        softmax_row(isa, &mut scores[..group.visible(row)]);
+        scores[group.visible(row)..].fill(0.0);
+    }
+    few_sums(isa, sums, scores, group.values, n_keys, d);
+    for (row, sums) in rows.zip(sums.chunks_exact(d)) {
+        // SAFETY: each row belongs to one task.
+        elementwise::convert(isa, unsafe { outputs.out.part(group.out_at(row)..group.out_at(row) + d) }, sums);
+    }
+}
+
+kernel! {
+    /// scores[row, key] = queries[row, d] . key
+    fn few_scores over V [E] (scores: &mut [f32], queries: &[f32], keys: Strided<E>, n_keys: usize, d: usize) {
+        for key in 0..n_keys {
+            let k = keys.row(key, d);
+            for (row, query) in queries.chunks_exact(d).enumerate() {
+                let mut sum = V::zero();
+                each!(V, d, |i, n| { sum = load::<V, f32>(query, i, n).fma(load::<V, E>(k, i, n), sum) });
+                scores[row * n_keys + key] = sum.sum();
+            }
+        }
+    }
+}
+
+kernel! {
+    /// scores = softmax(scores)
+    fn softmax_row over V [] (scores: &mut [f32]) {
+        let max = V::splat(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let mut total = 0.0;
+        each!(V, scores.len(), |i, n| {
+            let p = load::<V, f32>(scores, i, n).sub(max).exp();
+            store(scores, i, n, p);
+            total += p.lanes()[..n].iter().sum::<f32>();
+        });
+        let factor = V::splat(1.0 / total);
+        each!(V, scores.len(), |i, n| { let p = load::<V, f32>(scores, i, n).mul(factor); store(scores, i, n, p) });
+    }
+}
+
+kernel! {
+    /// sums[row, d] = sum over keys of scores[row, key] value
+    fn few_sums over V [E] (sums: &mut [f32], scores: &[f32], values: Strided<E>, n_keys: usize, d: usize) {
+        sums.fill(0.0);
+        for first in (0..n_keys).step_by(KEYS) {
+            let tile = first..(first + KEYS).min(n_keys);
+            for (row, sums) in sums.chunks_exact_mut(d).enumerate() {
+                each!(V, d, |i, n| {
+                    let mut sum = load::<V, f32>(sums, i, n);
+                    for key in tile.clone() {
+                        let value = load::<V, E>(values.row(key, d), i, n);
+                        sum = V::splat(scores[row * n_keys + key]).fma(value, sum);
+                    }
+                    store(sums, i, n, sum);
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,731 @@
+//! Vectors of f32 lanes: one trait, three implementations (AVX-512, AVX2 with FMA, plain arrays), chosen at run time.
+//!
+//! A kernel is written once over `V: Vector` inside the `kernel!` macro, which compiles it under each target feature, since the
+//! crate itself is built for the baseline processor. bf16 is widened at loads and rounded to nearest even at stores (by
+//! integer arithmetic, so subnormals are kept). This file knows nothing of operations.
+
+use crate::tensor::{DType, Tensor};
+use half::bf16;
+
+/// What the processor can do.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Isa {
+    /// Whatever the compiler's baseline is.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+    /// AVX-512 with bf16 dot products.
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// The best this processor has.
+    pub fn detect() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return match (wide, is_x86_feature_detected!("avx512bf16")) {
+                    (true, true) => Isa::Avx512Bf16,
+                    (true, false) => Isa::Avx512,
+                    _ => Isa::Avx2,
+                };
+            }
+        }
+        Isa::Portable
+    }
+
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512 avx512bf16",
+        }
+    }
+}
+
+/// `N` f32 lanes. The methods are unsafe where they touch memory; all of them need the target feature of the type, which
+/// `kernel!` provides.
+pub trait Vector: Copy {
+    /// Lanes.
+    const N: usize;
+    /// Vector registers of the processor.
+    const REGISTERS: usize;
+    /// All lanes the same.
+    fn splat(x: f32) -> Self;
+    /// SAFETY: `N` elements are readable.
+    unsafe fn load(from: *const f32) -> Self;
+    /// SAFETY: `N` elements are writable.
+    unsafe fn store(self, to: *mut f32);
+    /// SAFETY: `N` elements are readable.
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// SAFETY: `N` elements are writable.
+    unsafe fn store_bf16(self, to: *mut bf16);
+    fn add(self, y: Self) -> Self;
+    fn sub(self, y: Self) -> Self;
+    fn mul(self, y: Self) -> Self;
+    fn div(self, y: Self) -> Self;
+    /// self * y + z, rounded once where the processor can.
+    fn fma(self, y: Self, z: Self) -> Self;
+    /// The larger; `y` where either is NaN.
+    fn max(self, y: Self) -> Self;
+    fn sqrt(self) -> Self;
+    /// Nearest integer.
+    fn round(self) -> Self;
+    /// self < bound ? yes : no, lane by lane; no for NaN.
+    fn where_below(self, bound: Self, yes: Self, no: Self) -> Self;
+    /// 2^self for integral lanes in [-126, 127].
+    fn power_of_two(self) -> Self;
+    /// The pairs of two vectors of (even, odd) elements apart: lanes 0, 2, 4.. and lanes 1, 3, 5.. of their concatenation.
+    fn unzip(self, y: Self) -> (Self, Self);
+    /// The inverse of `unzip`.
+    fn zip(self, y: Self) -> (Self, Self);
+
+    /// Zero in all lanes.
+    #[inline(always)]
+    fn zero() -> Self {
+        Self::splat(0.0)
+    }
+
+    /// The lanes as an array padded to 16.
+    #[inline(always)]
+    fn lanes(self) -> [f32; 16] {
+        let mut lanes = [0.0; 16];
+        // SAFETY: N <= 16 elements are writable.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        lanes
+    }
+
+    /// Sum of the lanes, in a fixed tree.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut lanes = self.lanes();
+        let mut width = Self::N / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
+    /// Largest lane.
+    #[inline(always)]
+    fn max_lane(self) -> f32 {
+        let lanes = self.lanes();
+        lanes[..Self::N].iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// e^self: below 2 units in the last place; exactly 0 under -87.3 (where f32 goes subnormal), inf over 88.7, NaN for NaN.
+    /// Cody and Waite's reduction, then the degree-6 Taylor-like polynomial of Cephes' expf.
+    #[inline(always)]
+    fn exp(self) -> Self {
+        // The scale is applied in two halves so that 2^128 / 2 is reached without overflow of the exponent field.
+        let clamped = self.where_below(Self::splat(-88.0), Self::splat(-88.0), self);
+        let clamped = Self::splat(89.0).where_below(clamped, Self::splat(89.0), clamped);
+        let n = clamped.mul(Self::splat(std::f32::consts::LOG2_E)).round();
+        let r = n.fma(Self::splat(-0.693_359_4), clamped);
+        let r = n.fma(Self::splat(2.121_944_4e-4), r);
+        let mut p = Self::splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = p.fma(r, Self::splat(c));
+        }
+        let y = p.fma(r.mul(r), r).add(Self::splat(1.0));
+        let half = n.mul(Self::splat(0.5)).round();
+        let y = y.mul(half.power_of_two()).mul(n.sub(half).power_of_two());
+        self.where_below(Self::splat(-87.336_54), Self::zero(), y)
+    }
+}
+
+/// An element in memory that is f32 in registers.
+pub trait Element: Copy + Send + Sync + bytemuck::Pod {
+    /// Its name in tensors.
+    const DTYPE: DType;
+    /// To f32.
+    fn get(self) -> f32;
+    /// From f32, rounded to nearest even.
+    fn from_f32(x: f32) -> Self;
+    /// SAFETY: `V::N` elements are readable.
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
+    /// SAFETY: `V::N` elements are writable.
+    unsafe fn store<V: Vector>(to: *mut Self, x: V);
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<V: Vector>(to: *mut Self, x: V) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store(to) }
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+    #[inline(always)]
+    fn get(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        round_to_bf16(x)
+    }
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<V: Vector>(to: *mut Self, x: V) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store_bf16(to) }
+    }
+}
+
+/// The elements of a host tensor of this type.
+pub fn elements<E: Element>(tensor: &Tensor) -> &[E] {
+    assert_eq!(tensor.dtype(), E::DTYPE, "{tensor:?}");
+    bytemuck::cast_slice(tensor.bytes())
+}
+
+/// The elements of a host tensor of this type, to write.
+pub fn elements_mut<E: Element>(tensor: &mut Tensor) -> &mut [E] {
+    assert_eq!(tensor.dtype(), E::DTYPE, "{tensor:?}");
+    bytemuck::cast_slice_mut(tensor.bytes_mut())
+}
+
+#[inline(always)]
+fn round_to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    bf16::from_bits(if x.is_nan() { (bits >> 16 | 0x40) as u16 } else { rounded as u16 })
+}
+
+/// `n` <= V::N elements from `i`, zeros behind them.
+#[inline(always)]
+pub fn load<V: Vector, E: Element>(x: &[E], i: usize, n: usize) -> V {
+    let x = &x[i..i + n];
+    if n == V::N {
+        // SAFETY: the slice has N elements.
+        return unsafe { E::load(x.as_ptr()) };
+    }
+    let mut part = [E::from_f32(0.0); 16];
+    for (to, from) in part.iter_mut().zip(x) {
+        *to = *from;
+    }
+    // SAFETY: N <= 16.
+    unsafe { E::load(part.as_ptr()) }
+}
+
+/// The first `n` <= V::N lanes to `x[i..]`.
+#[inline(always)]
+pub fn store<V: Vector, E: Element>(x: &mut [E], i: usize, n: usize, value: V) {
+    let x = &mut x[i..i + n];
+    if n == V::N {
+        // SAFETY: the slice has N elements.
+        return unsafe { E::store(x.as_mut_ptr(), value) };
+    }
+    let mut part = [E::from_f32(0.0); 16];
+    // SAFETY: N <= 16.
+    unsafe { E::store(part.as_mut_ptr(), value) };
+    for (to, from) in x.iter_mut().zip(part) {
+        *to = from;
+    }
+}
+
+/// Eight lanes in an array, for processors without anything better.
+#[derive(Clone, Copy)]
+pub struct Plain([f32; 8]);
+
+impl Plain {
+    #[inline(always)]
+    fn map2(self, y: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Plain(std::array::from_fn(|i| f(self.0[i], y.0[i])))
+    }
+}
+
+impl Vector for Plain {
+    const N: usize = 8;
+    const REGISTERS: usize = 16;
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Plain([x; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Plain(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        Plain(unsafe { from.cast::<[bf16; 8]>().read_unaligned() }.map(Element::get))
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[bf16; 8]>().write_unaligned(self.0.map(round_to_bf16)) }
+    }
+    #[inline(always)]
+    fn add(self, y: Self) -> Self {
+        self.map2(y, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, y: Self) -> Self {
+        self.map2(y, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, y: Self) -> Self {
+        self.map2(y, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, y: Self) -> Self {
+        self.map2(y, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, y: Self, z: Self) -> Self {
+        self.mul(y).add(z)
+    }
+    #[inline(always)]
+    fn max(self, y: Self) -> Self {
+        self.map2(y, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        Plain(self.0.map(f32::sqrt))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // Adding and taking away 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.
+        let magic = Self::splat(12_582_912.0);
+        self.add(magic).sub(magic)
+    }
+    #[inline(always)]
+    fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
+        Plain(std::array::from_fn(|i| if self.0[i] < bound.0[i] { yes.0[i] } else { no.0[i] }))
+    }
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        // NaN becomes 2^0; it is already in the other factor.
+        Plain(self.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)))
+    }
+    #[inline(always)]
+    fn unzip(self, y: Self) -> (Self, Self) {
+        let at = |i: usize| if i < 8 { self.0[i] } else { y.0[i - 8] };
+        (Plain(std::array::from_fn(|i| at(2 * i))), Plain(std::array::from_fn(|i| at(2 * i + 1))))
+    }
+    #[inline(always)]
+    fn zip(self, y: Self) -> (Self, Self) {
+        let at = |i: usize| if i % 2 == 0 { self.0[i / 2] } else { y.0[i / 2] };
+        (Plain(std::array::from_fn(at)), Plain(std::array::from_fn(|i| at(i + 8))))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Vector, bf16};
+    use std::arch::x86_64::*;
+
+    /// Sixteen lanes.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(pub __m512);
+
+    // SAFETY (every block below): the type is only used inside `kernel!` functions compiled with these target features and
+    // called after their detection; pointers are the caller's promise.
+    impl Vector for Avx512 {
+        const N: usize = 16;
+        const REGISTERS: usize = 32;
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let half = _mm256_loadu_si256(from.cast());
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, to: *mut bf16) {
+            // SAFETY: see above.
+            unsafe {
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+                _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+            }
+        }
+        #[inline(always)]
+        fn add(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_add_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn sub(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_sub_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn mul(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_mul_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn div(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_div_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn fma(self, y: Self, z: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_fmadd_ps(self.0, y.0, z.0) })
+        }
+        #[inline(always)]
+        fn max(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_max_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn sqrt(self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_sqrt_ps(self.0) })
+        }
+        #[inline(always)]
+        fn round(self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+        }
+        #[inline(always)]
+        fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
+            // SAFETY: see above.
+            Avx512(unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, bound.0), no.0, yes.0) })
+        }
+        #[inline(always)]
+        fn power_of_two(self) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
+            }
+        }
+        #[inline(always)]
+        fn unzip(self, y: Self) -> (Self, Self) {
+            // SAFETY: see above.
+            unsafe {
+                let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+                (Avx512(_mm512_permutex2var_ps(self.0, even, y.0)), Avx512(_mm512_permutex2var_ps(self.0, odd, y.0)))
+            }
+        }
+        #[inline(always)]
+        fn zip(self, y: Self) -> (Self, Self) {
+            // SAFETY: see above.
+            unsafe {
+                let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+                (Avx512(_mm512_permutex2var_ps(self.0, low, y.0)), Avx512(_mm512_permutex2var_ps(self.0, high, y.0)))
+            }
+        }
+        #[inline(always)]
+        fn sum(self) -> f32 {
+            // SAFETY: see above.
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+    }
+
+    /// Eight lanes.
+    #[derive(Clone, Copy)]
+    pub struct Avx2(pub __m256);
+
+    // SAFETY (every block below): as for Avx512.
+    impl Vector for Avx2 {
+        const N: usize = 8;
+        const REGISTERS: usize = 16;
+        #[inline(always)]
+        fn splat(x: f32) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm256_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const bf16) -> Self {
+            // SAFETY: see above.
+            unsafe { Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))) }
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, to: *mut bf16) {
+            // SAFETY: see above.
+            unsafe {
+                let bits = _mm256_castps_si256(self.0);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+                let packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high));
+                _mm_storeu_si128(to.cast(), packed);
+            }
+        }
+        #[inline(always)]
+        fn add(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_add_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn sub(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_sub_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn mul(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_mul_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn div(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_div_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn fma(self, y: Self, z: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_fmadd_ps(self.0, y.0, z.0) })
+        }
+        #[inline(always)]
+        fn max(self, y: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_max_ps(self.0, y.0) })
+        }
+        #[inline(always)]
+        fn sqrt(self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_sqrt_ps(self.0) })
+        }
+        #[inline(always)]
+        fn round(self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+        }
+        #[inline(always)]
+        fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
+            // SAFETY: see above.
+            Avx2(unsafe { _mm256_blendv_ps(no.0, yes.0, _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, bound.0)) })
+        }
+        #[inline(always)]
+        fn power_of_two(self) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+                Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
+            }
+        }
+        #[inline(always)]
+        fn unzip(self, y: Self) -> (Self, Self) {
+            // SAFETY: see above.
+            unsafe {
+                let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(self.0, y.0), _mm256_shuffle_ps::<0b11_01_11_01>(self.0, y.0));
+                let order = |v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v)));
+                (Avx2(order(even)), Avx2(order(odd)))
+            }
+        }
+        #[inline(always)]
+        fn zip(self, y: Self) -> (Self, Self) {
+            // SAFETY: see above.
+            unsafe {
+                let (low, high) = (_mm256_unpacklo_ps(self.0, y.0), _mm256_unpackhi_ps(self.0, y.0));
+                (Avx2(_mm256_permute2f128_ps::<0x20>(low, high)), Avx2(_mm256_permute2f128_ps::<0x31>(low, high)))
+            }
+        }
+    }
+}
+
+/// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.
+/// Type parameters are elements. The body sees the vector type under the name given after `over`.
+macro_rules! kernel {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident over $v:ident [$($e:ident),*] ($($arg:ident: $ty:ty),* $(,)?) $(-> $r:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name<$($e: $crate::device::cpu::lanes::Element),*>(isa: $crate::device::cpu::lanes::Isa, $($arg: $ty),*) $(-> $r)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<$v: $crate::device::cpu::lanes::Vector, $($e: $crate::device::cpu::lanes::Element),*>($($arg: $ty),*) $(-> $r)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                use $crate::device::cpu::lanes::{Avx2, Avx512, Isa};
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512<$($e: $crate::device::cpu::lanes::Element),*>($($arg: $ty),*) $(-> $r)? {
+                    body::<Avx512, $($e),*>($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2<$($e: $crate::device::cpu::lanes::Element),*>($($arg: $ty),*) $(-> $r)? {
+                    body::<Avx2, $($e),*>($($arg),*)
+                }
+                if isa >= Isa::Avx512 {
+                    // SAFETY: `isa` says that the processor has these features.
+                    return unsafe { avx512::<$($e),*>($($arg),*) };
+                }
+                if isa == Isa::Avx2 {
+                    // SAFETY: as above.
+                    return unsafe { avx2::<$($e),*>($($arg),*) };
+                }
+            }
+            let _ = isa;
+            body::<$crate::device::cpu::lanes::Plain, $($e),*>($($arg),*)
+        }
+    };
+}
+
+/// Runs the body for i = 0, N, 2N.. below len, with n = N and once for the rest with n < N, so that the whole vectors are
+/// compiled without a branch.
+macro_rules! each {
+    ($v:ident, $len:expr, |$i:ident, $n:ident| $body:block) => {{
+        let len = $len;
+        let mut $i = 0;
+        while $i + $v::N <= len {
+            let $n = $v::N;
+            $body
+            $i += $v::N;
+        }
+        if $i < len {
+            let $n = len - $i;
+            $body
+        }
+    }};
+}
+pub(crate) use {each, kernel};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    kernel! {
+        pub fn exp_all over V [] (x: &[f32], y: &mut [f32]) {
+            each!(V, x.len(), |i, n| { store(y, i, n, load::<V, f32>(x, i, n).exp()) })
+        }
+    }
+    kernel! {
+        pub fn convert over V [A, B] (x: &[A], y: &mut [B]) {
+            each!(V, x.len(), |i, n| { store(y, i, n, load::<V, A>(x, i, n)) })
+        }
+    }
+    kernel! {
+        pub fn unzip_zip over V [] (x: &[f32], y: &mut [f32], z: &mut [f32]) {
+            let (a, b) = (load::<V, f32>(x, 0, V::N), load::<V, f32>(x, V::N, V::N));
+            let (even, odd) = a.unzip(b);
+            store(y, 0, V::N, even);
+            store(y, V::N, V::N, odd);
+            let (a, b) = even.zip(odd);
+            store(z, 0, V::N, a);
+            store(z, V::N, V::N, b);
+        }
+    }
+
+    fn isas() -> Vec<Isa> {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| *isa <= Isa::detect()).collect()
+    }
+
+    /// exp is within 2 ulp of the f64 one over its whole range, on every instruction set: a wrong coefficient or exponent shows.
+    #[test]
+    fn exp_is_accurate() {
+        let x: Vec<f32> = (0..400_003).map(|i| -87.3 + 176.02 * (i as f32) / 400_002.0).collect();
+        for isa in isas() {
+            let mut y = vec![f32::NAN; x.len()];
+            exp_all(isa, &x, &mut y);
+            for (x, y) in x.iter().zip(&y) {
+                let exact = f64::from(*x).exp();
+                assert!((f64::from(*y) - exact).abs() <= 2.0 * exact * f64::from(f32::EPSILON), "{isa:?} exp({x}) = {y}, not {exact}");
+            }
+            let special = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, -0.0, f32::INFINITY, 1e30, 88.8, f32::NAN];
+            let mut y = [0.5; 9];
+            exp_all(isa, &special, &mut y);
+            assert_eq!(y[..8], [0.0, 0.0, 0.0, 1.0, 1.0, f32::INFINITY, f32::INFINITY, f32::INFINITY], "{isa:?}");
+            assert!(y[8].is_nan(), "{isa:?}");
+        }
+    }
+
+    /// Rounding to bf16 equals the `half` crate's on ties, subnormals, overflow, infinities and NaN, and widening is exact.
+    #[test]
+    fn bf16_rounds_to_nearest_even() {
+        let patterns = (0..1u32 << 20).map(|i| i.wrapping_mul(4099)).chain((0..1 << 16).map(|i| i << 16 | 0x8000));
+        let x: Vec<f32> = patterns.map(f32::from_bits).collect();
+        for isa in isas() {
+            let mut y = vec![bf16::from_f32(0.0); x.len()];
+            convert(isa, &x, &mut y);
+            let mut z = vec![0.0f32; x.len()];
+            convert(isa, &y, &mut z);
+            for ((x, y), z) in x.iter().zip(&y).zip(&z) {
+                let expected = bf16::from_f32(*x);
+                assert!(expected.to_bits() == y.to_bits() || (x.is_nan() && y.is_nan()), "{isa:?} {x:e}: {y:?} is not {expected:?}");
+                assert!(z.to_bits() == y.to_f32().to_bits() || z.is_nan(), "{isa:?} {x:e}");
+            }
+        }
+    }
+
+    /// Even and odd elements are parted and joined again in order, on every instruction set.
+    #[test]
+    fn unzip_and_zip_are_inverse() {
+        for isa in isas() {
+            let n = if isa == Isa::Avx512 { 16 } else { 8 };
+            let x: Vec<f32> = (0..2 * n).map(|i| i as f32).collect();
+            let (mut y, mut z) = (vec![0.0; 2 * n], vec![0.0; 2 * n]);
+            unzip_zip(isa, &x, &mut y, &mut z);
+            let expected: Vec<f32> = (0..n).map(|i| 2.0 * i as f32).chain((0..n).map(|i| 2.0 * i as f32 + 1.0)).collect();
+            assert_eq!((y, &z), (expected, &x), "{isa:?}");
+        }
+    }
+}

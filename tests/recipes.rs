@@ -1,0 +1,438 @@
+//! Recipes: what is read is what was written, every mistake is one line that says where, what, and what to write instead.
+
+use proptest::prelude::*;
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+use trireme::device::{Activation, NormKind};
+use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::recipe::{
+    Batch, Checkpoint, Data, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train, Validation,
+};
+
+/// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
+fn sound() -> Pretrain {
+    Pretrain {
+        model: ModelConfig {
+            n_layers: 4,
+            hidden: 64,
+            n_heads: 8,
+            n_kv_heads: 4,
+            head_dim: 8,
+            ffn_hidden: 128,
+            vocab_size: 500,
+            vocab_divisor: 128,
+            max_tokens: 64,
+            norm: NormKind::LayerNorm1P,
+            norm_eps: 1e-5,
+            activation: Activation::SquaredRelu,
+            rotary_fraction: 0.5,
+            rope_base: 10000.0,
+            tied_embeddings: false,
+            head: HeadKind::Vocabulary,
+            init_std: 0.02,
+        },
+        parallel: Parallel { tp: 2, pp: 2, dp: None, vp: 1, schedule: ScheduleKind::OneFOneB, sequence_parallel: true },
+        batch: Batch { seq_len: 32, micro: 2, global: 16 },
+        train: Train { steps: 100, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0 },
+        optimizer: Optimizer {
+            lr: 1e-3,
+            min_lr: 1e-4,
+            warmup_steps: 10,
+            decay: LrDecay::Cosine,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        },
+        data: Data {
+            train: vec![Source { shards: "data/a".into(), weight: 2.0 }, Source { shards: "data/b".into(), weight: 1.0 }],
+            seed: 7,
+        },
+        validation: Some(Validation { shards: "data/a".into(), every_steps: 10, samples: 32 }),
+        checkpoint: Checkpoint { every_steps: 50 },
+    }
+}
+
+fn parse(text: &str, sets: &[&str]) -> Result<Pretrain, String> {
+    let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+    Pretrain::parse(text, "r.toml", &sets).map_err(|error| {
+        assert_eq!(error.exit_code(), 2, "{error}");
+        let line = error.to_string();
+        assert!(!line.contains('\n'), "more than one line: {line}");
+        line
+    })
+}
+
+/// The dotted path of every key of a recipe, tables and lists included.
+fn paths(value: &Value, at: &str) -> Vec<String> {
+    let join = |key: &str| if at.is_empty() { key.to_string() } else { format!("{at}.{key}") };
+    let children: Vec<(String, &Value)> = match value {
+        Value::Table(table) => table.iter().map(|(key, value)| (join(key), value)).collect(),
+        Value::Array(items) => items.iter().enumerate().map(|(i, value)| (join(&i.to_string()), value)).collect(),
+        _ => return vec![],
+    };
+    children.into_iter().flat_map(|(path, value)| std::iter::once(path.clone()).chain(paths(value, &path))).collect()
+}
+
+fn table_of(recipe: &Pretrain) -> Value {
+    Value::Table(recipe.to_toml().parse::<Table>().expect("to_toml writes TOML"))
+}
+
+fn any_recipe() -> impl Strategy<Value = Pretrain> {
+    let model = (1..200usize, 1..20000usize, 1..100usize, 1e-9..1f32, any::<bool>(), 0..3u8, 0.0..1.0f64, proptest::option::of(1..9usize));
+    let optimizer = (1e-12..1f64, 1e-12..1f64, any::<u32>(), 0..3u8, 0.0..1f64, 0.0..1f64);
+    let data = proptest::collection::vec(("[a-z0-9_./ \"'\\\\\u{e9}-]{1,20}", 1e-6..1e6f64), 0..4);
+    (model, optimizer, data, proptest::option::of(1..64usize), proptest::option::of(("[a-z/]{1,9}", 1..1000u64)), 0..u64::MAX / 2).prop_map(
+        |(model, optimizer, data, dp, validation, seed)| {
+            let mut recipe = sound();
+            recipe.model.n_layers = model.0;
+            recipe.model.hidden = model.1;
+            recipe.model.n_heads = model.2;
+            recipe.model.norm_eps = model.3;
+            recipe.model.tied_embeddings = model.4;
+            recipe.model.norm = if model.5 == 0 { NormKind::RmsNorm } else { NormKind::LayerNorm1P };
+            recipe.model.activation = if model.5 == 1 { Activation::Swiglu } else { Activation::SquaredRelu };
+            recipe.model.rotary_fraction = model.6;
+            recipe.model.head = model.7.map_or(HeadKind::Vocabulary, HeadKind::Reward);
+            recipe.parallel.schedule = [ScheduleKind::GPipe, ScheduleKind::OneFOneB, ScheduleKind::Interleaved][model.5 as usize];
+            recipe.parallel.dp = dp;
+            recipe.optimizer.lr = optimizer.0;
+            recipe.optimizer.min_lr = optimizer.1;
+            recipe.optimizer.warmup_steps = optimizer.2.into();
+            recipe.optimizer.decay = [LrDecay::Constant, LrDecay::Linear, LrDecay::Cosine][optimizer.3 as usize];
+            recipe.optimizer.beta1 = optimizer.4;
+            recipe.optimizer.beta2 = optimizer.5;
+            recipe.data.train = data.into_iter().map(|(shards, weight)| Source { shards: shards.into(), weight }).collect();
+            recipe.data.seed = seed;
+            recipe.train.precision = if model.4 { Precision::Bf16 } else { Precision::F32 };
+            recipe.validation = validation.map(|(shards, every_steps)| Validation { shards: shards.into(), every_steps, samples: 3 });
+            recipe
+        },
+    )
+}
+
+/// Whether one insertion, deletion, replacement or swap of neighbours makes `b` of `a`, by trying all of them.
+fn is_one_edit(a: &str, b: &str) -> bool {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let without = |s: &[char], i: usize| [&s[..i], &s[i + 1..]].concat();
+    a == b
+        || (0..a.len()).any(|i| without(&a, i) == b)
+        || (0..b.len()).any(|i| without(&b, i) == a)
+        || (a.len() == b.len() && (0..a.len()).any(|i| without(&a, i) == without(&b, i)))
+        || (1..a.len()).any(|i| {
+            let mut swapped = a.clone();
+            swapped.swap(i - 1, i);
+            swapped == b
+        })
+}
+
+proptest! {
+    /// Printing a recipe and reading it gives the recipe: RUN/recipe.toml is what ran, to the last bit of every number.
+    #[test]
+    fn printed_recipes_read_back_equal(recipe in any_recipe()) {
+        let text = recipe.to_toml();
+        let read = parse(&text, &[]);
+        prop_assert_eq!(read.as_ref(), Ok(&recipe), "{}", text);
+        prop_assert_eq!(read.expect("just compared").to_toml(), text);
+    }
+
+    /// One slip in any key, anywhere, is refused, and the key offered instead is one slip away: a misspelt key must never be
+    /// read as absent.
+    #[test]
+    fn misspelt_keys_are_refused_with_the_nearest(which in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(), edit in 0..4u8, letter in "[a-z_]") {
+        let whole = table_of(&sound());
+        let keys: Vec<String> = paths(&whole, "").into_iter().filter(|path| !path.ends_with(|c: char| c.is_ascii_digit()) || path.contains("beta")).collect();
+        let path = which.get(&keys);
+        let (parent, key) = path.rsplit_once('.').unwrap_or(("", path));
+        let mut chars: Vec<char> = key.chars().collect();
+        let i = at.index(chars.len());
+        match edit {
+            0 => chars.insert(i, letter.chars().next().expect("one letter")),
+            1 => drop(chars.remove(i)),
+            2 => chars[i] = letter.chars().next().expect("one letter"),
+            _ => chars.swap(i, (i + 1) % key.chars().count()),
+        }
+        let typo: String = chars.into_iter().collect();
+        let siblings: Vec<&str> = keys.iter().filter_map(|other| {
+            let (other_parent, other_key) = other.rsplit_once('.').unwrap_or(("", other));
+            (other_parent == parent).then_some(other_key)
+        }).collect();
+        // `dp` is a key too, absent from this recipe. A swap of the ends of a word may be more than one edit.
+        prop_assume!(!typo.is_empty() && typo != "dp" && !siblings.contains(&typo.as_str()) && is_one_edit(key, &typo));
+        let text = rename(&whole, path, &typo);
+        let line = parse(&text, &[]).expect_err("a misspelt key");
+        let wrong = if parent.is_empty() { typo.clone() } else { format!("{parent}.{typo}") };
+        prop_assert!(line.contains(&format!("{wrong} is an unknown key")), "{}", line);
+        let offered = line.rsplit_once("; ").and_then(|(_, remedy)| {
+            let remedy = remedy.strip_prefix("did you mean ").or(remedy.strip_prefix("the nearest is "))?;
+            Some(remedy.split(['?', ';']).next().expect("a part").rsplit('.').next().expect("a part").to_string())
+        });
+        let offered = offered.unwrap_or_else(|| panic!("no offer in: {line}"));
+        prop_assert!(is_one_edit(&offered, &typo), "{} -> {}: {}", typo, offered, line);
+        let n: usize = line.strip_prefix("r.toml:").and_then(|rest| rest.split(':').next()?.parse().ok()).expect("a line number");
+        prop_assert!(text.lines().nth(n - 1).expect("that line").contains(&typo), "line {} of\n{}", n, text);
+    }
+
+    /// No text at all makes the reader panic.
+    #[test]
+    fn any_text_is_an_error_or_a_recipe(text in "\\PC{0,200}", set in "\\PC{0,40}") {
+        let _ = parse(&text, &[]);
+        let _ = parse(&sound().to_toml(), &[&set]);
+    }
+}
+
+/// The TOML of `whole` with the key at `path` called `name`.
+fn rename(whole: &Value, path: &str, name: &str) -> String {
+    let mut whole = whole.clone();
+    let mut keys: Vec<&str> = path.split('.').collect();
+    let last = keys.pop().expect("not empty");
+    let mut here = &mut whole;
+    for key in keys {
+        here = match here {
+            Value::Array(items) => &mut items[key.parse::<usize>().expect("an index")],
+            other => &mut other[key],
+        };
+    }
+    let table = here.as_table_mut().expect("a table");
+    let value = table.remove(last).expect("the key");
+    table.insert(name.into(), value);
+    toml::to_string(&whole).expect("plain data")
+}
+
+/// Every key without a default, when it is missing, is named with its table; those with defaults may be absent.
+#[test]
+fn missing_keys_are_named() {
+    let whole = table_of(&sound());
+    let mut optional = vec![];
+    for path in paths(&whole, "").into_iter().filter(|path| !path.ends_with(".0") && !path.ends_with(".1")) {
+        let text = rename(&whole, &path, "zzz").lines().filter(|line| !line.starts_with("zzz =")).collect::<Vec<_>>().join("\n");
+        if text.contains("zzz") {
+            continue; // a whole table: covered below
+        }
+        let (parent, key) = path.rsplit_once('.').unwrap_or(("the recipe", &path));
+        match parse(&text, &[]) {
+            Ok(_) => optional.push(path),
+            Err(line) => assert!(line.contains(&format!("{parent} misses the key {key};")), "{path}: {line}"),
+        }
+    }
+    assert_eq!(optional, ["checkpoint.every_steps"]);
+    let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
+    assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
+    let line = parse("", &[]).expect_err("empty");
+    assert!(line.starts_with("r.toml: the recipe misses the key model"), "{line}");
+    let without_validation = Pretrain { validation: None, ..sound() };
+    assert_eq!(parse(&without_validation.to_toml(), &[]), Ok(without_validation));
+}
+
+/// A value of a wrong type is named with its place, what it is, and what it should be.
+#[test]
+fn wrong_types_name_both() {
+    let text = sound().to_toml();
+    let cases = [
+        ("train.steps=many", "--set train.steps: train.steps is the text \"many\", expected a whole number"),
+        ("train.steps=1.5", "train.steps is the number 1.5, expected a whole number"),
+        ("batch.micro=-1", "batch.micro is the whole number -1, expected a whole number that is not negative"),
+        ("optimizer.lr=\"x\"", "optimizer.lr is the text \"x\", expected a number"),
+        ("model.tied_embeddings=1", "model.tied_embeddings is the whole number 1, expected true or false"),
+        ("train.precision=fp8", "train.precision is \"fp8\", expected one of \"f32\", \"bf16\""),
+        ("parallel.schedule=1f1", "did you mean \"1f1b\"?"),
+        ("data.train=3", "data.train is the whole number 3, expected a list"),
+        ("data.train.0.weight=[1]", "data.train.0.weight is a list, expected a number"),
+        ("data.train.0.wieght=1", "--set data.train.0.wieght: data.train.0.wieght is an unknown key; did you mean data.train.0.weight?"),
+        ("model=1", "model is the whole number 1, expected a table"),
+        ("train.steps.x=1", "steps is a single value (100)"),
+        ("data.train.5.weight=1", "item 5 of a list of 2"),
+        ("data.train.first.weight=1", "first is not a number"),
+        ("steps", "has no ="),
+        (".a=1", "has an empty key"),
+        ("trian.steps=1", "--set trian.steps: trian is an unknown key; did you mean train?"),
+    ];
+    for (set, expected) in cases {
+        let line = parse(&text, &[set]).expect_err(set);
+        assert!(line.contains(expected), "{set}: {line}");
+    }
+    let line = parse(&text.replace("steps = 100", "steps = \"many\""), &[]).expect_err("a text");
+    let n = 1 + text.lines().position(|line| line == "steps = 100").expect("the line");
+    assert_eq!(
+        line,
+        format!("r.toml:{n}: train.steps is the text \"many\", expected a whole number that is not negative; correct the value")
+    );
+    let line = parse("[model]\nn_layers = = 3\n", &[]).expect_err("no TOML");
+    assert!(line.starts_with("r.toml:2: not TOML: "), "{line}");
+}
+
+/// Overrides change exactly what they name, in order, with TOML values or bare words, in lists by number.
+#[test]
+fn overrides_apply() {
+    let text = sound().to_toml();
+    let sets =
+        ["train.steps=7", "train.steps = 8", "train.precision=bf16", "parallel.schedule=1f1b", "data.train.0.weight=0.25", "parallel.dp=3"];
+    let more = ["data.train.2.shards=/x/y=z", "data.train.2.weight=3", "validation.shards=runs/1", "model.head={ reward = 5 }"];
+    let read = parse(&text, &[&sets[..], &more[..]].concat()).expect("known keys");
+    let mut expected = sound();
+    expected.train.steps = 8;
+    expected.train.precision = Precision::Bf16;
+    expected.data.train[0].weight = 0.25;
+    expected.parallel.dp = Some(3);
+    expected.data.train.push(Source { shards: "/x/y=z".into(), weight: 3.0 });
+    expected.validation.as_mut().expect("has one").shards = "runs/1".into();
+    expected.model.head = HeadKind::Reward(5);
+    assert_eq!(read, expected);
+}
+
+/// A recipe that fits gives the layout of its ranks.
+#[test]
+fn a_sound_recipe_has_its_layout() {
+    let layout = sound().check(8).expect("it fits");
+    assert_eq!((layout.tp, layout.pp, layout.dp, layout.vp), (2, 2, 2, 1));
+    let mut interleaved = sound();
+    interleaved.parallel.vp = 2;
+    interleaved.parallel.schedule = ScheduleKind::Interleaved;
+    assert_eq!(interleaved.check(4).expect("it fits").vp, 2);
+}
+
+/// Every mismatch of numbers is refused with both values, and the value offered instead works.
+#[test]
+fn mismatches_offer_values_that_work() {
+    type Change = fn(&mut Pretrain);
+    let cases: &[(Change, usize, &str)] = &[
+        (|r| r.parallel.tp = 3, 12, "parallel.tp = 3 does not divide model.n_heads = 8; set parallel.tp = 2 or 4"),
+        (|r| r.parallel.tp = 8, 16, "parallel.tp = 8 does not divide model.n_kv_heads = 4; set parallel.tp = 4"),
+        (
+            |r| (r.model.ffn_hidden, r.parallel.tp) = (130, 4),
+            16,
+            "parallel.tp = 4 does not divide model.ffn_hidden = 130; set parallel.tp = 2",
+        ),
+        (
+            |r| (r.model.vocab_size, r.model.vocab_divisor, r.parallel.tp) = (501, 1, 2),
+            8,
+            "parallel.tp = 2 does not divide the padded vocabulary = 501; set parallel.tp = 1",
+        ),
+        (|r| (r.batch.seq_len, r.batch.micro) = (31, 1), 8, "parallel.tp = 2 does not divide batch.micro x batch.seq_len"),
+        (|r| r.parallel.pp = 3, 12, "parallel.pp x parallel.vp = 3 x 1 = 3 does not divide model.n_layers = 4; set parallel.pp = 2 or 4"),
+        (|r| r.parallel.vp = 2, 8, "parallel.vp = 2 with parallel.schedule = \"1f1b\""),
+        (|r| r.parallel.schedule = ScheduleKind::Interleaved, 8, "parallel.vp = 1 with parallel.schedule = \"interleaved\""),
+        (
+            |r| (r.parallel.schedule, r.parallel.vp, r.batch.global) = (ScheduleKind::Interleaved, 2, 12),
+            8,
+            "batch.global = 12 is 3 micro-batches on each of 2 replicas, not a multiple of parallel.pp = 2, which the interleaved \
+             schedule needs; set batch.global = 8 or 16",
+        ),
+        (|r| r.batch.global = 18, 8, "batch.global = 18 is not a multiple of dp x batch.micro = 2 x 2 = 4; set batch.global = 16 or 20"),
+        (|r| r.batch.global = 3, 8, "set batch.global = 4"),
+        (|_| {}, 6, "6 ranks are not a multiple of parallel.tp x pp = 2 x 2 = 4; start 4 or 8 ranks"),
+        (|r| r.parallel.dp = Some(3), 8, "8 ranks, but parallel.tp x pp x dp = 2 x 2 x 3 = 12; start 12 ranks, or set parallel.dp = 2"),
+        (|r| r.batch.seq_len = 128, 8, "batch.seq_len = 128 is more than model.max_tokens = 64; set batch.seq_len to at most 64"),
+        (|r| r.batch.micro = 0, 8, "batch.micro is 0"),
+        (|r| r.parallel.tp = 0, 8, "parallel.tp is 0"),
+        (|r| r.train.steps = 0, 8, "train.steps is 0"),
+        (|r| r.checkpoint.every_steps = 0, 8, "checkpoint.every_steps is 0"),
+        (|r| r.optimizer.lr = -1e-3, 8, "optimizer.lr = -0.001"),
+        (|r| r.optimizer.lr = f64::NAN, 8, "optimizer.lr = NaN"),
+        (|r| r.optimizer.min_lr = 1.0, 8, "optimizer.min_lr = 1 is above optimizer.lr = 0.001"),
+        (|r| r.optimizer.beta2 = 1.0, 8, "optimizer.beta2 = 1 is outside of 0 <= beta < 1"),
+        (|r| r.optimizer.warmup_steps = 101, 8, "optimizer.warmup_steps = 101 is more than train.steps = 100"),
+        (|r| r.data.train[1].weight = 0.0, 8, "data.train.1.weight = 0"),
+        (|r| r.data.train.clear(), 8, "data.train is empty"),
+        (|r| r.validation.as_mut().expect("has one").samples = 0, 8, "validation.samples is 0"),
+        (|r| r.model.n_kv_heads = 3, 8, "model.n_kv_heads = 3 does not divide model.n_heads = 8"),
+    ];
+    for (change, world, expected) in cases {
+        let mut recipe = sound();
+        change(&mut recipe);
+        let error = recipe.check(*world).expect_err(expected);
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(expected), "expected: {expected}\n   found: {error}");
+    }
+}
+
+/// The offered tp, pp and batch really pass, over many wrong ones (the world is adjusted to them).
+#[test]
+fn offered_values_pass() {
+    for wrong_tp in 1..=9 {
+        for wrong_pp in 1..=5 {
+            for wrong_global in [1, 6, 7, 16, 50] {
+                let mut recipe = sound();
+                (recipe.parallel.tp, recipe.parallel.pp, recipe.batch.global) = (wrong_tp, wrong_pp, wrong_global);
+                for _ in 0..4 {
+                    let world = recipe.parallel.tp * recipe.parallel.pp * 2;
+                    let Err(error) = recipe.check(world) else { break };
+                    let line = error.to_string();
+                    let (_, offer) = line.rsplit_once("; set ").expect("an offer");
+                    let (key, values) = offer.split_once(" = ").expect("key = value");
+                    let value: usize = values.split([' ', ',']).next().expect("a part").parse().expect("a number");
+                    match key {
+                        "parallel.tp" => recipe.parallel.tp = value,
+                        "parallel.pp" => recipe.parallel.pp = value,
+                        "batch.global" => recipe.batch.global = value,
+                        other => panic!("{other}: {line}"),
+                    }
+                }
+                recipe.check(recipe.parallel.tp * recipe.parallel.pp * 2).expect("after following the offers");
+            }
+        }
+    }
+}
+
+/// Warm-up, plateau, line and half cosine are the closed forms, with the last update made at min_lr and no jump where warm-up ends.
+#[test]
+fn learning_rates_are_the_closed_forms() {
+    let with = |decay| Optimizer { decay, ..sound().optimizer };
+    let (lr, min_lr, warmup, total) = (1e-3, 1e-4, 10u64, 110u64);
+    for decay in [LrDecay::Constant, LrDecay::Linear, LrDecay::Cosine] {
+        let optimizer = with(decay);
+        for step in 0..warmup {
+            assert!((optimizer.lr_at(step, total) - 1e-4 * (step + 1) as f64).abs() < 1e-18, "{decay:?} {step}");
+        }
+        assert_eq!(optimizer.lr_at(warmup - 1, total), lr);
+        for step in warmup..total {
+            let t = (step + 1 - warmup) as f64 / 100.0;
+            let expected = match decay {
+                LrDecay::Constant => lr,
+                LrDecay::Linear => lr * (1.0 - t) + min_lr * t,
+                // cos^2(pi t / 2): another form of the same half cosine.
+                LrDecay::Cosine => min_lr + (lr - min_lr) * (std::f64::consts::FRAC_PI_2 * t).cos().powi(2),
+            };
+            assert!((optimizer.lr_at(step, total) - expected).abs() < 1e-15, "{decay:?} {step} {expected}");
+        }
+        let last = if decay == LrDecay::Constant { lr } else { min_lr };
+        assert!((optimizer.lr_at(total - 1, total) - last).abs() < 1e-18);
+        assert!((optimizer.lr_at(total + 5, total) - last).abs() < 1e-18, "past the end");
+    }
+    let no_warmup = Optimizer { warmup_steps: 0, ..with(LrDecay::Linear) };
+    assert!((no_warmup.lr_at(0, 9) - (lr - (lr - min_lr) / 9.0)).abs() < 1e-18);
+    let only_warmup = Optimizer { warmup_steps: 5, ..with(LrDecay::Cosine) };
+    assert_eq!(only_warmup.lr_at(4, 5), lr, "a run of warm-up alone ends at the peak");
+}
+
+/// Every recipe that ships reads and fits the ranks it is for; the 340B one has the report's numbers.
+#[test]
+fn shipped_recipes_are_sound() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("slurm/recipes");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&folder).expect("slurm/recipes").map(|entry| entry.expect("readable").path()).collect();
+    files.sort();
+    assert!(files.len() >= 4, "{files:?}");
+    for path in &files {
+        let recipe = Pretrain::load(path, &[]).unwrap_or_else(|error| panic!("{error}"));
+        let world = recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.dp.unwrap_or(1);
+        recipe.check(world).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+    let recipe = Pretrain::load(&folder.join("nemotron4_340b_6144xh100.toml"), &[]).expect("just read");
+    let layout = recipe.check(6144).expect("6144 GPUs");
+    assert_eq!((layout.tp, layout.pp, layout.dp), (8, 12, 64));
+    assert_eq!(recipe.model.n_params(), (9_437_184_000, 331_592_011_776));
+    let tokens = recipe.train.steps as f64 * (recipe.batch.global * recipe.batch.seq_len) as f64;
+    assert!((tokens / 7.6e12 - 1.0).abs() < 1e-6, "{tokens}");
+    let body = |name: &str| Pretrain::load(&folder.join(name), &[]).expect("just read").model.n_params().1;
+    assert_eq!(body("nemotron4_15b_2304xh100.toml"), 12_483_047_424);
+    assert_eq!(body("minitron_8b_64xh100.toml"), 6_174_547_968);
+    assert_eq!(body("minitron_4b_64xh100.toml"), 2_617_645_056);
+}
+
+/// A recipe that is not there, or not a file, is a file error that names it.
+#[test]
+fn unreadable_files_are_named() {
+    let error = Pretrain::load(Path::new("/nonexistent/r.toml"), &[]).expect_err("not there");
+    assert_eq!(error.exit_code(), 3);
+    assert!(error.to_string().contains("/nonexistent/r.toml"), "{error}");
+}
