@@ -1,2 +1,143 @@
-//! (being written)
-fn main() {}
+//! `trireme-inspect`: what lies at a path, in words: any artifact, a run (finished or not), or a folder of them; where it came
+//! from, down to the raw text; and the loss curve of a run.
+
+#[path = "inspect/lineage.rs"]
+mod lineage;
+#[path = "inspect/page.rs"]
+mod page;
+
+use clap::{Args, Parser, Subcommand};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use trireme::artifact::{self, MANIFEST, Manifest};
+use trireme::cli;
+use trireme::error::{Error, IoContext, Kind, Result};
+use trireme::metrics;
+use trireme::progress::Progress;
+
+/// Describes an artifact in words: tokenizer, token shards, checkpoint, run, responses, scores.
+///
+/// Examples:
+///   trireme-inspect runs/first                      a run: how far it is, its settings, its checkpoints
+///   trireme-inspect runs/tokens --verify            read every file and compare its checksum
+///   trireme-inspect runs/samples --lineage          what it was made from, down to the raw text
+///   trireme-inspect plot runs/first --svg loss.svg  the loss curve, here and as a picture
+#[derive(Parser)]
+#[command(name = "trireme-inspect", version, verbatim_doc_comment, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    describe: Option<Describe>,
+}
+
+#[derive(Args)]
+struct Describe {
+    /// An artifact, a run, or a folder that holds some
+    path: PathBuf,
+    /// Print the tree of what it was made from
+    #[arg(long)]
+    lineage: bool,
+    /// Read every file and compare its checksum
+    #[arg(long)]
+    verify: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draw the loss curve of a run
+    Plot {
+        /// A run directory, or a metrics.jsonl
+        run: PathBuf,
+        /// Also write the curve as SVG
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    cli::main_with(|| match (&arguments.command, &arguments.describe) {
+        (Some(Command::Plot { run, svg }), _) => plot(run, svg.as_deref()),
+        (None, Some(what)) => describe(what),
+        (None, None) => Err(Error::recipe("no path given").remedy("run trireme-inspect --help")),
+    })
+}
+
+fn describe(what: &Describe) -> Result<()> {
+    let path = &what.path;
+    if !path.exists() {
+        return Err(Error::file(path, "no such file or directory").remedy("check the path"));
+    }
+    if what.verify {
+        return verify(path);
+    }
+    let text = if what.lineage { lineage::tree(path)? } else { page::of(path)? };
+    print(&text)
+}
+
+/// Reads every byte of an artifact, or of a run's checkpoints too.
+fn verify(path: &Path) -> Result<()> {
+    let mut all: Vec<PathBuf> = vec![path.into()];
+    all.extend(page::artifacts_in(&path.join("checkpoints")));
+    all.retain(|path| path.join(MANIFEST).is_file());
+    if all.is_empty() {
+        return Err(Error::file(path, format!("nothing to verify: it has no {MANIFEST}")).remedy("name a finished artifact"));
+    }
+    for artifact_path in all {
+        let manifest = open(&artifact_path)?;
+        let mut progress = Progress::new("verify", manifest.files.iter().map(|file| file.bytes).sum(), "B");
+        for file in &manifest.files {
+            artifact::verify_file(&artifact_path, file)?;
+            progress.add(file.bytes);
+        }
+        progress.finish();
+        let n = manifest.files.len();
+        print(&format!("{}: {}, {n} files, every checksum agrees\n", artifact_path.display(), manifest.kind))?;
+    }
+    Ok(())
+}
+
+fn plot(run: &Path, svg: Option<&Path>) -> Result<()> {
+    let path = if run.is_dir() { run.join("metrics.jsonl") } else { run.into() };
+    if !path.is_file() {
+        return Err(Error::file(&path, "no such file").remedy("name a run directory or a metrics.jsonl"));
+    }
+    let rows = metrics::read(&path)?;
+    if rows.is_empty() {
+        return Err(Error::file(&path, "no step has been measured yet").remedy("wait for the first step"));
+    }
+    let plot = metrics::loss_plot(&format!("Loss of {}", run.display()), &rows);
+    print(&plot.to_text(80, 22))?;
+    if let Some(svg) = svg {
+        let tmp = svg.with_extension(format!("svg.tmp-{}", artifact::job_id()));
+        let written = std::fs::write(&tmp, plot.to_svg()).and_then(|()| std::fs::rename(&tmp, svg));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&tmp); // best effort: the error below matters
+        }
+        written.at(svg)?;
+        print(&format!("\nAs a picture: {}\n", svg.display()))?;
+    }
+    Ok(())
+}
+
+/// The manifest of an artifact of any kind.
+fn open(artifact: &Path) -> Result<Manifest> {
+    let path = artifact.join(MANIFEST);
+    let text = std::fs::read(&path).at(&path)?;
+    let value: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|error| Error::file(&path, format!("not a manifest: {error}")).remedy("write the artifact again"))?;
+    let kind = value.get("kind").and_then(|kind| kind.as_str()).unwrap_or("artifact");
+    Manifest::open(artifact, kind)
+}
+
+/// Prints; a reader who has seen enough (`| head`) is no error.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::new(Kind::Other, format!("writing to the output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
