@@ -58,10 +58,13 @@ logged() {
   "$@" 2>&1 | tee -a "$log" | brief || die "this step failed; its output is in $log"
 }
 
+# Something else may use the cores too; a rank that spins while it waits would keep its partner from its work.
+export OMPI_MCA_mpi_yield_when_idle=1
+
 mpi() {
   local more=()
   if [ "$(nproc)" -lt $RANKS ]; then more=(--oversubscribe); fi
-  mpirun -n $RANKS --bind-to none "${more[@]}" "$@"
+  mpirun -q -n $RANKS --bind-to none "${more[@]}" "$@"
 }
 
 # ---- Building
@@ -196,20 +199,20 @@ show_samples() {
   local idx=0 text
   while IFS= read -r text; do
     printf '\n        "%s" ...\n' "${PROMPTS[idx]}"
-    printf '%b\n' "$(sed 's/\\"/"/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | fold -s -w 100 | sed 's/^/          | /'
+    printf '%b\n' "$(sed 's/\\"/"/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | cat -s | fold -s -w 100 | sed 's/^/          | /'
     idx=$((idx + 1))
   done < <(sed -n 's/.*"text": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' "$OUT/samples/responses.jsonl")
 }
 
 summary() {
   printf '\nSummary\n'
-  printf '  held-out loss       %s nats a token = %s bits a byte of text\n' "$(last validation_loss)" "$(last validation_bits_per_byte)"
+  printf '  held-out loss       %.3f nats a token = %.3f bits a byte of text\n' "$(last validation_loss)" "$(last validation_bits_per_byte)"
   printf '  training speed      %.0f tokens/s on %d ranks (median step)\n' "$(median tokens_per_s)" $RANKS
   printf '  share of ceiling    %.0f %% of the matrix-product rate that the same ranks reached when measured at start\n' \
     "$(median share_of_gemm_ceiling | awk '{ print 100 * $1 }')"
   printf '\nWhere it lies\n'
   local line
-  while IFS='|' read -r path what; do printf '  %-34s %s\n' "$OUT/$path" "$what"; done <<LIST
+  while IFS='|' read -r path what; do printf '  %-42s %s\n' "$OUT/$path" "$what"; done <<LIST
 text/|the text, as read
 tokenizer/|tokenizer.model, for SentencePiece too
 tokens/|token shards, Megatron's .bin and .idx
@@ -255,8 +258,8 @@ logged tokenize mpi "$TRIREME_BIN/trireme-tokenize" --input "$OUT/text" --tokeni
 end
 
 pretrain() {
-  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.steps="$STEPS" --set data.train.0.shards="$OUT/tokens" \
-    --set validation.shards="$OUT/tokens" --out "$OUT/run" "$@"
+  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.steps="$STEPS" --set optimizer.warmup_steps=$((STEPS / 10)) \
+    --set data.train.0.shards="$OUT/tokens" --set validation.shards="$OUT/tokens" --out "$OUT/run" "$@"
 }
 begin "Pretrain on $RANKS ranks, and stop after half of the $STEPS steps with a checkpoint"
 logged pretrain pretrain --stop-after $((STEPS / 2))
