@@ -230,13 +230,20 @@ kill_controller() {
   sleep 0.5 # its port must be free again
 }
 
-# -b: the node was booted, so what ran there before is lost; else the controller would wait for it for ever.
 start_node() {
   ! running "$ROOT/run/slurmd.$1.pid" slurmd || return 0
   rm -f "$ROOT/run/slurmd.$1.pid"
   mkdir -p "$ROOT/spool/$1" "$ROOT/tmp/$1"
-  on_node "$1" slurmd -b -f "$SLURM_CONF" -N "$1" >>"$ROOT/log/slurmd.$1.out" 2>&1 </dev/null ||
+  on_node "$1" slurmd -f "$SLURM_CONF" -N "$1" >>"$ROOT/log/slurmd.$1.out" 2>&1 </dev/null ||
     die "slurmd of $1 did not start; see $ROOT/log/slurmd.$1.log"
+}
+
+# A node that is back before SlurmdTimeout was never missed, and the controller would wait for its lost ranks for ever: an
+# administrator, or here this, must say that it was down.
+boot_node() {
+  ! running "$ROOT/run/slurmd.$1.pid" slurmd || return 0
+  scontrol update NodeName="$1" State=DOWN Reason="was switched off"
+  start_node "$1"
 }
 
 descendants() {
@@ -353,7 +360,7 @@ case $command in
   env) print_env ;;
   exec) on_node "${@:2}" ;;
   kill-node) kill_node "$2" ;;
-  start-node) start_node "$2" ;;
+  start-node) boot_node "$2" ;;
   cut) ip -n "trireme-$2" link set eth0 down ;;
   heal) ip -n "trireme-$2" link set eth0 up ;;
   restart-controller) kill_controller; start_controller ;;

@@ -26,9 +26,10 @@ if [ "${SLURM_NTASKS_PER_NODE:-${SLURM_NTASKS:-1}}" -gt "$(nproc)" ] 2>/dev/null
 # --- SLURM
 # Since SLURM 22.05 srun does not take --cpus-per-task over from sbatch by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
-# The binaries end a job themselves when a rank fails. If SLURM did it on the first non-zero code, ranks that leave together
-# with 75 would kill each other, and the job would end as killed.
-export SLURM_KILL_BAD_EXIT=0
+# A rank that fails ends the job itself; one that is killed cannot, and the others would wait for it for ever: SLURM gives them
+# this many seconds. Not --kill-on-bad-exit: of ranks that leave together with 75 the first would have the others killed, and
+# the job would end as killed.
+export SLURM_WAIT=${SLURM_WAIT:-60} SLURM_KILL_BAD_EXIT=0
 
 # Finished artifacts in the marked directory.
 finished_in() { ls -d "$1"/*/manifest.json 2>/dev/null || true; }

@@ -20,6 +20,9 @@ RECIPE=slurm/recipes/quickstart.toml
 STEPS=${QUICKSTART_STEPS:-$(sed -n 's/^steps = //p' $RECIPE)}
 VOCAB_SIZE=$(sed -n 's/^vocab_size = //p' $RECIPE)
 RANKS=2
+# Where the processor multiplies bfloat16 itself that is the faster form; elsewhere it would only be converted.
+PRECISION=f32
+if grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null; then PRECISION=bf16; fi
 N_STEPS=10
 LOGS=$OUT/logs
 step_idx=0
@@ -58,10 +61,13 @@ logged() {
   "$@" 2>&1 | tee -a "$log" | brief || die "this step failed; its output is in $log"
 }
 
+# Something else may use the cores too; a rank that spins while it waits would keep its partner from its work.
+export OMPI_MCA_mpi_yield_when_idle=1
+
 mpi() {
   local more=()
   if [ "$(nproc)" -lt $RANKS ]; then more=(--oversubscribe); fi
-  mpirun -n $RANKS --bind-to none "${more[@]}" "$@"
+  mpirun -q -n $RANKS --bind-to none "${more[@]}" "$@"
 }
 
 # ---- Building
@@ -196,20 +202,20 @@ show_samples() {
   local idx=0 text
   while IFS= read -r text; do
     printf '\n        "%s" ...\n' "${PROMPTS[idx]}"
-    printf '%b\n' "$(sed 's/\\"/"/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | fold -s -w 100 | sed 's/^/          | /'
+    printf '%b\n' "$(sed 's/\\"/"/g; s/\\u[0-9a-f]\{4\}/?/g' <<<"$text")" | cat -s | fold -s -w 100 | sed 's/^/          | /'
     idx=$((idx + 1))
   done < <(sed -n 's/.*"text": *"\(\([^"\\]\|\\.\)*\)".*/\1/p' "$OUT/samples/responses.jsonl")
 }
 
 summary() {
   printf '\nSummary\n'
-  printf '  held-out loss       %s nats a token = %s bits a byte of text\n' "$(last validation_loss)" "$(last validation_bits_per_byte)"
+  printf '  held-out loss       %.3f nats a token = %.3f bits a byte of text\n' "$(last validation_loss)" "$(last validation_bits_per_byte)"
   printf '  training speed      %.0f tokens/s on %d ranks (median step)\n' "$(median tokens_per_s)" $RANKS
   printf '  share of ceiling    %.0f %% of the matrix-product rate that the same ranks reached when measured at start\n' \
     "$(median share_of_gemm_ceiling | awk '{ print 100 * $1 }')"
   printf '\nWhere it lies\n'
   local line
-  while IFS='|' read -r path what; do printf '  %-34s %s\n' "$OUT/$path" "$what"; done <<LIST
+  while IFS='|' read -r path what; do printf '  %-42s %s\n' "$OUT/$path" "$what"; done <<LIST
 text/|the text, as read
 tokenizer/|tokenizer.model, for SentencePiece too
 tokens/|token shards, Megatron's .bin and .idx
@@ -255,8 +261,9 @@ logged tokenize mpi "$TRIREME_BIN/trireme-tokenize" --input "$OUT/text" --tokeni
 end
 
 pretrain() {
-  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.steps="$STEPS" --set data.train.0.shards="$OUT/tokens" \
-    --set validation.shards="$OUT/tokens" --out "$OUT/run" "$@"
+  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.steps="$STEPS" --set optimizer.warmup_steps=$((STEPS / 10)) \
+    --set train.precision=$PRECISION \
+    --set data.train.0.shards="$OUT/tokens" --set validation.shards="$OUT/tokens" --out "$OUT/run" "$@"
 }
 begin "Pretrain on $RANKS ranks, and stop after half of the $STEPS steps with a checkpoint"
 logged pretrain pretrain --stop-after $((STEPS / 2))
@@ -268,7 +275,8 @@ end
 
 begin "Generate three samples"
 write_requests
-logged generate mpi "$TRIREME_BIN/trireme-generate" --checkpoint "$OUT/run" --requests "$OUT/requests.jsonl" --out "$OUT/samples" --tp 2
+logged generate mpi "$TRIREME_BIN/trireme-generate" --checkpoint "$OUT/run" --requests "$OUT/requests.jsonl" --out "$OUT/samples" \
+  --tp $RANKS --dtype $PRECISION
 show_samples
 end
 
