@@ -3,9 +3,12 @@
 
 mod common;
 
-use common::{counting_documents, tiny_recipe, train, write_megatron};
+use common::{counting_documents, tiny_model, tiny_recipe, train, write_megatron};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use trireme::checkpoint::Wanted;
+use trireme::parallel::slice::Slice;
+use trireme::tensor::{DType, Tensor};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -110,13 +113,24 @@ fn wrong_checkpoints() {
     };
     let shard = checkpoint.join("shard-00000.h5");
     let whole = std::fs::read(&shard).unwrap();
+    // Generation reads weights only, so the bit is one of a weight.
+    let mut weight = Tensor::host(&[tiny_model().hidden], DType::F32, None).unwrap();
+    let (name, slice) = ("weights/layers.0.attention_norm.weight".into(), Slice::whole(weight.shape().dims()));
+    trireme::checkpoint::open(&checkpoint).unwrap().read(&mut [Wanted { name, slice, tensor: &mut weight }]).unwrap();
+    let weight: &[u8] = bytemuck::cast_slice(weight.f32());
+    let at = whole.windows(weight.len()).position(|window| window == weight).expect("weights are stored as they are");
     let mut flipped = whole.clone();
-    flipped[whole.len() / 2] ^= 1;
+    flipped[at + 5] ^= 1;
     for damaged in [&whole[..whole.len() / 2], &flipped] {
         std::fs::write(&shard, damaged).unwrap();
         assert_refused(&generate(), 3, &["shard-00000.h5"], &out);
         assert!(!out.exists());
     }
+    // Training reads everything, so the bit may be anywhere.
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    std::fs::write(&shard, flipped).unwrap();
+    assert_refused(&place.pretrain(&[], &run), 3, &["shard-00000.h5"], &run);
     std::fs::remove_file(&shard).unwrap();
     assert_refused(&generate(), 3, &["shard-00000.h5"], &out);
     std::fs::write(&shard, &whole).unwrap();

@@ -418,7 +418,7 @@ fn exit_codes_and_lines() {
     assert_eq!(qkv.split_whitespace().skip(1).collect::<Vec<_>>(), ["f32", "40", "x", "10", "1"]);
     assert!(run("verify c", 0).0.contains("every byte as it was written"));
     run("export c --out e --dtype bf16", 0);
-    assert!(run("import e --out c", 3).1.contains("other inputs"));
+    assert!(run("import e --out c", 3).1.contains("c: holds a checkpoint made "));
     assert!(run("import nowhere --out d", 3).1.contains("nowhere: no such directory"));
     run("export c --out x --dtype f8", 2);
     run("mend c", 2);

@@ -1,9 +1,13 @@
 //! trireme-inspect as a person uses it: the page of each kind, the tree down to the text, checksums, and the curve.
 
+mod common;
+
+use common::{counting_documents, tiny_recipe, train, write_megatron};
 use std::path::Path;
 use std::process::{Command, Output};
 use trireme::artifact::{ArtifactWriter, Begin, HashingFile, Input, Manifest};
 use trireme::metrics::{MetricsWriter, Row};
+use trireme::recipe::Validation;
 
 fn inspect(dir: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_trireme-inspect")).args(arguments).current_dir(dir).output().expect("it starts")
@@ -138,6 +142,26 @@ fn lineage_of_a_checkpoint_reaches_the_text() {
     std::fs::write(at.join("text/b.txt"), "three").expect("writable");
     let tree = page(at, &["run/checkpoints/step-00000010", "--lineage"]);
     assert!(tree.contains("corpus: text has changed since"), "{tree}");
+}
+
+/// Tokens that another program wrote have no manifest: they are known by their contents.
+#[test]
+fn lineage_of_a_run_over_foreign_shards() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let shards = dir.path().join("shards");
+    for (split, seed) in [("train", 1), ("validation", 2)] {
+        write_megatron(&shards, split, &counting_documents(60, 61, seed));
+    }
+    let mut recipe = tiny_recipe(&shards);
+    recipe.validation = Some(Validation { shards: shards.clone(), every_steps: 3, samples: 4 });
+    train(&recipe, &dir.path().join("run"), None).expect("it trains");
+    let tree = page(dir.path(), &["run", "--lineage"]);
+    assert_eq!(tree.matches("-tokens: ").count(), 2, "{tree}");
+    assert_eq!(tree.matches("unchanged").count(), 2, "{tree}");
+    write_megatron(&shards, "train", &counting_documents(60, 61, 3));
+    let tree = page(dir.path(), &["run", "--lineage"]);
+    assert!(tree.lines().any(|line| line.contains(" train-tokens: ") && line.contains("has changed since")), "{tree}");
+    assert_eq!(tree.matches("unchanged").count(), 1, "{tree}");
 }
 
 /// --verify reads every byte: one flipped bit is found and named, in a run's checkpoints too.

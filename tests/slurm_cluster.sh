@@ -162,6 +162,9 @@ chain() {
   check "its last checkpoint is whole" is_whole "$WORK/chain/run/checkpoints/step-00000012"
   check "its metrics have each step once" steps_once_each "$WORK/chain/run/metrics.jsonl" 12
   check "each request has a response" is "$(rows "$WORK/chain/responses/responses.jsonl")" "$(rows "$WORK/requests.jsonl")"
+  "$TRIREME_BIN/trireme-inspect" "$WORK/chain/responses" --lineage >"$WORK/lineage.txt"
+  check "the responses' lineage reaches the text" contains "$WORK/lineage.txt" "corpus: .*slurm"
+  check "and nothing in it has changed" is "$(grep -c "has changed\|is missing" "$WORK/lineage.txt")" 0
   job=$(grep pretrain <<<"$jobs" | cut -d' ' -f1)
   check "pretraining ran on both nodes" is "$(field "$job" NodeList)" "n[0-1]"
 }

@@ -5,6 +5,7 @@ use crate::page::date;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use trireme::artifact::{self, Input, MANIFEST, Manifest};
+use trireme::data::shards::{Split, TokenShards};
 use trireme::error::{Error, Result};
 use trireme::text::corpus::Corpus;
 
@@ -72,6 +73,14 @@ fn run_around(checkpoint: &Path, seen: &mut HashSet<String>) -> Option<Node> {
 
 fn node_of_input(owner: &Path, input: &Input, seen: &mut HashSet<String>) -> Node {
     let leaf = |says: String| Node { line: format!("{}: {} {says}", input.role, input.path.display()), children: vec![] };
+    if let Some(now) = tokens_without_manifest(owner, input) {
+        let same = now == input.fingerprint;
+        return leaf(if same {
+            format!("[{now}], unchanged")
+        } else {
+            format!("has changed since: it is {now}, was {}", input.fingerprint)
+        });
+    }
     let Some(path) = find(owner, &input.path) else {
         return leaf(format!("is missing (was {})", input.fingerprint));
     };
@@ -89,10 +98,21 @@ fn node_of_input(owner: &Path, input: &Input, seen: &mut HashSet<String>) -> Nod
     }
 }
 
+/// The fingerprint of tokens that another program wrote: `.bin` and `.idx` without a manifest.
+fn tokens_without_manifest(owner: &Path, input: &Input) -> Option<String> {
+    let split = [Split::Train, Split::Validation].into_iter().find(|split| input.role == format!("{}-tokens", split.name()))?;
+    let open = |path: PathBuf| if path.join(MANIFEST).is_file() { None } else { TokenShards::open(&path, split).ok() };
+    places(owner, &input.path).into_iter().find_map(open).map(|shards| shards.fingerprint().into())
+}
+
 /// Where an input is now: as recorded (from the current directory), inside the artifact, or beside it.
 fn find(owner: &Path, path: &Path) -> Option<PathBuf> {
+    places(owner, path).into_iter().find(|path| path.exists())
+}
+
+fn places(owner: &Path, path: &Path) -> [PathBuf; 3] {
     let beside = owner.parent().unwrap_or(Path::new("."));
-    [path.to_path_buf(), owner.join(path), beside.join(path)].into_iter().find(|path| path.exists())
+    [path.to_path_buf(), owner.join(path), beside.join(path)]
 }
 
 /// A file's checksum, or a folder's as a corpus.

@@ -4,7 +4,7 @@
 //! All documents of a shard stand end to end; position p is the p-th token of them all. This file knows nothing of samples.
 
 use super::index::{Index, Mapped, TokenType};
-use crate::artifact::{MANIFEST, Manifest};
+use crate::artifact::{Input, MANIFEST, Manifest};
 use crate::error::{Error, IoContext, Result};
 use rayon::prelude::*;
 use std::fs;
@@ -138,6 +138,13 @@ impl TokenShards {
     /// the size of the `.bin` and 64 blocks spread over it, so that opening stays fast on a corpus of any size.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// These tokens, opened at `path`, as the input of an artifact: by the manifest's fingerprint, which lineage follows, or
+    /// without one by their own.
+    pub fn as_input(&self, role: &str, path: &Path) -> Input {
+        let fingerprint = self.artifact.as_ref().map_or(&self.fingerprint, |artifact| &artifact.manifest.fingerprint);
+        Input { role: role.into(), path: path.into(), fingerprint: fingerprint.clone() }
     }
 
     /// Refuses ids at or above `vocab_size` from here on, where the manifest does not say so already.

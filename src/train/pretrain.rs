@@ -143,7 +143,7 @@ fn open_data(job: &Job) -> Result<RunData> {
         let (mut sources, mut inputs) = (Vec::new(), Vec::new());
         for source in &recipe.data.train {
             let shards = open(&source.shards, Split::Train)?;
-            inputs.push(input_of("train-tokens", &source.shards, &shards));
+            inputs.push(shards.as_input("train-tokens", &source.shards));
             sources.push((shards, source.weight));
         }
         let tokenizer = sources.first().and_then(|(shards, _)| shards.tokenizer_bytes());
@@ -151,7 +151,7 @@ fn open_data(job: &Job) -> Result<RunData> {
             None => None,
             Some(validation) => {
                 let shards = open(&validation.shards, Split::Validation)?;
-                inputs.push(input_of("validation-tokens", &validation.shards, &shards));
+                inputs.push(shards.as_input("validation-tokens", &validation.shards));
                 let bytes_per_token = shards.text_bytes().map(|bytes| bytes as f64 / shards.n_tokens() as f64);
                 let samples = Sequential::new(shards, recipe.batch.seq_len)?;
                 let n_samples = held_out_samples(recipe, job.groups.layout.dp, &samples)?;
@@ -162,10 +162,6 @@ fn open_data(job: &Job) -> Result<RunData> {
         Ok(RunData { order, validation, inputs, tokenizer })
     };
     agree(&*job.groups.world, load().doing(|| "opening the training data".into()))
-}
-
-fn input_of(role: &str, path: &Path, shards: &TokenShards) -> Input {
-    Input { role: role.into(), path: path.into(), fingerprint: shards.fingerprint().into() }
 }
 
 /// Samples of one held-out measurement: as asked, at most what there is, a multiple of a round of micro-batches.
