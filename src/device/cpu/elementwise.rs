@@ -68,6 +68,11 @@ kernel! {
 /// `n` <= N pairs from pair `i` of interleaved columns: (first of each, second of each).
 #[inline(always)]
 fn load_pairs<V: Vector, E: super::lanes::Element>(x: &[E], i: usize, n: usize) -> (V, V) {
+    if n == V::N {
+        let x = &x[2 * i..2 * (i + n)];
+        // SAFETY: the slice has 2 N elements.
+        return unsafe { E::load_pairs(x.as_ptr()) };
+    }
     let low = load::<V, E>(x, 2 * i, (2 * n).min(V::N));
     let high = if 2 * n > V::N { load::<V, E>(x, 2 * i + V::N, 2 * n - V::N) } else { V::zero() };
     low.unzip(high)

@@ -4,13 +4,13 @@ use super::Vector;
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// Sixteen lanes.
+/// Sixteen lanes. With `BF16` the processor rounds to bf16 itself: to nearest even, but 0 for subnormals.
 #[derive(Clone, Copy)]
-pub struct Avx512(pub __m512);
+pub struct Avx512<const BF16: bool>(pub __m512);
 
 // SAFETY (every block below): the type is only used inside `kernel!` functions compiled with these target features and
 // called after their detection; pointers are the caller's promise.
-impl Vector for Avx512 {
+impl<const BF16: bool> Vector for Avx512<BF16> {
     const N: usize = 16;
     const REGISTERS: usize = 32;
     #[inline(always)]
@@ -38,6 +38,10 @@ impl Vector for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16) {
+        if BF16 {
+            // SAFETY: see above; both are 256 plain bits.
+            return unsafe { _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0))) };
+        }
         // SAFETY: see above.
         unsafe {
             let bits = _mm512_castps_si512(self.0);
@@ -113,6 +117,16 @@ impl Vector for Avx512 {
             let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
             (Avx512(_mm512_permutex2var_ps(self.0, even, y.0)), Avx512(_mm512_permutex2var_ps(self.0, odd, y.0)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs_bf16(from: *const bf16) -> (Self, Self) {
+        // A pair is a 32-bit lane: the even element below, the odd one above.
+        // SAFETY: see above.
+        unsafe {
+            let pairs = _mm512_loadu_si512(from.cast());
+            let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            (Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))), Avx512(_mm512_castsi512_ps(odd)))
         }
     }
     #[inline(always)]
