@@ -1,6 +1,7 @@
 // Runs a kernel's source on the CPU: the threads of a block are fibers of one thread, blocks run one after another, warp
 // instructions exchange through a buffer of their warp. All 32 lanes of a warp must reach a warp instruction together, as on
-// the device with a full mask. Included by common.cuh under TRIREME_EMULATE. Says nothing of speed or of data races.
+// the device with a full mask. Included by common.cuh under TRIREME_EMULATE. cp.async copies at once, so a missing
+// wait does not show, nor does every missing barrier; nothing is said of speed.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,7 +12,7 @@
 #include <ucontext.h>
 #include <vector>
 
-#define __global__ static
+#define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -68,7 +69,7 @@ inline void entry() {
 inline void launch(Dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
     constexpr size_t stack = 64 << 10;
     std::vector<char> stacks(threads * stack);
-    // Signalling garbage, so that a read of what was never written shows.
+    // Filled with NaN below, so that a read of what was never written shows.
     std::vector<unsigned char> memory(shared_bytes + 16);
     gridDim = grid;
     blockDim = {threads, 1, 1};
