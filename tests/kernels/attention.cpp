@@ -196,7 +196,7 @@ template <class T> static void run(const Case& c) {
     backward.end(name);
 
     // Cached: sequence s in slot s, its first half there already, its last tokens now; shares of `share` keys.
-    int slots = c.starts.size() - 1, longest = 0, share = 48, n_partial = 0;
+    int slots = c.starts.size() - 1, longest = 0, share = is_bf16<T> ? 48 : 20, n_partial = 0;
     for (int s = 0; s < slots; s++) longest = max(longest, c.starts[s + 1] - c.starts[s]);
     std::vector<T> keys((size_t)slots * longest * g * d, narrow(NAN, (T*)0)), values = keys, cached(out.size());
     std::vector<int> tokens, old;
