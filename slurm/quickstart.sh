@@ -186,7 +186,7 @@ median() {
   grep -o "\"$1\":[-0-9.eE+]*" "$OUT/run/metrics.jsonl" | cut -d: -f2 | sort -g | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'
 }
 
-PROMPTS=("The " "This function returns" "# How to")
+PROMPTS=("The function" "This crate provides" "# How to")
 
 write_requests() {
   local idx

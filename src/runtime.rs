@@ -8,13 +8,14 @@
 //! mpirun binds each rank to one core when there are few ranks, and then a rank has one thread: `mpirun --bind-to none` lets
 //! the ranks of a machine share out its cores.
 
-use crate::artifact::host_name;
+use crate::artifact::{ArtifactWriter, Begin, host_name};
 use crate::comm::mpi::Mpi;
 use crate::comm::solo::Solo;
-use crate::comm::{Communicator, Groups};
+use crate::comm::{Communicator, Groups, agree};
 use crate::error::{Error, Kind, Result};
 use crate::parallel::layout::ParallelLayout;
 use std::io::Write;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
@@ -63,6 +64,16 @@ pub struct Runtime {
     _universe: Option<mpi::environment::Universe>,
 }
 
+/// An artifact that the ranks of a job make together: rank 0 writes it.
+pub struct Begun(Option<ArtifactWriter>);
+
+impl Begun {
+    /// Rank 0 writes and commits; the others have nothing to do.
+    pub fn commit_with(self, write: impl FnOnce(ArtifactWriter) -> Result<()>) -> Result<()> {
+        self.0.map_or(Ok(()), write)
+    }
+}
+
 impl Runtime {
     /// Joins the job: MPI when a launcher started this process (mpirun, srun --mpi=pmix), else a world of one. Sets the number
     /// of threads (this rank's share of the cores it may run on), the panic hook and the signal handlers.
@@ -106,6 +117,23 @@ impl Runtime {
     /// Whether any rank did; the same answer everywhere. Collective.
     pub fn stop_agreed(&self, world: &dyn Communicator) -> bool {
         world.sum_f64(f64::from(u8::from(self.stop_requested()))) > 0.0
+    }
+
+    /// Starts the artifact `out` on rank 0 and says so everywhere; None when it was finished before, which is told. Collective.
+    pub fn begin(&self, out: &Path, begin: impl FnOnce() -> Result<Begin>) -> Result<Option<Begun>> {
+        let mine = if self.is_first() { begin().map(Some) } else { Ok(None) };
+        let (writer, finished) = match agree(&*self.world, mine)? {
+            Some(Begin::Write(writer)) => (Some(writer), false),
+            Some(Begin::Finished(_)) => (None, true),
+            None => (None, false),
+        };
+        if self.world.sum_f64(f64::from(u8::from(finished))) == 0.0 {
+            return Ok(Some(Begun(writer)));
+        }
+        if self.is_first() {
+            println!("{}: finished already, nothing to do", out.display());
+        }
+        Ok(None)
     }
 
     /// Leaves the job with the result of its work; groups must be dropped before. Under MPI an error does not return: when all

@@ -23,6 +23,15 @@ pub enum DType {
 }
 
 impl DType {
+    /// As people write it: "bf16".
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::BF16 => "bf16",
+            DType::U32 => "u32",
+        }
+    }
+
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {

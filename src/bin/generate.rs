@@ -69,15 +69,7 @@ fn run(args: &Args) -> Result<()> {
 fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let prepared = agree(world, prepare(args, world.size()))?;
-    let begun = if world.rank() == 0 { begin(args, &prepared).map(Some) } else { Ok(None) };
-    let begun = agree(world, begun)?;
-    let finished = matches!(begun, Some(Begin::Finished(_)));
-    if world.sum_f64(f64::from(u8::from(finished))) > 0.0 {
-        if world.rank() == 0 {
-            println!("{}: finished already, nothing to do", args.out.display());
-        }
-        return Ok(());
-    }
+    let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return Ok(()) };
     let groups = runtime.groups(prepared.layout);
     let device = Cpu::new();
     let chunk = agree(&*groups.world, load_chunk(&device, &prepared.stored, &groups, args.dtype))?;
@@ -92,11 +84,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     };
     let mine = agree(&*groups.world, generator.run(&prepared.requests))?;
     let responses = generate::gather(&groups, &mine);
-    let written = match begun {
-        Some(Begin::Write(writer)) => write(writer, &responses),
-        _ => Ok(()),
-    };
-    agree(&*groups.world, written)?;
+    agree(&*groups.world, begun.commit_with(|writer| write(writer, &responses)))?;
     if runtime.is_first() {
         println!("{}: {} responses", args.out.join("responses.jsonl").display(), responses.len());
     }
@@ -123,7 +111,7 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
 }
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
-    let recipe = serde_json::json!({ "dtype": format!("{:?}", args.dtype).to_lowercase() });
+    let recipe = serde_json::json!({ "dtype": args.dtype.name() });
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin(&args.out, "responses", recipe, inputs)
 }

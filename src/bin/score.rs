@@ -82,24 +82,12 @@ fn logprobs(args: &LogprobArgs) -> Result<()> {
 fn score_logprobs(args: &LogprobArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let (stored, sequences, layout) = agree(world, prepare(args, world.size()))?;
-    let begun = if world.rank() == 0 { begin(args, &stored).map(Some) } else { Ok(None) };
-    let begun = agree(world, begun)?;
-    let finished = matches!(begun, Some(Begin::Finished(_)));
-    if world.sum_f64(f64::from(u8::from(finished))) > 0.0 {
-        if world.rank() == 0 {
-            println!("{}: finished already, nothing to do", args.out.display());
-        }
-        return Ok(());
-    }
+    let Some(begun) = runtime.begin(&args.out, || begin(args, &stored))? else { return Ok(()) };
     let groups = runtime.groups(layout);
     let device = Cpu::new();
     let mut chunks = [agree(&*groups.world, load_chunk(&device, &stored, &groups, args.dtype))?];
     let scored = agree(&*groups.world, score::logprobs(&device, &groups, &mut chunks, &sequences, args.batch_tokens))?;
-    let written = match begun {
-        Some(Begin::Write(writer)) => write(writer, &scored),
-        _ => Ok(()),
-    };
-    agree(&*groups.world, written)?;
+    agree(&*groups.world, begun.commit_with(|writer| write(writer, &scored)))?;
     if runtime.is_first() {
         println!("{}: {} sequences", args.out.join("logprobs.jsonl").display(), scored.len());
     }
@@ -117,7 +105,7 @@ fn prepare(args: &LogprobArgs, n_ranks: usize) -> Result<(Stored, Vec<Sequence>,
 }
 
 fn begin(args: &LogprobArgs, stored: &Stored) -> Result<Begin> {
-    let recipe = serde_json::json!({ "what": "logprobs", "dtype": format!("{:?}", args.dtype).to_lowercase() });
+    let recipe = serde_json::json!({ "what": "logprobs", "dtype": args.dtype.name() });
     let inputs = vec![artifact::input("checkpoint", stored.dir())?, artifact::input("sequences", &args.input)?];
     ArtifactWriter::begin(&args.out, "scores", recipe, inputs)
 }

@@ -7,7 +7,6 @@ use crate::error::{Error, IoContext, Result};
 use crate::model::chunk::{Chunk, MicroBatch};
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::parallel::schedule::{self, PipelineShape};
-use crate::tensor::DType;
 use crate::text::Tokenizer;
 use crate::train::executor::{self, Keep};
 use serde::{Deserialize, Serialize};
@@ -111,18 +110,7 @@ fn micro_batch(device: &dyn Device, sequences: &[Sequence], pack: &[usize]) -> R
         positions.extend(0..sequence.len() as u32 - 1);
         sequence_starts.push(tokens.len());
     }
-    let upload = |values: &[u8], dtype: DType| -> Result<_> {
-        let mut tensor = device.alloc(&[tokens.len()], dtype)?;
-        device.upload(values, &mut tensor);
-        Ok(tensor)
-    };
-    Ok(MicroBatch {
-        tokens: upload(bytemuck::cast_slice(&tokens), DType::U32)?,
-        targets: upload(bytemuck::cast_slice(&targets), DType::U32)?,
-        positions: upload(bytemuck::cast_slice(&positions), DType::U32)?,
-        weights: upload(bytemuck::cast_slice(&vec![0f32; tokens.len()]), DType::F32)?,
-        sequence_starts,
-    })
+    MicroBatch::new(device, [&tokens, &targets, &positions], &vec![0.0; tokens.len()], sequence_starts)
 }
 
 /// Scores all sequences; the result is in their order and the same on every rank. Replicas share out the micro-batches.

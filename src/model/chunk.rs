@@ -34,6 +34,27 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
+    /// Puts the columns of a micro-batch, T long each, on the device.
+    pub fn new(
+        device: &dyn Device,
+        [tokens, targets, positions]: [&[u32]; 3],
+        weights: &[f32],
+        sequence_starts: Vec<usize>,
+    ) -> Result<MicroBatch> {
+        let upload = |values: &[u8], dtype: DType| -> Result<Tensor> {
+            let mut tensor = device.alloc(&[tokens.len()], dtype)?;
+            device.upload(values, &mut tensor);
+            Ok(tensor)
+        };
+        Ok(MicroBatch {
+            tokens: upload(bytemuck::cast_slice(tokens), DType::U32)?,
+            targets: upload(bytemuck::cast_slice(targets), DType::U32)?,
+            positions: upload(bytemuck::cast_slice(positions), DType::U32)?,
+            weights: upload(bytemuck::cast_slice(weights), DType::F32)?,
+            sequence_starts,
+        })
+    }
+
     /// T
     pub fn n_tokens(&self) -> usize {
         self.tokens.n_rows()

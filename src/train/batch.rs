@@ -4,7 +4,6 @@
 use crate::device::Device;
 use crate::error::Result;
 use crate::model::chunk::MicroBatch;
-use crate::tensor::DType;
 use std::ops::Range;
 
 /// Where samples come from: the shuffled blend for training, a held-out set in natural order for validation.
@@ -57,18 +56,8 @@ pub fn micro_batch(device: &dyn Device, source: &dyn Samples, range: Range<u64>,
         targets.extend_from_slice(&sample[1..]);
     }
     let positions: Vec<u32> = (0..n_tokens).map(|t| (t % seq_len) as u32).collect();
-    let upload = |values: &[u8], dtype: DType| -> Result<_> {
-        let mut tensor = device.alloc(&[n_tokens], dtype)?;
-        device.upload(values, &mut tensor);
-        Ok(tensor)
-    };
-    Ok(MicroBatch {
-        tokens: upload(bytemuck::cast_slice(&tokens), DType::U32)?,
-        targets: upload(bytemuck::cast_slice(&targets), DType::U32)?,
-        positions: upload(bytemuck::cast_slice(&positions), DType::U32)?,
-        weights: upload(bytemuck::cast_slice(&vec![weight; n_tokens]), DType::F32)?,
-        sequence_starts: (0..=n_samples).map(|sample| sample * seq_len).collect(),
-    })
+    let sequence_starts = (0..=n_samples).map(|sample| sample * seq_len).collect();
+    MicroBatch::new(device, [&tokens, &targets, &positions], &vec![weight; n_tokens], sequence_starts)
 }
 
 #[cfg(test)]

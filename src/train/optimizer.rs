@@ -7,7 +7,6 @@ use crate::comm::{Groups, Recv, Send};
 use crate::device::{Adamw, AdamwShard, Device, Scratch};
 use crate::error::Result;
 use crate::model::chunk::Chunk;
-use crate::model::config::Split;
 use crate::model::param::Param;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::parallel::slice::Slice;
@@ -111,7 +110,7 @@ impl ShardedAdamW {
         let mut sum = 0.0;
         for (chunk, shards) in chunks.iter().zip(&self.shards) {
             for (idx, (param, shard)) in chunk.params().into_iter().zip(shards).enumerate() {
-                let replica = param.spec.split == Split::None && groups.at.tp > 0;
+                let replica = param.is_replicated_over_tp() && groups.at.tp > 0;
                 if !replica && !chunk.is_tied_copy(idx) {
                     sum += device.sum_squares(shard.grad.as_ref().unwrap_or(param.grad()));
                 }

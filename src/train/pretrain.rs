@@ -90,10 +90,7 @@ pub fn run(job: &Job) -> Result<Ended> {
         None => return Ok(Ended::WasFinished),
         Some(run_dir) => run_dir,
     };
-    let dtype = match job.recipe.train.precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    };
+    let dtype = dtype_of(job.recipe);
     let mut trainer = Trainer::new(job, &data, dtype)?;
     trainer.start_or_resume(&data)?;
     let ended = trainer.train(&data)?;
@@ -125,6 +122,14 @@ fn agree_on_run_dir(job: &Job, recipe_toml: &str) -> Result<Option<Option<RunDir
         Opened::Ours(run_dir) => Some(run_dir),
         Opened::Finished => None,
     })))
+}
+
+/// What weights and activations are stored as.
+fn dtype_of(recipe: &Pretrain) -> DType {
+    match recipe.train.precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    }
 }
 
 /// Opens all shards; rank 0 also reads them through and compares checksums.
@@ -242,12 +247,12 @@ impl<'a> Trainer<'a> {
         let memory = self.job.device.memory();
         log::info!("device      {}", self.job.device.name());
         log::info!(
-            "model       {:.1} M parameters ({:.1} M in embeddings), {} layers x {} wide, {:?}",
+            "model       {:.1} M parameters ({:.1} M in embeddings), {} layers x {} wide, {}",
             (embeddings + body) as f64 / 1e6,
             embeddings as f64 / 1e6,
             recipe.model.n_layers,
             recipe.model.hidden,
-            recipe.train.precision
+            dtype_of(recipe).name()
         );
         log::info!(
             "layout      {} ranks = tp {} x pp {} (vp {}) x dp {}; sequence parallel {}",

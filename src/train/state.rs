@@ -6,7 +6,7 @@ use crate::comm::Groups;
 use crate::device::{Device, Scratch};
 use crate::error::{Context, Result};
 use crate::model::chunk::{Chunk, Purpose};
-use crate::model::config::{ModelConfig, Split};
+use crate::model::config::ModelConfig;
 use crate::model::param::{self, Param};
 use crate::parallel::slice::Slice;
 use crate::tensor::DType;
@@ -101,7 +101,7 @@ impl TrainState {
         let mut views = Vec::new();
         for (chunk, shards) in self.chunks.iter().zip(&self.optimizer.shards) {
             for (idx, (param, shard)) in chunk.params().into_iter().zip(shards).enumerate() {
-                let replica = param.spec.split == Split::None && groups.at.tp > 0;
+                let replica = param.is_replicated_over_tp() && groups.at.tp > 0;
                 if replica || chunk.is_tied_copy(idx) || shard.slice.n_elements() == 0 {
                     continue;
                 }

@@ -73,11 +73,12 @@ fn load_pairs<V: Vector, E: super::lanes::Element>(x: &[E], i: usize, n: usize) 
     low.unzip(high)
 }
 
-/// 1 / (1 + exp(-x))
+/// 1 / (1 + exp(-x)); 0 under -88.
 #[inline(always)]
 fn sigmoid<V: Vector>(x: V) -> V {
-    let one = V::splat(1.0);
-    one.div(one.add(V::zero().sub(x).exp()))
+    // exp(88) is still finite, so the reciprocal is 0 and not NaN.
+    let minus = V::splat(88.0).min(V::zero().sub(x));
+    V::splat(1.0).add(minus.exp()).reciprocal()
 }
 
 kernel! {

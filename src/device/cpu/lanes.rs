@@ -4,8 +4,15 @@
 //! crate itself is built for the baseline processor. bf16 is widened at loads and rounded to nearest even at stores (by
 //! integer arithmetic, so subnormals are kept). This file knows nothing of operations.
 
+mod plain;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use crate::tensor::{DType, Tensor};
 use half::bf16;
+pub use plain::Plain;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
 
 /// What the processor can do.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -58,6 +65,10 @@ pub trait Vector: Copy {
     const N: usize;
     /// Vector registers of the processor.
     const REGISTERS: usize;
+    /// 2^f for |f| <= 1/2, the highest power first.
+    const EXP2: [f32; 6] = [1.326_472_8e-3, 9.671_514e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
+    /// Where `exp` becomes 0.
+    const EXP_ZERO: f32 = -87.336_54;
     /// All lanes the same.
     fn splat(x: f32) -> Self;
     /// SAFETY: `N` elements are readable.
@@ -79,6 +90,11 @@ pub trait Vector: Copy {
     /// The smaller; `y` where either is NaN.
     fn min(self, y: Self) -> Self;
     fn sqrt(self) -> Self;
+    /// 1 / self for finite lanes from 2^-126, within 2 units of roundoff; below 2^-126 the result may be 0.
+    #[inline(always)]
+    fn reciprocal(self) -> Self {
+        Self::splat(1.0).div(self)
+    }
     /// Nearest integer.
     fn round(self) -> Self;
     /// self < bound ? yes : no, lane by lane; no for NaN.
@@ -141,7 +157,7 @@ pub trait Vector: Copy {
     }
 
     /// e^self within (4 + |x| / 4) units of roundoff (2^-24), relatively; exactly 1 at 0, 0 under -87.3 (where f32 goes subnormal),
-    /// inf over 88.8, NaN for NaN. 2^(x log2 e) by a degree-5 minimax polynomial of the fraction (error 1.8 units); the |x| / 4
+    /// inf or the largest finite number over 88.8, NaN for NaN. 2^(x log2 e) by a degree-5 minimax polynomial of the fraction (error 1.8 units); the |x| / 4
     /// is log2 e rounded to f32.
     #[inline(always)]
     fn exp(self) -> Self {
@@ -149,11 +165,11 @@ pub trait Vector: Copy {
         let log2_e = Self::splat(std::f32::consts::LOG2_E);
         let n = x.mul(log2_e).round();
         let f = x.log2_e_fraction(n);
-        let mut p = Self::splat(1.326_472_8e-3);
-        for c in [9.671_514e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0] {
-            p = p.fma(f, Self::splat(c));
+        let mut p = Self::splat(Self::EXP2[0]);
+        for c in &Self::EXP2[1..] {
+            p = p.fma(f, Self::splat(*c));
         }
-        self.where_below(Self::splat(-87.336_54), Self::zero(), p.scaled(n))
+        self.where_below(Self::splat(Self::EXP_ZERO), Self::zero(), p.scaled(n))
     }
 }
 
@@ -266,368 +282,6 @@ pub fn store<V: Vector, E: Element>(x: &mut [E], i: usize, n: usize, value: V) {
     }
 }
 
-/// Eight lanes in an array, for processors without anything better.
-#[derive(Clone, Copy)]
-pub struct Plain([f32; 8]);
-
-impl Plain {
-    #[inline(always)]
-    fn map2(self, y: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        Plain(std::array::from_fn(|i| f(self.0[i], y.0[i])))
-    }
-}
-
-impl Vector for Plain {
-    const N: usize = 8;
-    const REGISTERS: usize = 16;
-    #[inline(always)]
-    fn splat(x: f32) -> Self {
-        Plain([x; 8])
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's promise.
-        Plain(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise.
-        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> Self {
-        // SAFETY: the caller's promise.
-        Plain(unsafe { from.cast::<[bf16; 8]>().read_unaligned() }.map(Element::get))
-    }
-    #[inline(always)]
-    unsafe fn store_bf16(self, to: *mut bf16) {
-        // SAFETY: the caller's promise.
-        unsafe { to.cast::<[bf16; 8]>().write_unaligned(self.0.map(round_to_bf16)) }
-    }
-    #[inline(always)]
-    fn add(self, y: Self) -> Self {
-        self.map2(y, |a, b| a + b)
-    }
-    #[inline(always)]
-    fn sub(self, y: Self) -> Self {
-        self.map2(y, |a, b| a - b)
-    }
-    #[inline(always)]
-    fn mul(self, y: Self) -> Self {
-        self.map2(y, |a, b| a * b)
-    }
-    #[inline(always)]
-    fn div(self, y: Self) -> Self {
-        self.map2(y, |a, b| a / b)
-    }
-    #[inline(always)]
-    fn fma(self, y: Self, z: Self) -> Self {
-        self.mul(y).add(z)
-    }
-    #[inline(always)]
-    fn max(self, y: Self) -> Self {
-        self.map2(y, |a, b| if a > b { a } else { b })
-    }
-    #[inline(always)]
-    fn min(self, y: Self) -> Self {
-        self.map2(y, |a, b| if a < b { a } else { b })
-    }
-    #[inline(always)]
-    fn sqrt(self) -> Self {
-        Plain(self.0.map(f32::sqrt))
-    }
-    #[inline(always)]
-    fn round(self) -> Self {
-        // Adding and taking away 1.5 * 2^23 leaves the nearest integer, for |x| < 2^22.
-        let magic = Self::splat(12_582_912.0);
-        self.add(magic).sub(magic)
-    }
-    #[inline(always)]
-    fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
-        Plain(std::array::from_fn(|i| if self.0[i] < bound.0[i] { yes.0[i] } else { no.0[i] }))
-    }
-    #[inline(always)]
-    fn power_of_two(self) -> Self {
-        // NaN becomes 2^0; it is already in the other factor.
-        Plain(self.0.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23)))
-    }
-    #[inline(always)]
-    fn log2_e_fraction(self, n: Self) -> Self {
-        // Without a fused instruction the product would lose what the subtraction leaves.
-        self.map2(n, |x, n| (f64::from(x) * std::f64::consts::LOG2_E - f64::from(n)) as f32)
-    }
-    #[inline(always)]
-    fn unzip(self, y: Self) -> (Self, Self) {
-        let at = |i: usize| if i < 8 { self.0[i] } else { y.0[i - 8] };
-        (Plain(std::array::from_fn(|i| at(2 * i))), Plain(std::array::from_fn(|i| at(2 * i + 1))))
-    }
-    #[inline(always)]
-    fn zip(self, y: Self) -> (Self, Self) {
-        let at = |i: usize| if i % 2 == 0 { self.0[i / 2] } else { y.0[i / 2] };
-        (Plain(std::array::from_fn(at)), Plain(std::array::from_fn(|i| at(i + 8))))
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Vector, bf16};
-    use std::arch::x86_64::*;
-
-    /// Sixteen lanes.
-    #[derive(Clone, Copy)]
-    pub struct Avx512(pub __m512);
-
-    // SAFETY (every block below): the type is only used inside `kernel!` functions compiled with these target features and
-    // called after their detection; pointers are the caller's promise.
-    impl Vector for Avx512 {
-        const N: usize = 16;
-        const REGISTERS: usize = 32;
-        #[inline(always)]
-        fn splat(x: f32) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_loadu_ps(from) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: see above.
-            unsafe { _mm512_storeu_ps(to, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn load_bf16(from: *const bf16) -> Self {
-            // SAFETY: see above.
-            unsafe {
-                let half = _mm256_loadu_si256(from.cast());
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half))))
-            }
-        }
-        #[inline(always)]
-        unsafe fn store_bf16(self, to: *mut bf16) {
-            // SAFETY: see above.
-            unsafe {
-                let bits = _mm512_castps_si512(self.0);
-                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-                let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-                _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
-            }
-        }
-        #[inline(always)]
-        fn add(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_add_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn sub(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_sub_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn mul(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_mul_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn div(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_div_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn fma(self, y: Self, z: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_fmadd_ps(self.0, y.0, z.0) })
-        }
-        #[inline(always)]
-        fn max(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_max_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn min(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_min_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn sqrt(self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_sqrt_ps(self.0) })
-        }
-        #[inline(always)]
-        fn round(self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
-        }
-        #[inline(always)]
-        fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, bound.0), no.0, yes.0) })
-        }
-        #[inline(always)]
-        fn power_of_two(self) -> Self {
-            // SAFETY: see above.
-            unsafe {
-                let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
-            }
-        }
-        #[inline(always)]
-        fn unzip(self, y: Self) -> (Self, Self) {
-            // SAFETY: see above.
-            unsafe {
-                let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-                let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-                (Avx512(_mm512_permutex2var_ps(self.0, even, y.0)), Avx512(_mm512_permutex2var_ps(self.0, odd, y.0)))
-            }
-        }
-        #[inline(always)]
-        fn zip(self, y: Self) -> (Self, Self) {
-            // SAFETY: see above.
-            unsafe {
-                let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-                (Avx512(_mm512_permutex2var_ps(self.0, low, y.0)), Avx512(_mm512_permutex2var_ps(self.0, high, y.0)))
-            }
-        }
-        #[inline(always)]
-        fn scaled(self, n: Self) -> Self {
-            // SAFETY: see above.
-            Avx512(unsafe { _mm512_scalef_ps(self.0, n.0) })
-        }
-        #[inline(always)]
-        fn sum(self) -> f32 {
-            // SAFETY: see above.
-            unsafe { _mm512_reduce_add_ps(self.0) }
-        }
-    }
-
-    /// Eight lanes.
-    #[derive(Clone, Copy)]
-    pub struct Avx2(pub __m256);
-
-    // SAFETY (every block below): as for Avx512.
-    impl Vector for Avx2 {
-        const N: usize = 8;
-        const REGISTERS: usize = 16;
-        #[inline(always)]
-        fn splat(x: f32) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_set1_ps(x) })
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_loadu_ps(from) })
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: see above.
-            unsafe { _mm256_storeu_ps(to, self.0) }
-        }
-        #[inline(always)]
-        unsafe fn load_bf16(from: *const bf16) -> Self {
-            // SAFETY: see above.
-            unsafe { Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))) }
-        }
-        #[inline(always)]
-        unsafe fn store_bf16(self, to: *mut bf16) {
-            // SAFETY: see above.
-            unsafe {
-                let bits = _mm256_castps_si256(self.0);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high));
-                _mm_storeu_si128(to.cast(), packed);
-            }
-        }
-        #[inline(always)]
-        fn add(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_add_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn sub(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_sub_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn mul(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_mul_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn div(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_div_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn fma(self, y: Self, z: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_fmadd_ps(self.0, y.0, z.0) })
-        }
-        #[inline(always)]
-        fn max(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_max_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn min(self, y: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_min_ps(self.0, y.0) })
-        }
-        #[inline(always)]
-        fn sqrt(self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_sqrt_ps(self.0) })
-        }
-        #[inline(always)]
-        fn round(self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
-        }
-        #[inline(always)]
-        fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
-            // SAFETY: see above.
-            Avx2(unsafe { _mm256_blendv_ps(no.0, yes.0, _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, bound.0)) })
-        }
-        #[inline(always)]
-        fn power_of_two(self) -> Self {
-            // SAFETY: see above.
-            unsafe {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
-                Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
-            }
-        }
-        #[inline(always)]
-        fn unzip(self, y: Self) -> (Self, Self) {
-            // SAFETY: see above.
-            unsafe {
-                let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(self.0, y.0), _mm256_shuffle_ps::<0b11_01_11_01>(self.0, y.0));
-                let order = |v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v)));
-                (Avx2(order(even)), Avx2(order(odd)))
-            }
-        }
-        #[inline(always)]
-        fn zip(self, y: Self) -> (Self, Self) {
-            // SAFETY: see above.
-            unsafe {
-                let (low, high) = (_mm256_unpacklo_ps(self.0, y.0), _mm256_unpackhi_ps(self.0, y.0));
-                (Avx2(_mm256_permute2f128_ps::<0x20>(low, high)), Avx2(_mm256_permute2f128_ps::<0x31>(low, high)))
-            }
-        }
-    }
-}
-
 /// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.
 /// Type parameters are elements. The body sees the vector type under the name given after `over`.
 macro_rules! kernel {
@@ -695,6 +349,11 @@ mod tests {
         }
     }
     kernel! {
+        pub fn reciprocal_all over V [] (x: &[f32], y: &mut [f32]) {
+            each!(V, x.len(), |i, n| { store(y, i, n, load::<V, f32>(x, i, n).reciprocal()) })
+        }
+    }
+    kernel! {
         pub fn convert over V [A, B] (x: &[A], y: &mut [B]) {
             each!(V, x.len(), |i, n| { store(y, i, n, load::<V, A>(x, i, n)) })
         }
@@ -730,8 +389,26 @@ mod tests {
             let special = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, -0.0, f32::INFINITY, 1e30, 88.8, f32::NAN];
             let mut y = [0.5; 9];
             exp_all(isa, &special, &mut y);
-            assert_eq!(y[..8], [0.0, 0.0, 0.0, 1.0, 1.0, f32::INFINITY, f32::INFINITY, f32::INFINITY], "{isa:?}");
+            assert_eq!(y[..5], [0.0, 0.0, 0.0, 1.0, 1.0], "{isa:?}");
+            assert!(y[5..8].iter().all(|y| *y > 3.4e38), "{isa:?} {y:?}");
             assert!(y[8].is_nan(), "{isa:?}");
+        }
+    }
+
+    /// reciprocal is within its stated error over all magnitudes it promises, and 0, not NaN, for what is larger.
+    #[test]
+    fn reciprocal_is_accurate() {
+        let x: Vec<f32> = (0..252 * 1001).map(|i| 2f32.powi(i / 1001 - 126) * (1.0 + (i % 1001) as f32 / 1001.0)).collect();
+        for isa in isas() {
+            let mut y = vec![f32::NAN; x.len()];
+            reciprocal_all(isa, &x, &mut y);
+            for (x, y) in x.iter().zip(&y) {
+                let exact = 1.0 / f64::from(*x);
+                assert!((f64::from(*y) - exact).abs() <= exact * f64::from(f32::EPSILON), "{isa:?} 1/{x:e} = {y:e}, not {exact:e}");
+            }
+            let mut y = [f32::NAN; 2];
+            reciprocal_all(isa, &[2f32.powi(127), f32::MAX], &mut y);
+            assert!(y.iter().all(|y| (0.0..=5.9e-39).contains(y)), "{isa:?} {y:?}");
         }
     }
 

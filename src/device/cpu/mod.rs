@@ -96,7 +96,8 @@ fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
 
 impl Device for Cpu {
     fn name(&self) -> String {
-        format!("cpu, {} threads, {}", rayon::current_num_threads(), self.isa.name())
+        let n = rayon::current_num_threads();
+        format!("cpu, {n} thread{}, {}", if n == 1 { "" } else { "s" }, self.isa.name())
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {

@@ -11,30 +11,58 @@ pub const BACKWARD_ROWS: usize = 32;
 fn statistics<V: Vector, E: Element>(x: &[E], how: Norm) -> (f32, f32) {
     let mut mean = 0.0;
     if how.kind == NormKind::LayerNorm1P {
-        let mut sum = V::zero();
-        each!(V, x.len(), |i, n| { sum = sum.add(load(x, i, n)) });
-        mean = sum.sum() / x.len() as f32;
+        let (sum, rest) = sum_over::<V, E>(x, |x, sum| sum.add(x));
+        mean = (sum + rest.iter().map(|x| x.get()).sum::<f32>()) / x.len() as f32;
     }
-    let (mut squares, center) = (V::zero(), V::splat(mean));
-    let mut i = 0;
-    while i + V::N <= x.len() {
-        let d = load::<V, E>(x, i, V::N).sub(center);
-        squares = d.fma(d, squares);
-        i += V::N;
-    }
+    let center = V::splat(mean);
+    let (squares, rest) = sum_over::<V, E>(x, |x, sum| {
+        let d = x.sub(center);
+        d.fma(d, sum)
+    });
     // Apart from the vectors: lanes past the end would count mean^2.
-    let rest: f32 = x[i..].iter().map(|x| (x.get() - mean) * (x.get() - mean)).sum();
-    let var = (squares.sum() + rest) / x.len() as f32;
+    let rest: f32 = rest.iter().map(|x| (x.get() - mean) * (x.get() - mean)).sum();
+    let var = (squares + rest) / x.len() as f32;
     (mean, 1.0 / (var + how.eps).sqrt())
 }
 
+/// A sum over the whole vectors of a row, and the elements behind them. Four sums side by side, because one alone waits for
+/// its own last addition.
 #[inline(always)]
-fn normalise<V: Vector, E: Element>(out: &mut [E], x: &[E], (mean, rstd): (f32, f32), gain: &[E], bias: Option<&[E]>, plus: f32) {
+fn sum_over<V: Vector, E: Element>(x: &[E], add: impl Fn(V, V) -> V) -> (f32, &[E]) {
+    let mut sums = [V::zero(); 4];
+    let mut i = 0;
+    while i + 4 * V::N <= x.len() {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            *sum = add(load(x, i + lane * V::N, V::N), *sum);
+        }
+        i += 4 * V::N;
+    }
+    while i + V::N <= x.len() {
+        sums[0] = add(load(x, i, V::N), sums[0]);
+        i += V::N;
+    }
+    (sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum(), &x[i..])
+}
+
+#[inline(always)]
+fn widen<V: Vector, E: Element>(out: &mut [f32], x: &[E]) {
+    each!(V, x.len(), |i, n| { store(out, i, n, load::<V, E>(x, i, n)) })
+}
+
+#[inline(always)]
+fn normalise<V: Vector, O: Element, E: Element>(
+    out: &mut [O],
+    x: &[E],
+    (mean, rstd): (f32, f32),
+    gain: &[E],
+    bias: Option<&[E]>,
+    plus: f32,
+) {
     let (mean, rstd, plus) = (V::splat(mean), V::splat(rstd), V::splat(plus));
     match bias {
         Some(bias) => each!(V, x.len(), |i, n| {
             let hat = load::<V, E>(x, i, n).sub(mean).mul(rstd);
-            store(out, i, n, hat.fma(load::<V, E>(gain, i, n).add(plus), load(bias, i, n)))
+            store(out, i, n, hat.fma(load::<V, E>(gain, i, n).add(plus), load::<V, E>(bias, i, n)))
         }),
         None => each!(V, x.len(), |i, n| {
             let hat = load::<V, E>(x, i, n).sub(mean).mul(rstd);
@@ -52,10 +80,18 @@ kernel! {
     /// Rows of `norm`.
     pub fn forward over V [E] (out: &mut [E], stats: &mut [f32], x: &[E], gain: &[E], bias: Option<&[E]>, how: Norm) {
         let h = gain.len();
+        // Widened once: each row is read three times, gain and bias with every row.
+        let mut wide = vec![0.0f32; 3 * h];
+        let (row, rest) = wide.split_at_mut(h);
+        let (wide_gain, wide_bias) = rest.split_at_mut(h);
+        widen::<V, E>(wide_gain, gain);
+        bias.inspect(|bias| widen::<V, E>(wide_bias, bias));
+        let bias = bias.map(|_| &*wide_bias);
         for ((out, x), stats) in out.chunks_exact_mut(h).zip(x.chunks_exact(h)).zip(stats.chunks_exact_mut(2)) {
-            let (mean, rstd) = statistics::<V, E>(x, how);
+            widen::<V, E>(row, x);
+            let (mean, rstd) = statistics::<V, f32>(row, how);
             (stats[0], stats[1]) = (mean, rstd);
-            normalise::<V, E>(out, x, (mean, rstd), gain, bias, gain_offset(how));
+            normalise::<V, E, f32>(out, row, (mean, rstd), wide_gain, bias, gain_offset(how));
         }
     }
 }
@@ -71,7 +107,7 @@ kernel! {
             each!(V, h, |i, n| { let sum = load::<V, E>(x, i, n).add(load(delta, i, n)); store(x, i, n, sum) });
             let (mean, rstd) = statistics::<V, E>(x, how);
             (stats[0], stats[1]) = (mean, rstd);
-            normalise::<V, E>(out, x, (mean, rstd), gain, bias, gain_offset(how));
+            normalise::<V, E, E>(out, x, (mean, rstd), gain, bias, gain_offset(how));
         }
     }
 }

@@ -1,0 +1,283 @@
+//! Vectors of AVX-512 and AVX2.
+
+use super::Vector;
+use half::bf16;
+use std::arch::x86_64::*;
+
+/// Sixteen lanes.
+#[derive(Clone, Copy)]
+pub struct Avx512(pub __m512);
+
+// SAFETY (every block below): the type is only used inside `kernel!` functions compiled with these target features and
+// called after their detection; pointers are the caller's promise.
+impl Vector for Avx512 {
+    const N: usize = 16;
+    const REGISTERS: usize = 32;
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let half = _mm256_loadu_si256(from.cast());
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16) {
+        // SAFETY: see above.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+        }
+    }
+    #[inline(always)]
+    fn add(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_add_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn sub(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_sub_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn mul(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_mul_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn div(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_div_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn fma(self, y: Self, z: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_fmadd_ps(self.0, y.0, z.0) })
+    }
+    #[inline(always)]
+    fn max(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_max_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn min(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_min_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_sqrt_ps(self.0) })
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+    }
+    #[inline(always)]
+    fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, bound.0), no.0, yes.0) })
+    }
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
+        }
+    }
+    #[inline(always)]
+    fn unzip(self, y: Self) -> (Self, Self) {
+        // SAFETY: see above.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+            (Avx512(_mm512_permutex2var_ps(self.0, even, y.0)), Avx512(_mm512_permutex2var_ps(self.0, odd, y.0)))
+        }
+    }
+    #[inline(always)]
+    fn zip(self, y: Self) -> (Self, Self) {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            (Avx512(_mm512_permutex2var_ps(self.0, low, y.0)), Avx512(_mm512_permutex2var_ps(self.0, high, y.0)))
+        }
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        // As the trait's, with 2^n added to the exponent as an integer, which leaves the multiplying units to the polynomial.
+        // SAFETY: see above.
+        unsafe {
+            let largest = _mm512_set1_ps(88.722_83);
+            let log2_e = _mm512_set1_ps(std::f32::consts::LOG2_E);
+            // Behind 1.5 * 2^23 stand the integers: the low bits of `shifted` are n.
+            let magic = _mm512_set1_ps(12_582_912.0);
+            let x = _mm512_min_ps(largest, self.0);
+            let shifted = _mm512_fmadd_ps(x, log2_e, magic);
+            let f = _mm512_fmsub_ps(x, log2_e, _mm512_sub_ps(shifted, magic));
+            let mut p = _mm512_set1_ps(Self::EXP2[0]);
+            for c in &Self::EXP2[1..] {
+                p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(*c));
+            }
+            let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+            let normal = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(Self::EXP_ZERO));
+            // Elsewhere 0, or NaN where x is: the second operand is what comes out for NaN.
+            let other = _mm512_castps_si512(_mm512_max_ps(_mm512_setzero_ps(), x));
+            Avx512(_mm512_castsi512_ps(_mm512_mask_add_epi32(other, normal, _mm512_castps_si512(p), exponent)))
+        }
+    }
+    #[inline(always)]
+    fn reciprocal(self) -> Self {
+        // 14 bits, doubled by a step of Newton's: a third of a division's time.
+        // SAFETY: see above.
+        let guess = Avx512(unsafe { _mm512_rcp14_ps(self.0) });
+        // SAFETY: see above.
+        let error = Avx512(unsafe { _mm512_fnmadd_ps(self.0, guess.0, _mm512_set1_ps(1.0)) });
+        guess.fma(error, guess)
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        // SAFETY: see above.
+        unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+}
+
+/// Eight lanes.
+#[derive(Clone, Copy)]
+pub struct Avx2(pub __m256);
+
+// SAFETY (every block below): as for Avx512.
+impl Vector for Avx2 {
+    const N: usize = 8;
+    const REGISTERS: usize = 16;
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: see above.
+        unsafe { Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()))))) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16) {
+        // SAFETY: see above.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+            let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            let packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high));
+            _mm_storeu_si128(to.cast(), packed);
+        }
+    }
+    #[inline(always)]
+    fn add(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_add_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn sub(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_sub_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn mul(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_mul_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn div(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_div_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn fma(self, y: Self, z: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_fmadd_ps(self.0, y.0, z.0) })
+    }
+    #[inline(always)]
+    fn max(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_max_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn min(self, y: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_min_ps(self.0, y.0) })
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_sqrt_ps(self.0) })
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+    }
+    #[inline(always)]
+    fn where_below(self, bound: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_blendv_ps(no.0, yes.0, _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, bound.0)) })
+    }
+    #[inline(always)]
+    fn power_of_two(self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+            Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
+        }
+    }
+    #[inline(always)]
+    fn unzip(self, y: Self) -> (Self, Self) {
+        // SAFETY: see above.
+        unsafe {
+            let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(self.0, y.0), _mm256_shuffle_ps::<0b11_01_11_01>(self.0, y.0));
+            let order = |v| _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(v)));
+            (Avx2(order(even)), Avx2(order(odd)))
+        }
+    }
+    #[inline(always)]
+    fn zip(self, y: Self) -> (Self, Self) {
+        // SAFETY: see above.
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(self.0, y.0), _mm256_unpackhi_ps(self.0, y.0));
+            (Avx2(_mm256_permute2f128_ps::<0x20>(low, high)), Avx2(_mm256_permute2f128_ps::<0x31>(low, high)))
+        }
+    }
+}
