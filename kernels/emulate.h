@@ -1,0 +1,183 @@
+// Runs a kernel's source on the CPU: the threads of a block are fibers of one thread, blocks run one after another, warp
+// instructions exchange through a buffer of their warp. All 32 lanes of a warp must reach a warp instruction together, as on
+// the device with a full mask. Included by common.cuh under TRIREME_EMULATE. cp.async copies at once, so a missing
+// wait does not show, nor does every missing barrier; nothing is said of speed.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define DYNAMIC_SHARED(name) unsigned char* name = emulate::shared_memory
+
+struct Dim3 {
+    int x, y, z;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulate {
+inline unsigned char* shared_memory;
+// Threads that arrived, and how often all have.
+struct Barrier {
+    int arrived = 0, generation = 0;
+};
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
+inline std::vector<unsigned long long> slots;
+inline std::vector<ucontext_t> fibers;
+inline std::vector<bool> ended;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline long long switches;
+
+inline void wait(Barrier& barrier, int n_threads) {
+    int generation = barrier.generation;
+    if (++barrier.arrived == n_threads) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    int me = threadIdx.x;
+    while (barrier.generation == generation) {
+        if (++switches > 2000000000LL) {
+            fprintf(stderr, "emulate: thread %d waits for ever: not every thread reaches this barrier\n", me);
+            abort();
+        }
+        swapcontext(&fibers[me], &scheduler);
+    }
+}
+inline void warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
+inline void entry() {
+    body();
+    ended[threadIdx.x] = true;
+}
+
+// One launch; `kernel` calls the kernel with its arguments.
+inline void launch(Dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+    constexpr size_t stack = 64 << 10;
+    std::vector<char> stacks(threads * stack);
+    // Filled with NaN below, so that a read of what was never written shows.
+    std::vector<unsigned char> memory(shared_bytes + 16);
+    gridDim = grid;
+    blockDim = {threads, 1, 1};
+    body = kernel;
+    for (int z = 0; z < grid.z; z++)
+        for (int y = 0; y < grid.y; y++)
+            for (int x = 0; x < grid.x; x++) {
+                blockIdx = {x, y, z};
+                std::fill(memory.begin(), memory.end(), 0xff);
+                shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
+                block_barrier = {};
+                warp_barriers.assign((threads + 31) / 32, {});
+                slots.assign(threads, 0);
+                ended.assign(threads, false);
+                fibers.resize(threads);
+                for (int i = 0; i < threads; i++) {
+                    getcontext(&fibers[i]);
+                    fibers[i].uc_stack.ss_sp = stacks.data() + i * stack;
+                    fibers[i].uc_stack.ss_size = stack;
+                    fibers[i].uc_link = &scheduler;
+                    makecontext(&fibers[i], (void (*)())entry, 0);
+                }
+                for (bool left = true; left;) {
+                    left = false;
+                    for (int i = 0; i < threads; i++) {
+                        if (ended[i]) continue;
+                        threadIdx = {i, 0, 0};
+                        swapcontext(&scheduler, &fibers[i]);
+                        left = true;
+                    }
+                }
+            }
+}
+
+// What lane `from` of this warp holds.
+template <class T> inline T exchange(T value, int from) {
+    int first = threadIdx.x / 32 * 32;
+    slots[threadIdx.x] = 0;
+    memcpy(&slots[threadIdx.x], &value, sizeof value);
+    warp();
+    T other;
+    memcpy(&other, &slots[first + from], sizeof other);
+    warp();
+    return other;
+}
+} // namespace emulate
+
+inline void __syncthreads() { emulate::wait(emulate::block_barrier, blockDim.x); }
+inline void __syncwarp() { emulate::warp(); }
+template <class T> inline T __shfl_xor_sync(unsigned, T x, int mask) { return emulate::exchange(x, (threadIdx.x % 32) ^ mask); }
+template <class T> inline T __shfl_sync(unsigned, T x, int lane) { return emulate::exchange(x, lane); }
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+using std::max;
+using std::min;
+
+inline unsigned round_bf16(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fff;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline unsigned pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+inline void cp_async_16(void* to, const void* from) {
+    if (((size_t)to | (size_t)from) % 16) abort();
+    memcpy(to, from, 16);
+}
+inline void cp_async_commit() {}
+template <int N> inline void cp_async_wait() {}
+
+inline void ldmatrix_rows(unsigned r[4], const void* row, bool transposed) {
+    if ((size_t)row % 16) abort();
+    int base = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    memcpy(&emulate::slots[threadIdx.x], &row, sizeof row);
+    emulate::warp();
+    for (int i = 0; i < 4; i++) {
+        unsigned half[2];
+        for (int e = 0; e < 2; e++) {
+            int at_row = transposed ? 2 * (lane % 4) + e : lane / 4, at_column = transposed ? lane / 4 : 2 * (lane % 4) + e;
+            half[e] = ((const unsigned short*)emulate::slots[base + 8 * i + at_row])[at_column];
+        }
+        r[i] = half[0] | half[1] << 16;
+    }
+    emulate::warp();
+}
+inline void ldmatrix_x4(unsigned r[4], const void* row) { ldmatrix_rows(r, row, false); }
+inline void ldmatrix_x4_trans(unsigned r[4], const void* row) { ldmatrix_rows(r, row, true); }
+
+inline void mma_m16n8k16_bf16(float d[4], const unsigned a[4], const unsigned b[2]) {
+    struct Fragments {
+        unsigned a[4], b[2];
+    };
+    static Fragments of[1024];
+    int base = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    memcpy(of[threadIdx.x].a, a, 16);
+    memcpy(of[threadIdx.x].b, b, 8);
+    emulate::warp();
+    auto value = [](unsigned word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); };
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        for (int k = 0; k < 16; k++) {
+            float x = value(of[base + row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k % 2);
+            float y = value(of[base + column * 4 + k % 8 / 2].b[k / 8], k % 2);
+            d[i] += x * y;
+        }
+    }
+    emulate::warp();
+}

@@ -1,0 +1,258 @@
+// The attention kernels' source in emulation against f64 formulas written here, over head dims, ragged sequences and groups.
+// Prints one line a case; exits 1 when one is outside its bound. Bounds, with u = 2^-8 the unit roundoff of bf16 (0 for f32) and
+// e = 2^-24 of f32, n the length of the longest chain of f32 additions:
+//   out:  weights are rounded to bf16 before the second product and the result at the store: u (sum p |v| + |out|); the f32 part
+//         is (2n + 8 |score|max) e sum p |v|, the score's own error (n e |q||k| scale) growing a weight by that share.
+//   dv:   as out with p |dout|; dq, dk: the same with |ds| |k| or |q|, plus the error of ds, whose terms |dp| and |delta| are sums.
+#include "../../kernels/attention_forward.cu"
+#include "../../kernels/attention_cached.cu"
+#include "../../kernels/attention_backward.cu"
+#include <random>
+
+static std::mt19937_64 noise;
+static std::vector<float> random_values(size_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (float& v : x) v = normal(noise);
+    return x;
+}
+static bf16 narrow(float x, bf16*) { return {(unsigned short)round_bf16(x)}; }
+static float narrow(float x, float*) { return x; }
+template <class T> static std::vector<T> stored(std::vector<float>& x) {
+    std::vector<T> to;
+    for (float& v : x) {
+        to.push_back(narrow(v, (T*)0));
+        v = to_float(to.back());
+    }
+    return to;
+}
+
+static int failures = 0;
+// Largest error as a share of its bound.
+struct Check {
+    const char* what;
+    double worst = 0;
+    void add(double got, double wanted, double bound) {
+        double share = std::fabs(got - wanted) / bound;
+        if (!(share <= worst)) worst = share; // NaN as well
+    }
+    void end(const std::string& name) {
+        bool good = worst <= 1.0;
+        printf("%s %s %s: largest error is %.3f of the bound\n", good ? "ok" : "FAILED", name.c_str(), what, worst);
+        failures += !good;
+    }
+};
+
+struct Case {
+    int dim, per_kv, groups;
+    std::vector<int> starts;
+    int columns() const { return groups * (per_kv + 2) * dim; }
+    int heads() const { return groups * per_kv; }
+    int tokens() const { return starts.back(); }
+    int q_at(int head) const { return (head / per_kv * (per_kv + 2) + head % per_kv) * dim; }
+    int k_at(int group) const { return (group * (per_kv + 2) + per_kv) * dim; }
+};
+
+// p of one query over keys 0..=last of rows from `start`.
+static std::vector<double> weights(const Case& c, const std::vector<float>& qkv, int head, int row, int start, double* lse) {
+    std::vector<double> s;
+    double top = -1e300, sum = 0;
+    for (int key = start; key <= row; key++) {
+        double dot = 0;
+        for (int i = 0; i < c.dim; i++)
+            dot += (double)qkv[(size_t)row * c.columns() + c.q_at(head) + i] * qkv[(size_t)key * c.columns() + c.k_at(head / c.per_kv) + i];
+        s.push_back(dot / std::sqrt((double)c.dim));
+        top = max(top, s.back());
+    }
+    for (double x : s) sum += std::exp(x - top);
+    *lse = top + std::log(sum);
+    for (double& x : s) x = std::exp(x - *lse);
+    return s;
+}
+
+// (row, head) -> exact out and sum p |v|.
+struct Oracle {
+    std::vector<double> out, size, lse;
+    Oracle(const Case& c, const std::vector<float>& qkv) {
+        int d = c.dim, a = c.heads(), t = c.tokens();
+        out.assign((size_t)t * a * d, 0);
+        size = out;
+        lse.assign((size_t)a * t, 0);
+        for (size_t s = 0; s + 1 < c.starts.size(); s++)
+            for (int row = c.starts[s]; row < c.starts[s + 1]; row++)
+                for (int head = 0; head < a; head++) {
+                    auto p = weights(c, qkv, head, row, c.starts[s], &lse[(size_t)head * t + row]);
+                    for (size_t key = 0; key < p.size(); key++)
+                        for (int i = 0; i < d; i++) {
+                            double v = qkv[(c.starts[s] + key) * c.columns() + c.k_at(head / c.per_kv) + d + i];
+                            out[((size_t)row * a + head) * d + i] += p[key] * v;
+                            size[((size_t)row * a + head) * d + i] += p[key] * std::fabs(v);
+                        }
+                }
+    }
+};
+
+static size_t mma_bytes(int tiles, int dim) { return (size_t)tiles * 64 * (dim + 8) * 2; }
+template <class T> constexpr bool is_bf16 = sizeof(T) == 2;
+
+template <class T> static void run(const Case& c) {
+    int d = c.dim, a = c.heads(), t = c.tokens(), g = c.groups;
+    bool mma = is_bf16<T> && (d == 64 || d == 128 || d == 192);
+    double u = is_bf16<T> ? 1.0 / 256 : 0, e = std::ldexp(1.0, -24);
+    float scale = 1.0f / std::sqrt((float)d);
+    std::string name = std::string(is_bf16<T> ? "bf16" : "f32") + " D=" + std::to_string(d) + " A/G=" + std::to_string(c.per_kv);
+    auto qkv = random_values((size_t)t * c.columns()), dout = random_values((size_t)t * a * d);
+    auto qkv_t = stored<T>(qkv), dout_t = stored<T>(dout);
+    Oracle exact(c, qkv);
+    double n = d + t + 64, f32 = (2 * n + 8 * 8) * e;
+
+    std::vector<T> out((size_t)t * a * d);
+    std::vector<float> lse((size_t)a * t);
+    std::vector<Item> items;
+    int block = mma ? 64 : 16;
+    for (size_t s = 0; s + 1 < c.starts.size(); s++) {
+        int len = c.starts[s + 1] - c.starts[s];
+        for (int row = 0; row < len * c.per_kv; row += block) items.push_back({c.starts[s], len, 0, row, 0, len, c.starts[s], -1});
+    }
+    Dim3 grid{(int)items.size(), g, 1};
+    size_t fma_bytes = (16 * d + 32 * (d + 1) + 32 * d) * 4;
+    emulate::launch(grid, 128, mma ? mma_bytes(5, d) : fma_bytes, [&] {
+        if constexpr (is_bf16<T>) {
+            if (d == 64) attention_d64_bf16(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, scale);
+            else if (d == 128) attention_d128_bf16(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, scale);
+            else if (d == 192) attention_d192_bf16(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, scale);
+            else attention_bf16(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, d, scale);
+        } else
+            attention_f32(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, d, scale);
+    });
+    Check forward{"out"}, logs{"lse"};
+    for (size_t i = 0; i < out.size(); i++)
+        forward.add(to_float(out[i]), exact.out[i], u * (exact.size[i] + std::fabs(exact.out[i])) * 1.01 + f32 * exact.size[i] + e);
+    for (size_t i = 0; i < lse.size(); i++) logs.add(lse[i], exact.lse[i], f32 * (1 + std::fabs(exact.lse[i])));
+    forward.end(name);
+    logs.end(name);
+
+    // Backward, from the out and lse the kernel was given.
+    std::vector<T> dqkv(qkv.size());
+    std::vector<float> delta((size_t)a * t);
+    std::vector<Tile> tiles;
+    for (size_t s = 0; s + 1 < c.starts.size(); s++)
+        for (int row = 0; row < c.starts[s + 1] - c.starts[s]; row += block)
+            tiles.push_back({c.starts[s], c.starts[s + 1] - c.starts[s], row});
+    emulate::launch({t, (a + 3) / 4, 1}, 128, 16, [&] {
+        if constexpr (is_bf16<T>) attention_delta_bf16(delta.data(), dout_t.data(), out.data(), t, a, d);
+        else attention_delta_f32(delta.data(), dout_t.data(), out.data(), t, a, d);
+    });
+    size_t fma_back = (32 * d + 64 * (d + 1)) * 4;
+#define ARGS dqkv.data(), dout_t.data(), delta.data(), lse.data(), qkv_t.data(), tiles.data(), t, c.per_kv, g
+#define PASS(pass, y, threads, bytes)                                                                                                \
+    emulate::launch({(int)tiles.size(), y, 1}, mma ? threads : 128, mma ? (bytes) : fma_back, [&] {                                  \
+        if constexpr (is_bf16<T>) {                                                                                                  \
+            if (d == 64) attention_##pass##_d64_bf16(ARGS, scale);                                                                   \
+            else if (d == 128) attention_##pass##_d128_bf16(ARGS, scale);                                                            \
+            else if (d == 192) attention_##pass##_d192_bf16(ARGS, scale);                                                            \
+            else attention_##pass##_bf16(ARGS, d, scale);                                                                            \
+        } else                                                                                                                       \
+            attention_##pass##_f32(ARGS, d, scale);                                                                                  \
+    })
+    PASS(dq, a, 128, mma_bytes(6, d));
+    PASS(dkv, g, 256, mma_bytes(6, d) + 2 * 64 * 72 * 2);
+    std::vector<double> want(qkv.size(), 0), size(qkv.size(), 0), slack(qkv.size(), 0);
+    for (size_t s = 0; s + 1 < c.starts.size(); s++)
+        for (int row = c.starts[s]; row < c.starts[s + 1]; row++)
+            for (int head = 0; head < a; head++) {
+                double ignored, dot = 0, dot_size = 0;
+                auto p = weights(c, qkv, head, row, c.starts[s], &ignored);
+                const float* dy = &dout[((size_t)row * a + head) * d];
+                for (int i = 0; i < d; i++) {
+                    double o = to_float(out[((size_t)row * a + head) * d + i]);
+                    dot += dy[i] * o;
+                    dot_size += std::fabs(dy[i] * o);
+                }
+                size_t q = (size_t)row * c.columns() + c.q_at(head);
+                for (size_t j = 0; j < p.size(); j++) {
+                    size_t k = (c.starts[s] + j) * c.columns() + c.k_at(head / c.per_kv);
+                    double dp = 0, dp_size = 0;
+                    for (int i = 0; i < d; i++) {
+                        dp += dy[i] * qkv[k + d + i];
+                        dp_size += std::fabs(dy[i] * qkv[k + d + i]);
+                    }
+                    double ds = p[j] * (dp - dot) * scale, error = f32 * p[j] * (dp_size + dot_size) * scale;
+                    for (int i = 0; i < d; i++) {
+                        auto add = [&](size_t at, double x, double with, double more) {
+                            want[at] += x * with;
+                            size[at] += std::fabs(x * with);
+                            slack[at] += more * std::fabs(with);
+                        };
+                        add(q + i, ds, qkv[k + i], error);
+                        add(k + i, ds, qkv[q + i], error);
+                        add(k + d + i, p[j], dy[i], f32 * p[j]);
+                    }
+                }
+            }
+    Check backward{"dqkv"};
+    for (size_t i = 0; i < want.size(); i++)
+        backward.add(to_float(dqkv[i]), want[i], u * (size[i] + std::fabs(want[i])) * 1.01 + f32 * size[i] + slack[i] + e);
+    backward.end(name);
+
+    // Cached: sequence s in slot s, its first half there already, its last tokens now; shares of `share` keys.
+    int slots = c.starts.size() - 1, longest = 0, share = is_bf16<T> ? 48 : 20, n_partial = 0;
+    for (int s = 0; s < slots; s++) longest = max(longest, c.starts[s + 1] - c.starts[s]);
+    std::vector<T> keys((size_t)slots * longest * g * d, narrow(NAN, (T*)0)), values = keys, cached(out.size());
+    std::vector<int> tokens, old;
+    std::vector<Item> cached_items;
+    std::vector<Combined> rows;
+    for (int s = 0; s < slots; s++) {
+        int len = c.starts[s + 1] - c.starts[s], past = s % 2 ? len - 1 : len / 2, fresh = len - past;
+        for (int i = 0; i < len; i++) {
+            auto& to = i < past ? old : tokens;
+            to.push_back(c.starts[s] + i);
+            to.push_back(s * longest + i);
+        }
+        for (int row = 0; row < fresh * c.per_kv; row += block) {
+            int n_rows = min(block, fresh * c.per_kv - row), shares = (len + share - 1) / share;
+            for (int i = 0; i < n_rows && shares > 1; i++) rows.push_back({c.starts[s] + past, row + i, n_partial + i, n_rows, shares});
+            for (int i = 0; i < shares; i++) {
+                int end = min(len, (i + 1) * share);
+                cached_items.push_back({c.starts[s] + past, fresh, past, row, i * share, end, s * longest, shares > 1 ? n_partial : -1});
+                if (shares > 1) n_partial += n_rows;
+            }
+        }
+    }
+    for (auto* list : {&old, &tokens})
+        emulate::launch({(int)list->size() / 2, 1, 1}, 128, 16, [&] {
+            if constexpr (is_bf16<T>) attention_append_bf16(keys.data(), values.data(), qkv_t.data(), list->data(), c.per_kv, g, d);
+            else attention_append_f32(keys.data(), values.data(), qkv_t.data(), list->data(), c.per_kv, g, d);
+        });
+    std::vector<float> partial((size_t)g * n_partial * d + 1), partial_lse((size_t)g * n_partial + 1);
+#define CACHE cached.data(), partial.data(), partial_lse.data(), qkv_t.data(), keys.data(), values.data(), cached_items.data(), n_partial, c.per_kv, g
+    emulate::launch({(int)cached_items.size(), g, 1}, 128, mma ? mma_bytes(5, d) : fma_bytes, [&] {
+        if constexpr (is_bf16<T>) {
+            if (d == 64) attention_cached_d64_bf16(CACHE, scale);
+            else if (d == 128) attention_cached_d128_bf16(CACHE, scale);
+            else if (d == 192) attention_cached_d192_bf16(CACHE, scale);
+            else attention_cached_bf16(CACHE, d, scale);
+        } else
+            attention_cached_f32(CACHE, d, scale);
+    });
+    emulate::launch({(int)rows.size(), g, 1}, 32, 16, [&] {
+        if constexpr (is_bf16<T>) attention_combine_bf16(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
+        else attention_combine_f32(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
+    });
+    Check from_cache{"cached out"};
+    for (size_t r = 0; r < tokens.size(); r += 2)
+        for (size_t i = (size_t)tokens[r] * a * d; i < (size_t)(tokens[r] + 1) * a * d; i++)
+            from_cache.add(to_float(cached[i]), exact.out[i], u * (exact.size[i] + std::fabs(exact.out[i])) * 1.01 + 2 * f32 * exact.size[i] + e);
+    from_cache.end(name);
+}
+
+int main() {
+    noise.seed(20240617);
+    for (int dim : {64, 128, 192, 40})
+        for (int per_kv : {1, 3}) {
+            Case c{dim, per_kv, 2, {0, 1, 70, 83, 216}};
+            run<bf16>(c);
+            run<float>({dim, per_kv, 2, {0, 5, 38, 71}});
+        }
+    return failures > 0;
+}
