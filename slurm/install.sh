@@ -10,7 +10,7 @@ set -euo pipefail
 
 # libc6-dev: gcc only recommends it. libclang: bindgen reads mpi.h with it.
 BUILD=(gcc libc6-dev pkg-config libclang-dev libopenmpi-dev openmpi-bin libhdf5-dev)
-TESTS=(python3-venv procps iproute2)
+TESTS=(python3-venv g++ procps iproute2)
 # libpmix-dev: SLURM's PMIx plugin opens libpmix.so, a name that only this package has.
 CLUSTER=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libpmix2 libpmix-dev iproute2 procps hostname)
 RUST_MINOR=90 # rust-version in Cargo.toml: 1.90

@@ -2,3 +2,5 @@
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[path = "kernels/compile.rs"]
+mod compile;
