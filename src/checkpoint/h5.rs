@@ -1,12 +1,12 @@
 //! HDF5, and the only file that names it: skeletons of shard files (everything but the numbers) and the index of virtual
-//! datasets. Both are made in nameless files in memory (sparse where the numbers will be) and
+//! datasets. Both are made in nameless files of `TMPDIR` (else /dev/shm, else /tmp; sparse where the numbers will be) and
 //! handed on open, so that what reaches the disk goes through plain sequential writes: I/O errors come back as such,
 //! checksums are taken from memory, and HDF5 neither locks nor caches anything on the parallel file system. It knows
 //! nothing of models or ranks.
 //!
 //! bf16 is a true float type of 1 sign, 8 exponent and 7 mantissa bits, so h5py and h5ls show numbers.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::DType;
 use hdf5_sys::h5::hsize_t;
@@ -14,7 +14,6 @@ use hdf5_sys::h5i::hid_t;
 use hdf5_sys::{h5a, h5d, h5f, h5p, h5s, h5t};
 use std::ffi::{CString, c_void};
 use std::fs::File;
-use std::os::fd::FromRawFd;
 use std::path::{Path, PathBuf};
 use std::ptr::null;
 
@@ -80,26 +79,24 @@ pub fn index(tensors: &[Virtual], attributes: &[(&str, Attribute)]) -> Result<Fi
     Ok(file)
 }
 
-/// Lets HDF5 write a file that never had a name: nothing is left of a job that is killed meanwhile, and nothing is in the way
-/// of a later one with the same process number.
+/// Lets HDF5 write a file that has no name from the moment HDF5 holds it open: a job that is killed leaves nothing, and what
+/// another left is not in the way.
 fn build<T>(fill: impl FnOnce(&Id) -> Result<T>) -> Result<(File, T)> {
-    // SAFETY: the name is a NUL-terminated string; it only shows in /proc.
-    let descriptor = unsafe { libc::memfd_create(c"trireme.h5".as_ptr(), libc::MFD_CLOEXEC) };
-    if descriptor < 0 {
-        let wrong = format!("no file in memory for HDF5: {}", std::io::Error::last_os_error());
-        return Err(Error::new(Kind::File, wrong).remedy("raise the limit of open files (ulimit -n), or free memory"));
-    }
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    let file = unsafe { File::from_raw_fd(descriptor) };
-    let path = PathBuf::from(format!("/proc/self/fd/{descriptor}"));
-    let filled = hdf5::sync::sync(|| {
+    let dir = match std::env::var_os("TMPDIR") {
+        Some(dir) => PathBuf::from(dir),
+        None if Path::new("/dev/shm").is_dir() => PathBuf::from("/dev/shm"),
+        None => PathBuf::from("/tmp"),
+    };
+    let room = || format!("make room in {}, or set TMPDIR to a directory with room", dir.display());
+    let built = hdf5::sync::sync(|| {
+        let (file, path) = tempfile::Builder::new().prefix("trireme-").suffix(".h5").tempfile_in(&dir).at(&dir)?.into_parts();
         let h5 = create_file(&path)?;
+        path.close().at(&dir)?;
         let value = fill(&h5)?;
         close_file(h5)?;
-        Ok(value)
+        Ok((file, value))
     });
-    let value = filled.map_err(|error: Error| error.remedy("free memory: HDF5's own part of a shard is made there"))?;
-    Ok((file, value))
+    built.map_err(|error: Error| error.remedy(room()))
 }
 
 /// An HDF5 identifier, closed when dropped.
