@@ -318,9 +318,10 @@ fn oracle_gradients_equal_central_differences() {
         let columns = (heads.0 + 2 * heads.1) * heads.2;
         let starts = [0, 4, 4, 9];
         let (qkv, dout) = (normals("qkv", 9 * columns), normals("dout", 9 * heads.0 * heads.2));
-        let (out, lse) = oracle::attention(&qkv, &starts, heads);
-        let gradient = values(&oracle::attention_backward(&dout, &values(&out), &values(&lse), &qkv, &starts, heads));
-        check_gradient("attention", &|qkv| values(&oracle::attention(qkv, &starts, heads).0), &qkv, &dout, &gradient);
+        let (out, lse) = oracle::attention(&qkv, &starts, heads, 0.0);
+        let inputs = oracle::AttentionGradient { dout: &dout, out: &values(&out), lse: &values(&lse), qkv: &qkv };
+        let gradient = values(&oracle::attention_backward(&inputs, &starts, heads, 0.0));
+        check_gradient("attention", &|qkv| values(&oracle::attention(qkv, &starts, heads, 0.0).0), &qkv, &dout, &gradient);
         let positions: Vec<f64> = (0..9).map(f64::from).collect();
         let rotary = (heads.2 / 2 * 2, 10000.0);
         let drotated = normals("drotated", qkv.len());
@@ -363,8 +364,8 @@ fn cached_chunks_equal_whole_attention() {
                 cpu.attention_cached(&mut chunked.rows_mut(rows.clone()), &qkv.rows(rows), &mut cache, &[span], h);
                 past += new;
             }
-            let bounds = oracle::attention(&widened(&qkv), &[0, t], heads).0;
             let unit = if dtype == DType::BF16 { U_BF16 } else { U };
+            let bounds = oracle::attention(&widened(&qkv), &[0, t], heads, if dtype == DType::BF16 { unit } else { 0.0 }).0;
             for (i, ((a, b), near)) in widened(&whole).iter().zip(widened(&chunked)).zip(bounds).enumerate() {
                 let allowed = 2.0 * (near.bound + unit * (near.value.abs() + near.bound));
                 assert!((a - b).abs() <= allowed, "{heads:?} {dtype:?}, element {i}: {b} in chunks, {a} whole, {allowed:e} allowed");

@@ -1,6 +1,6 @@
 //! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
 
-use crate::oracle::{self, HeadCounts, Near, U, near};
+use crate::oracle::{self, AttentionGradient, HeadCounts, Near, U, near};
 use trireme::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Direction, Gemm, Heads, KvCache, Norm, NormKind, Rope, Store};
 use trireme::tensor::{DType, Tensor};
 
@@ -304,6 +304,11 @@ pub fn rope(t: usize, heads: HeadCounts, rotary_dims: usize, direction: Directio
     }
 }
 
+/// How much weights may be rounded before the second product of attention: to bf16 where that is the dtype under test.
+fn weight_rounding(round: &dyn Fn(f64) -> f64) -> f64 {
+    if round(1.0 + 1e-4) == 1.0 { 1.0 / 256.0 } else { 0.0 }
+}
+
 /// Multiplications and additions of causal attention, scores and weighted values.
 fn attention_flops(starts: &[usize], (query, _, d): HeadCounts) -> f64 {
     let pairs: usize = starts.windows(2).map(|e| (e[1] - e[0]) * (e[1] - e[0] + 1) / 2).sum();
@@ -324,8 +329,8 @@ pub fn attention(starts: Vec<usize>, heads: HeadCounts) -> Case {
             let [out, lse, qkv] = tensors else { unreachable!() };
             device.attention(out, lse, qkv, &starts, h);
         }),
-        oracle: Box::new(move |v, _| {
-            let (out, lse) = oracle::attention(&v[2], &oracle_starts, heads);
+        oracle: Box::new(move |v, round| {
+            let (out, lse) = oracle::attention(&v[2], &oracle_starts, heads, weight_rounding(round));
             vec![out, lse]
         }),
         flops,
@@ -338,8 +343,8 @@ pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
     let shape = if starts.len() < 8 { format!("{starts:?}") } else { format!("{} sequences", starts.len() - 1) };
     let flops = 2.5 * attention_flops(&starts, heads);
     let (s1, s2, s3) = (starts.clone(), starts.clone(), starts.clone());
-    let out = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s1, heads).0.iter().map(|o| o.value).collect();
-    let lse = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s2, heads).1.iter().map(|o| o.value).collect();
+    let out = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s1, heads, 0.0).0.iter().map(|o| o.value).collect();
+    let lse = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s2, heads, 0.0).1.iter().map(|o| o.value).collect();
     Case {
         operation: "attention_backward",
         shape: format!("{shape} heads {heads:?}"),
@@ -354,7 +359,10 @@ pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
             let [dqkv, qkv, dout, out, lse] = tensors else { unreachable!() };
             device.attention_backward(dqkv, dout, out, lse, qkv, &starts, h);
         }),
-        oracle: Box::new(move |v, _| vec![oracle::attention_backward(&v[2], &v[3], &v[4], &v[1], &s3, heads)]),
+        oracle: Box::new(move |v, round| {
+            let inputs = AttentionGradient { dout: &v[2], out: &v[3], lse: &v[4], qkv: &v[1] };
+            vec![oracle::attention_backward(&inputs, &s3, heads, weight_rounding(round))]
+        }),
         flops,
     }
 }
@@ -387,12 +395,12 @@ pub fn attention_cached(spans: &[(usize, usize, usize)], (slots, max_tokens): (u
             device.attention_cached(out, qkv, &mut cache, &list, h);
             (*keys, *values) = (cache.keys, cache.values);
         }),
-        oracle: Box::new(move |v, _| cached_oracle(v, &oracle_list, max_tokens, heads)),
+        oracle: Box::new(move |v, round| cached_oracle(v, &oracle_list, max_tokens, heads, weight_rounding(round))),
         flops: 4.0 * (pairs * h.query * h.dim) as f64,
     }
 }
 
-fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: HeadCounts) -> Vec<Vec<Near>> {
+fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: HeadCounts, p_rounding: f64) -> Vec<Vec<Near>> {
     let (query, kv, d) = heads;
     let (columns, width) = ((query + 2 * kv) * d, kv * d);
     let (mut keys, mut values, qkv) = (v[1].clone(), v[2].clone(), &v[3]);
@@ -411,7 +419,7 @@ fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: 
                 let g = a / (query / kv) * d;
                 let k: Vec<&[f64]> = (0..=span.past + i).map(|s| &keys[row(s) + g..][..d]).collect();
                 let x: Vec<&[f64]> = (0..=span.past + i).map(|s| &values[row(s) + g..][..d]).collect();
-                let (o, _) = oracle::attention_row(&qkv[t * columns + oracle::query_at(heads, a)..][..d], &k, &x);
+                let (o, _) = oracle::attention_row(&qkv[t * columns + oracle::query_at(heads, a)..][..d], &k, &x, p_rounding);
                 out[(t * query + a) * d..][..d].copy_from_slice(&o);
             }
         }

@@ -150,8 +150,9 @@ fn scores(q: &[f64], keys: &[&[f64]]) -> (Vec<f64>, f64) {
     (value, (q.len() as f64 + 8.0) * U * size)
 }
 
-/// One row of attention over any keys and values: (out row, lse). `p_rounding` is the relative rounding of the weights.
-pub fn attention_row(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<Near>, Near) {
+/// One row of attention over any keys and values: (out row, lse). Weights may be rounded by `p_rounding`, relatively, before they are
+/// multiplied with the values.
+pub fn attention_row(q: &[f64], keys: &[&[f64]], values: &[&[f64]], p_rounding: f64) -> (Vec<Near>, Near) {
     let (s, s_bound) = scores(q, keys);
     let max = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let min = s.iter().copied().fold(f64::INFINITY, f64::min);
@@ -163,7 +164,7 @@ pub fn attention_row(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<Near
         let p = (s - max).exp() / sum;
         for (o, v) in out.iter_mut().zip(*v) {
             o.value += p * v;
-            o.bound += 2.0 * p * v.abs() * relative;
+            o.bound += p * v.abs() * (2.0 * relative + p_rounding);
         }
     }
     let lse = max + sum.ln();
@@ -171,7 +172,7 @@ pub fn attention_row(q: &[f64], keys: &[&[f64]], values: &[&[f64]]) -> (Vec<Near
 }
 
 /// (out[T, A*D], lse[A, T]).
-pub fn attention(qkv: &[f64], starts: &[usize], heads: HeadCounts) -> (Vec<Near>, Vec<Near>) {
+pub fn attention(qkv: &[f64], starts: &[usize], heads: HeadCounts, p_rounding: f64) -> (Vec<Near>, Vec<Near>) {
     let (query, kv, d) = heads;
     let columns = (query + 2 * kv) * d;
     let n_tokens = qkv.len() / columns;
@@ -182,7 +183,7 @@ pub fn attention(qkv: &[f64], starts: &[usize], heads: HeadCounts) -> (Vec<Near>
                 let at = key_at(heads, a / (query / kv));
                 let keys: Vec<&[f64]> = (ends[0]..=t).map(|s| &qkv[s * columns + at..][..d]).collect();
                 let values: Vec<&[f64]> = (ends[0]..=t).map(|s| &qkv[s * columns + at + d..][..d]).collect();
-                let (row, l) = attention_row(&qkv[t * columns + query_at(heads, a)..][..d], &keys, &values);
+                let (row, l) = attention_row(&qkv[t * columns + query_at(heads, a)..][..d], &keys, &values, p_rounding);
                 out[(t * query + a) * d..][..d].copy_from_slice(&row);
                 lse[a * n_tokens + t] = l;
             }
@@ -191,8 +192,18 @@ pub fn attention(qkv: &[f64], starts: &[usize], heads: HeadCounts) -> (Vec<Near>
     (out, lse)
 }
 
-/// dqkv. `out` and `lse` as given.
-pub fn attention_backward(dout: &[f64], out: &[f64], lse: &[f64], qkv: &[f64], starts: &[usize], heads: HeadCounts) -> Vec<Near> {
+/// What the backward pass of attention reads.
+pub struct AttentionGradient<'a> {
+    pub dout: &'a [f64],
+    pub out: &'a [f64],
+    pub lse: &'a [f64],
+    pub qkv: &'a [f64],
+}
+
+/// dqkv. `out` and `lse` as given; weights and gradients of scores may be rounded by `p_rounding`, relatively, before they are
+/// multiplied with queries, keys and values.
+pub fn attention_backward(inputs: &AttentionGradient, starts: &[usize], heads: HeadCounts, p_rounding: f64) -> Vec<Near> {
+    let AttentionGradient { dout, out, lse, qkv } = *inputs;
     let (query, kv, d) = heads;
     let columns = (query + 2 * kv) * d;
     let n_tokens = qkv.len() / columns;
@@ -204,7 +215,7 @@ pub fn attention_backward(dout: &[f64], out: &[f64], lse: &[f64], qkv: &[f64], s
     };
     for ends in starts.windows(2) {
         // Sums run over at most all tokens of the sequence and all queries of a group, and over d inside the scores.
-        let terms = ((ends[1] - ends[0]) * query / kv + 16) as f64 * U;
+        let terms = ((ends[1] - ends[0]) * query / kv + 16) as f64 * U + p_rounding;
         for t in ends[0]..ends[1] {
             for a in 0..query {
                 let (q_at, o_at) = (t * columns + query_at(heads, a), (t * query + a) * d);

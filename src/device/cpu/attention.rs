@@ -10,6 +10,7 @@ use super::elementwise;
 use super::lanes::{Element, Isa, each, kernel, load, store};
 use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, product};
+use super::terms::{Strided, Terms, along_dims, along_rows, convert_scaled, transpose};
 use crate::device::{CacheSpan, Heads, Store};
 use std::ops::Range;
 
@@ -19,24 +20,6 @@ pub const ROWS: usize = 96;
 pub const KEYS: usize = 64;
 /// Rows (tokens times query heads of a group) that are attended one pass each rather than in tiles.
 const FEW_ROWS: usize = 8;
-
-/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`.
-#[derive(Clone, Copy)]
-pub struct Strided<'a, E> {
-    /// The whole.
-    pub data: &'a [E],
-    /// Start of vector 0.
-    pub first: usize,
-    /// Elements from one to the next.
-    pub stride: usize,
-}
-
-impl<'a, E> Strided<'a, E> {
-    /// Vector i.
-    pub fn row(&self, i: usize, dim: usize) -> &'a [E] {
-        &self.data[self.first + i * self.stride..][..dim]
-    }
-}
 
 /// One kv head's keys and values and the rows that attend to them. Row r of the group is query head r % per_kv of new token
 /// r / per_kv; new token i sees the first `past + i + 1` keys.
@@ -150,35 +133,29 @@ pub fn cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache
     });
 }
 
-/// A tile of keys or values as f32: [n, dim padded to 16], padding unspecified.
-pub fn widen<E: Element>(isa: Isa, to: &mut [f32], from: Strided<E>, rows: Range<usize>, dim: usize) {
-    let padded = dim.next_multiple_of(16);
-    for (to, i) in to.chunks_exact_mut(padded).zip(rows) {
-        elementwise::convert(isa, &mut to[..dim], from.row(i, dim));
-    }
-}
-
 /// Up to 96 rows against all the keys they see.
 fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<E>, rows: Range<usize>) {
     let (d, padded) = (group.heads.dim, group.heads.dim.next_multiple_of(16));
-    let mut buffer = pool.take(2 * d * ROWS + KEYS * ROWS + KEYS * padded + 4 * ROWS);
-    let (queries, rest) = buffer.split_at_mut(d * ROWS); // [d, row], scaled
-    let (sums, rest) = rest.split_at_mut(d * ROWS); // [d, row]
-    let (scores, rest) = rest.split_at_mut(KEYS * ROWS); // [key, row]
-    let (tile, rest) = rest.split_at_mut(KEYS * padded); // [key, d]
-    let mut softmax = Softmax::over(rest);
+    let terms = Terms::of::<E>(isa, d);
+    let words = terms.words(d).next_multiple_of(16);
+    let mut buffer = pool.take((words + padded) * ROWS + ROWS * padded + KEYS * (ROWS + padded) + 3 * ROWS);
+    let (queries, rest) = buffer.split_at_mut(words * ROWS); // [d words, row]
+    let (sums, rest) = rest.split_at_mut(padded * ROWS); // [d, row]
+    let (by_row, rest) = rest.split_at_mut(ROWS * padded); // [row, d]
+    let (scores, rest) = rest.split_at_mut(KEYS * ROWS); // [key, row], then weights [key words, row]
+    let (tile, rest) = rest.split_at_mut(KEYS * padded); // [key, d words] or [key words, d]
+    let mut softmax = Softmax::over(rest, 1.0 / (d as f32).sqrt());
     let lanes = rows.len().next_multiple_of(16);
-    let scale = 1.0 / (d as f32).sqrt();
+    by_row[..lanes * words].fill(0.0);
     for lane in 0..lanes {
-        let row = rows.start + lane;
-        // Lanes past the end repeat the last row, unscaled to nothing.
-        let query = group.query(row.min(rows.end - 1));
-        let factor = if row < rows.end { scale } else { 0.0 };
-        for (i, q) in query.iter().enumerate() {
-            queries[i * ROWS + lane] = q.get() * factor;
+        // Lanes past the end see what the last row sees, with zeros for a query.
+        let row = (rows.start + lane).min(rows.end - 1);
+        if lane < rows.len() {
+            along_dims(isa, terms, &mut by_row[lane * words..], group.query(row));
         }
-        softmax.visible[lane] = group.visible(row.min(rows.end - 1)) as f32;
+        softmax.visible[lane] = group.visible(row) as f32;
     }
+    transpose(isa, queries, ROWS, by_row, words, (lanes, words));
     sums.fill(0.0);
     softmax.max.fill(f32::NEG_INFINITY);
     softmax.sum.fill(0.0);
@@ -187,14 +164,16 @@ fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<
         let n = KEYS.min(n_keys - first);
         // Rows that see none of this tile come first; whole vectors of them are left out.
         let skipped = softmax.visible[..lanes].iter().take_while(|seen| **seen <= first as f32).count() / 16 * 16;
-        let used = lanes - skipped;
-        widen(isa, tile, group.keys, first..first + n, d);
+        for (key, to) in (first..first + n).zip(tile.chunks_exact_mut(words)) {
+            along_dims(isa, terms, to, group.keys.row(key, d));
+        }
         let scored = Product {
+            terms,
             m: n,
-            n: used,
-            k: d,
+            n: lanes - skipped,
+            k: terms.words(d),
             a: tile.as_ptr(),
-            a_row: padded,
+            a_row: words,
             a_column: 1,
             b: queries[skipped..].as_ptr(),
             b_row: ROWS,
@@ -202,13 +181,13 @@ fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<
             c_row: ROWS,
             how: Store::Assign,
         };
-        // SAFETY: n <= KEYS keys of d in the tile, `used` lanes from `skipped` in rows of ROWS.
+        // SAFETY: n <= KEYS keys of d in the tile, lanes from `skipped` in rows of ROWS.
         unsafe { product(isa, &scored) };
-        online_softmax(isa, scores, sums, &mut softmax, n, first, skipped..lanes);
-        widen(isa, tile, group.values, first..first + n, d);
+        online_softmax(isa, terms, scores, sums, &mut softmax, (first, n), skipped..lanes);
+        along_rows(isa, terms, tile, group.values, first..first + n, (d, padded));
         let weighted = Product {
             m: d,
-            k: n,
+            k: terms.words(n),
             a_row: 1,
             a_column: padded,
             b: scores[skipped..].as_ptr(),
@@ -219,13 +198,11 @@ fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<
         // SAFETY: as above, with sums [d, ROWS].
         unsafe { product(isa, &weighted) };
     }
+    transpose(isa, by_row, padded, sums, ROWS, (padded, lanes));
     for (lane, row) in rows.enumerate() {
         // SAFETY: each row belongs to one task.
         let out = unsafe { outputs.out.part(group.out_at(row)..group.out_at(row) + d) };
-        let inverse = 1.0 / softmax.sum[lane];
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = E::from_f32(sums[i * ROWS + lane] * inverse);
-        }
+        convert_scaled(isa, out, &by_row[lane * padded..][..d], 1.0 / softmax.sum[lane]);
         if let Some((lse, n_tokens)) = &outputs.lse {
             let at = group.head(row) * n_tokens + group.token(row);
             // SAFETY: as above.
@@ -241,48 +218,69 @@ struct Softmax<'a> {
     visible: &'a mut [f32],
     max: &'a mut [f32],
     sum: &'a mut [f32],
-    /// What earlier sums are multiplied by after this tile.
-    keep: &'a mut [f32],
+    /// Scores are multiplied by this.
+    scale: f32,
 }
 
 impl<'a> Softmax<'a> {
-    fn over(buffer: &'a mut [f32]) -> Self {
+    fn over(buffer: &'a mut [f32], scale: f32) -> Self {
         let (visible, rest) = buffer.split_at_mut(ROWS);
         let (max, rest) = rest.split_at_mut(ROWS);
-        let (sum, keep) = rest.split_at_mut(ROWS);
-        Softmax { visible, max, sum, keep: &mut keep[..ROWS] }
+        Softmax { visible, max, sum: &mut rest[..ROWS], scale }
     }
 }
 
 kernel! {
-    /// scores[key, row] of keys first.. become exp(score - max), masked; max and sum move on; earlier sums[d, row] are scaled.
+    /// scores[key, row] of n keys from `first` become weights exp(scale score - max), masked, [key words, row]; max and sum move
+    /// on; earlier sums[d, row] are scaled.
     fn online_softmax over V [] (
-        scores: &mut [f32], sums: &mut [f32], softmax: &mut Softmax, n: usize, first: usize, lanes: Range<usize>
+        terms: Terms, scores: &mut [f32], sums: &mut [f32], softmax: &mut Softmax, keys: (usize, usize), lanes: Range<usize>
     ) {
+        let (first, n) = keys;
+        let scale = V::splat(softmax.scale);
         for at in lanes.step_by(V::N) {
             let visible = load::<V, f32>(softmax.visible, at, V::N);
             // Rows are in token order: if the first sees the whole tile, all do.
-            let masked = softmax.visible[at] < (first + n) as f32;
-            let old = load::<V, f32>(softmax.max, at, V::N);
-            let mut max = old;
-            for key in 0..n {
-                let mut score = load::<V, f32>(scores, key * ROWS + at, V::N);
-                if masked {
-                    score = V::splat((first + key) as f32).where_below(visible, score, V::splat(f32::NEG_INFINITY));
-                    store(scores, key * ROWS + at, V::N, score);
+            if softmax.visible[at] < (first + n) as f32 {
+                for key in 0..n {
+                    let score = load::<V, f32>(scores, key * ROWS + at, V::N);
+                    let seen = V::splat((first + key) as f32).where_below(visible, score, V::splat(f32::NEG_INFINITY));
+                    store(scores, key * ROWS + at, V::N, seen);
                 }
-                max = score.max(max);
             }
+            let old = load::<V, f32>(softmax.max, at, V::N);
+            let mut max = V::splat(f32::NEG_INFINITY);
+            for key in 0..n {
+                max = load::<V, f32>(scores, key * ROWS + at, V::N).max(max);
+            }
+            let max = max.mul(scale).max(old);
+            let minus_max = V::zero().sub(max);
             let keep = old.sub(max).exp();
             let mut sum = load::<V, f32>(softmax.sum, at, V::N).mul(keep);
-            for key in 0..n {
-                let p = load::<V, f32>(scores, key * ROWS + at, V::N).sub(max).exp();
-                sum = sum.add(p);
-                store(scores, key * ROWS + at, V::N, p);
+            match terms {
+                Terms::Single => {
+                    for key in 0..n {
+                        let p = load::<V, f32>(scores, key * ROWS + at, V::N).fma(scale, minus_max).exp();
+                        sum = sum.add(p);
+                        store(scores, key * ROWS + at, V::N, p);
+                    }
+                }
+                Terms::Pairs => {
+                    for pair in 0..n / 2 {
+                        let low = load::<V, f32>(scores, 2 * pair * ROWS + at, V::N).fma(scale, minus_max).exp();
+                        let high = load::<V, f32>(scores, (2 * pair + 1) * ROWS + at, V::N).fma(scale, minus_max).exp();
+                        sum = sum.add(low.add(high));
+                        store(scores, pair * ROWS + at, V::N, low.pack_pairs(high));
+                    }
+                    if n % 2 == 1 {
+                        let p = load::<V, f32>(scores, (n - 1) * ROWS + at, V::N).fma(scale, minus_max).exp();
+                        sum = sum.add(p);
+                        store(scores, n / 2 * ROWS + at, V::N, p.pack_pairs(V::zero()));
+                    }
+                }
             }
             store(softmax.max, at, V::N, max);
             store(softmax.sum, at, V::N, sum);
-            store(softmax.keep, at, V::N, keep);
             if keep.lanes()[..V::N].iter().any(|keep| *keep != 1.0) {
                 for sums in sums.chunks_exact_mut(ROWS) {
                     let scaled = load::<V, f32>(sums, at, V::N).mul(keep);

@@ -4,12 +4,14 @@
 //! A task is one query head of one sequence; it writes dq and its own dk and dv, which a second pass sums over the query heads
 //! of each group in order, so nothing depends on the threads. As in the forward pass rows lie in the lanes of the scores.
 
-use super::attention::{KEYS, ROWS, Strided, widen};
+use super::attention::{KEYS, ROWS};
 use super::elementwise;
-use super::lanes::{Element, Isa, kernel, load, store};
+use super::lanes::{Element, Isa, Vector, each, kernel, load, store};
 use super::parallel::{Pool, Shared, for_rows, for_tasks};
 use super::product::{Product, product};
+use super::terms::{Strided, Terms, along_dims, along_rows, transpose};
 use crate::device::{Heads, Store};
+use half::bf16;
 use std::ops::Range;
 
 /// What the pass reads.
@@ -81,87 +83,166 @@ struct Block<'a, E> {
 impl<E: Element> Block<'_, E> {
     fn run(&self, pool: &Pool, dqkv: &Shared<E>, dkv: &mut [f32]) {
         let (isa, heads) = (self.isa, self.inputs.heads);
-        let (d, padded, lanes) = (heads.dim, heads.dim.next_multiple_of(16), self.rows.len().next_multiple_of(16));
-        let mut buffer = pool.take(3 * d * ROWS + 2 * ROWS * padded + 2 * KEYS * ROWS + 2 * KEYS * padded + 3 * ROWS);
-        let (queries_t, rest) = buffer.split_at_mut(d * ROWS); // [d, row], scaled
-        let (dout_t, rest) = rest.split_at_mut(d * ROWS); // [d, row]
-        let (dqueries_t, rest) = rest.split_at_mut(d * ROWS); // [d, row]
-        let (queries, rest) = rest.split_at_mut(ROWS * padded); // [row, d]
-        let (dout, rest) = rest.split_at_mut(ROWS * padded); // [row, d]
-        let (weights, rest) = rest.split_at_mut(KEYS * ROWS); // [key, row]
-        let (dscores, rest) = rest.split_at_mut(KEYS * ROWS); // [key, row]
-        let (keys, rest) = rest.split_at_mut(KEYS * padded); // [key, d]
-        let (values, rest) = rest.split_at_mut(KEYS * padded); // [key, d]
+        let (d, lanes) = (heads.dim, self.rows.len().next_multiple_of(16));
+        let (terms, padded) = (Terms::of::<E>(isa, d), d.next_multiple_of(16));
+        let words = terms.words(d).next_multiple_of(16);
+        let mut buffer = pool.take(5 * padded * ROWS + 4 * KEYS * ROWS + 3 * KEYS * padded + 3 * ROWS);
+        let (queries_t, rest) = buffer.split_at_mut(padded * ROWS); // [d words, row]
+        let (dout_t, rest) = rest.split_at_mut(padded * ROWS); // [d words, row]
+        let (dqueries_t, rest) = rest.split_at_mut(padded * ROWS); // [d, row]
+        let (queries, rest) = rest.split_at_mut(ROWS * padded); // [row words, d]
+        let (dout, rest) = rest.split_at_mut(ROWS * padded); // [row words, d]
+        let (scores, rest) = rest.split_at_mut(4 * KEYS * ROWS);
+        let (keys, rest) = rest.split_at_mut(KEYS * padded); // [key, d words]
+        let (values, rest) = rest.split_at_mut(KEYS * padded); // [key, d words]
+        let (keys_by_row, rest) = rest.split_at_mut(KEYS * padded); // [key words, d]
         let mut rows = RowValues::over(rest);
-        self.gather(queries, dout, &mut rows);
-        transpose(queries_t, queries, (lanes, d, padded), 1.0 / (d as f32).sqrt());
-        transpose(dout_t, dout, (lanes, d, padded), 1.0);
+        self.row_values(&mut rows);
+        let inputs = (self.queries(), self.dout());
+        for (from, by_dim, by_row) in [(inputs.0, &mut *queries_t, &mut *queries), (inputs.1, &mut *dout_t, &mut *dout)] {
+            self.pack(terms, from, by_dim, by_row, dqueries_t);
+        }
         dqueries_t.fill(0.0);
-        let columns = heads.qkv_columns();
-        let group = self.head / heads.queries_per_kv();
-        let first = self.tokens.start * columns + heads.key_column(group);
-        let from = Strided { data: self.inputs.qkv, first, stride: columns };
+        let mut scores = Scores::over(scores, terms);
+        let from = self.keys();
         for key in (0..self.rows.end).step_by(KEYS) {
             let n = KEYS.min(self.rows.end - key);
             let skipped = key.saturating_sub(self.rows.start) / 16 * 16;
             let used = lanes - skipped;
-            widen(isa, keys, from, key..key + n, d);
-            widen(isa, values, Strided { first: first + d, ..from }, key..key + n, d);
+            for (i, (k, v)) in keys.chunks_exact_mut(words).zip(values.chunks_exact_mut(words)).enumerate().take(n) {
+                along_dims(isa, terms, k, from.row(key + i, d));
+                along_dims(isa, terms, v, &from.row(key + i, 2 * d)[d..]);
+            }
+            along_rows(isa, terms, keys_by_row, from, key..key + n, (d, padded));
             // [key, row] = a[key, d] b[d, row], rows from `skipped`
-            let scores = |a: &[f32], b: &[f32], c: &mut [f32]| {
-                let (b, c) = (b[skipped..].as_ptr(), c[skipped..].as_mut_ptr());
-                let how = Store::Assign;
-                let p = Product { m: n, n: used, k: d, a: a.as_ptr(), a_row: padded, a_column: 1, b, b_row: ROWS, c, c_row: ROWS, how };
-                // SAFETY: a has KEYS rows of `padded`, b d rows of ROWS, c KEYS rows of ROWS.
+            let product_over_dims = |a: &[f32], b: &[f32], c: &mut [f32]| {
+                let (a, b, c) = (a.as_ptr(), b[skipped..].as_ptr(), c[skipped..].as_mut_ptr());
+                let (k, how) = (terms.words(d), Store::Assign);
+                let p = Product { terms, m: n, n: used, k, a, a_row: words, a_column: 1, b, b_row: ROWS, c, c_row: ROWS, how };
+                // SAFETY: a has KEYS rows of `words`, b d words of ROWS, c KEYS rows of ROWS.
                 unsafe { product(isa, &p) };
             };
-            scores(keys, queries_t, weights);
-            scores(values, dout_t, dscores);
-            softmax_backward(isa, weights, dscores, &rows, n, key, skipped..lanes, 1.0 / (d as f32).sqrt());
-            let (a, how) = (keys.as_ptr(), Store::Accumulate);
-            let (b, c) = (dscores[skipped..].as_ptr(), dqueries_t[skipped..].as_mut_ptr());
-            let p = Product { m: d, n: used, k: n, a, a_row: 1, a_column: padded, b, b_row: ROWS, c, c_row: ROWS, how };
+            product_over_dims(keys, queries_t, scores.weights);
+            product_over_dims(values, dout_t, scores.dscores);
+            softmax_backward(isa, &mut scores, &rows, (key, n), skipped..lanes, 1.0 / (d as f32).sqrt());
+            let (a, how) = (keys_by_row.as_ptr(), Store::Accumulate);
+            let (b, c) = (scores.dscores[skipped..].as_ptr(), dqueries_t[skipped..].as_mut_ptr());
+            let k = terms.words(n);
+            let p = Product { terms, m: d, n: used, k, a, a_row: 1, a_column: padded, b, b_row: ROWS, c, c_row: ROWS, how };
             // SAFETY: dq^T [d, row] += k^T [d, key] ds^T [key, row].
             unsafe { product(isa, &p) };
             // [key, d] += a[key, row] b[row, d]
-            let mut into = |a: &[f32], b: &[f32], which: usize| {
+            let skipped = terms.words(skipped);
+            let mut product_over_rows = |a: &[f32], b: &[f32], which: usize| {
                 let (a, b, c) = (a[skipped..].as_ptr(), b[skipped * padded..].as_ptr(), dkv[(2 * key + which) * padded..].as_mut_ptr());
-                let c_row = 2 * padded;
-                let p = Product { m: n, n: padded, k: used, a, a_row: ROWS, a_column: 1, b, b_row: padded, c, c_row, how };
+                let (a_row, k, c_row) = (terms.words(ROWS), terms.words(used), 2 * padded);
+                let p = Product { terms, m: n, n: padded, k, a, a_row, a_column: 1, b, b_row: padded, c, c_row, how };
                 // SAFETY: a has KEYS rows of ROWS, b ROWS rows of `padded`, dkv n rows of [2, padded] from `key`.
                 unsafe { product(isa, &p) };
             };
-            into(dscores, queries, 0);
-            into(weights, dout, 1);
+            product_over_rows(scores.dscores_by_key(), queries, 0);
+            product_over_rows(scores.weights_by_key(), dout, 1);
         }
-        for (lane, row) in self.rows.clone().enumerate() {
-            let at = (self.tokens.start + row) * columns + heads.query_column(self.head);
+        let by_row = queries; // [row, d]
+        transpose(isa, by_row, padded, dqueries_t, ROWS, (padded, lanes));
+        for (row, dq) in self.rows.clone().zip(by_row.chunks_exact(padded)) {
+            let at = (self.tokens.start + row) * heads.qkv_columns() + heads.query_column(self.head);
             // SAFETY: these columns of this row are this task's.
-            for (i, to) in unsafe { dqkv.part(at..at + d) }.iter_mut().enumerate() {
-                *to = E::from_f32(dqueries_t[i * ROWS + lane]);
-            }
+            elementwise::convert(isa, unsafe { dqkv.part(at..at + d) }, &dq[..d]);
         }
     }
 
-    /// Queries and output gradients as f32 [row, padded d], zeros in the padding; lse, delta = dout . out, and keys seen.
-    fn gather(&self, queries: &mut [f32], dout: &mut [f32], rows: &mut RowValues) {
+    /// This head's queries, by rows of the sequence.
+    fn queries(&self) -> Strided<'_, E> {
+        let (columns, heads) = (self.inputs.heads.qkv_columns(), self.inputs.heads);
+        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.query_column(self.head), stride: columns }
+    }
+
+    /// This head's gradients of the output.
+    fn dout(&self) -> Strided<'_, E> {
+        let heads = self.inputs.heads;
+        let stride = heads.query * heads.dim;
+        Strided { data: self.inputs.dout, first: self.tokens.start * stride + self.head * heads.dim, stride }
+    }
+
+    /// The keys of its group, each with its value behind it.
+    fn keys(&self) -> Strided<'_, E> {
+        let (columns, heads) = (self.inputs.heads.qkv_columns(), self.inputs.heads);
+        let group = self.head / heads.queries_per_kv();
+        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.key_column(group), stride: columns }
+    }
+
+    /// The block's rows of `from` for sums over dims, by_dim[d words, row], and over rows, by_row[row words, d]; zeros past
+    /// the last row. `spare` has room for [row, d words].
+    fn pack(&self, terms: Terms, from: Strided<E>, by_dim: &mut [f32], by_row: &mut [f32], spare: &mut [f32]) {
+        let (d, lanes) = (self.inputs.heads.dim, self.rows.len().next_multiple_of(16));
+        let (padded, words) = (d.next_multiple_of(16), terms.words(d).next_multiple_of(16));
+        spare[..lanes * words].fill(0.0);
+        for (row, to) in self.rows.clone().zip(spare.chunks_exact_mut(words)) {
+            along_dims(self.isa, terms, to, from.row(row, d));
+        }
+        transpose(self.isa, by_dim, ROWS, spare, words, (lanes, words));
+        by_row.fill(0.0);
+        along_rows(self.isa, terms, by_row, from, self.rows.clone(), (d, padded));
+    }
+
+    /// lse, delta = dout . out, and keys seen; zeros past the last row.
+    fn row_values(&self, rows: &mut RowValues) {
         let (inputs, heads) = (self.inputs, self.inputs.heads);
-        let (d, padded, columns) = (heads.dim, heads.dim.next_multiple_of(16), heads.qkv_columns());
-        let n_tokens = inputs.qkv.len() / columns;
-        queries.fill(0.0);
-        dout.fill(0.0);
+        let n_tokens = inputs.lse.len() / heads.query;
         rows.visible.fill(0.0);
         rows.lse.fill(0.0);
         rows.delta.fill(0.0);
         for (lane, row) in self.rows.clone().enumerate() {
             let token = self.tokens.start + row;
-            let at = (token * heads.query + self.head) * d;
-            let query = &inputs.qkv[token * columns + heads.query_column(self.head)..][..d];
-            elementwise::convert(self.isa, &mut queries[lane * padded..][..d], query);
-            elementwise::convert(self.isa, &mut dout[lane * padded..][..d], &inputs.dout[at..][..d]);
+            let at = (token * heads.query + self.head) * heads.dim;
             rows.visible[lane] = (row + 1) as f32;
             rows.lse[lane] = inputs.lse[self.head * n_tokens + token];
-            rows.delta[lane] = dout[lane * padded..][..d].iter().zip(&inputs.out[at..][..d]).map(|(g, o)| g * o.get()).sum();
+            rows.delta[lane] = dot(self.isa, &inputs.dout[at..][..heads.dim], &inputs.out[at..][..heads.dim]);
+        }
+    }
+}
+
+kernel! {
+    /// x . y
+    fn dot over V [E] (x: &[E], y: &[E]) -> f32 {
+        let mut sum = V::zero();
+        each!(V, x.len(), |i, n| { sum = load::<V, E>(x, i, n).fma(load::<V, E>(y, i, n), sum) });
+        sum.sum()
+    }
+}
+
+/// Scores of a tile [key, row] and their gradients, as the products before the softmax leave them and those behind it need them.
+struct Scores<'a> {
+    terms: Terms,
+    /// Scores.
+    weights: &'a mut [f32],
+    /// Gradients of weights; then of scores, [key words, row].
+    dscores: &'a mut [f32],
+    /// Weights, then gradients of scores, [key, row words], if those are pairs: else the above are that already.
+    pairs: &'a mut [f32],
+}
+
+impl<'a> Scores<'a> {
+    fn over(buffer: &'a mut [f32], terms: Terms) -> Self {
+        let (weights, rest) = buffer.split_at_mut(KEYS * ROWS);
+        let (dscores, pairs) = rest.split_at_mut(KEYS * ROWS);
+        Scores { terms, weights, dscores, pairs }
+    }
+
+    /// Weights [key, row words].
+    fn weights_by_key(&self) -> &[f32] {
+        match self.terms {
+            Terms::Single => self.weights,
+            Terms::Pairs => &self.pairs[..KEYS * ROWS / 2],
+        }
+    }
+
+    /// Gradients of scores [key, row words].
+    fn dscores_by_key(&self) -> &[f32] {
+        match self.terms {
+            Terms::Single => self.dscores,
+            Terms::Pairs => &self.pairs[KEYS * ROWS / 2..],
         }
     }
 }
@@ -181,31 +262,48 @@ impl<'a> RowValues<'a> {
     }
 }
 
-/// to[i, row] = factor * from[row, i]
-fn transpose(to: &mut [f32], from: &[f32], (lanes, d, padded): (usize, usize, usize), factor: f32) {
-    for i in 0..d {
-        for lane in 0..lanes {
-            to[i * ROWS + lane] = factor * from[lane * padded + i];
+kernel! {
+    /// Scores become weights p = exp(scale score - lse), masked; gradients of weights become those of scores, p (dp - delta) scale.
+    fn softmax_backward over V [] (
+        scores: &mut Scores, rows: &RowValues, keys: (usize, usize), lanes: Range<usize>, scale: f32
+    ) {
+        let (first, n) = keys;
+        for at in lanes.step_by(V::N) {
+            match scores.terms {
+                Terms::Single => {
+                    for key in 0..n {
+                        let (p, ds) = weight_and_gradient::<V>(scores, rows, (first, key), at, scale);
+                        store(scores.weights, key * ROWS + at, V::N, p);
+                        store(scores.dscores, key * ROWS + at, V::N, ds);
+                    }
+                }
+                Terms::Pairs => {
+                    for key in (0..n).step_by(2) {
+                        let low = weight_and_gradient::<V>(scores, rows, (first, key), at, scale);
+                        let high = match key + 1 < n {
+                            true => weight_and_gradient::<V>(scores, rows, (first, key + 1), at, scale),
+                            false => (V::zero(), V::zero()),
+                        };
+                        store(scores.dscores, key / 2 * ROWS + at, V::N, low.1.pack_pairs(high.1));
+                        let by_key = bytemuck::cast_slice_mut::<f32, bf16>(scores.pairs);
+                        for (key, (p, ds)) in [(key, low), (key + 1, high)] {
+                            store(by_key, key * ROWS + at, V::N, p);
+                            store(by_key, (KEYS + key) * ROWS + at, V::N, ds);
+                        }
+                    }
+                }
+            }
         }
     }
 }
 
-kernel! {
-    /// Scores become weights p = exp(score - lse), masked; gradients of weights become those of scores, p (dp - delta) scale.
-    fn softmax_backward over V [] (
-        weights: &mut [f32], dscores: &mut [f32], rows: &RowValues, n: usize, first: usize, lanes: Range<usize>, scale: f32
-    ) {
-        for at in lanes.step_by(V::N) {
-            let visible = load::<V, f32>(rows.visible, at, V::N);
-            let (lse, delta) = (load::<V, f32>(rows.lse, at, V::N), load::<V, f32>(rows.delta, at, V::N));
-            for key in 0..n {
-                let i = key * ROWS + at;
-                let p = load::<V, f32>(weights, i, V::N).sub(lse).exp();
-                let p = V::splat((first + key) as f32).where_below(visible, p, V::zero());
-                let ds = p.mul(load::<V, f32>(dscores, i, V::N).sub(delta)).mul(V::splat(scale));
-                store(weights, i, V::N, p);
-                store(dscores, i, V::N, ds);
-            }
-        }
-    }
+/// p and ds of key `first + key` for the rows in lanes from `at`.
+#[inline(always)]
+fn weight_and_gradient<V: Vector>(scores: &Scores, rows: &RowValues, (first, key): (usize, usize), at: usize, scale: f32) -> (V, V) {
+    let (visible, scale) = (load::<V, f32>(rows.visible, at, V::N), V::splat(scale));
+    let minus_lse = V::zero().sub(load::<V, f32>(rows.lse, at, V::N));
+    let p = load::<V, f32>(scores.weights, key * ROWS + at, V::N).fma(scale, minus_lse).exp();
+    let p = V::splat((first + key) as f32).where_below(visible, p, V::zero());
+    let dp = load::<V, f32>(scores.dscores, key * ROWS + at, V::N);
+    (p, p.mul(dp.sub(load::<V, f32>(rows.delta, at, V::N))).mul(scale))
 }

@@ -105,6 +105,17 @@ pub trait Vector: Copy {
     fn unzip(self, y: Self) -> (Self, Self);
     /// The inverse of `unzip`.
     fn zip(self, y: Self) -> (Self, Self);
+    /// Words of two bf16, rounded to nearest even: self in the low halves, `high` in the high ones. Only where there are dot
+    /// products of bf16.
+    #[inline(always)]
+    fn pack_pairs(self, _high: Self) -> Self {
+        unreachable!("pairs of bf16 on a processor without their dot products")
+    }
+    /// z + the dot products of the pairs of bf16 in the words of self and y. Only where there are dot products of bf16.
+    #[inline(always)]
+    fn dot_pairs(self, _y: Self, _z: Self) -> Self {
+        unreachable!("pairs of bf16 on a processor without their dot products")
+    }
     /// 2 N elements as (even, odd). SAFETY: they are readable.
     #[inline(always)]
     unsafe fn load_pairs_bf16(from: *const bf16) -> (Self, Self) {

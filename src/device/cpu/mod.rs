@@ -17,6 +17,7 @@ mod norm;
 mod parallel;
 mod product;
 mod rope;
+mod terms;
 
 use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};

@@ -1,13 +1,16 @@
-//! Small f32 products on tiles in cache, for attention: c[m, n] = or += a[m, k] b[k, n], n a multiple of 16 with contiguous rows
-//! of b and c, a read one element at a time under any strides.
+//! Small products on tiles in cache, for attention: c[m, n] = or += a[m, k] b[k, n], n a multiple of 16 with contiguous rows
+//! of b and c, a read one word at a time under any strides. A word of a and b is an f32 or a pair of bf16 terms.
 
 use super::lanes::{Vector, kernel};
+use super::terms::Terms;
 use crate::device::Store;
 
-/// Operands of a product. Strides in elements.
+/// Operands of a product. Strides in words; c is f32.
 #[derive(Clone, Copy)]
 pub struct Product {
-    /// Rows, columns (a multiple of 16), terms.
+    /// What a word of a and b is.
+    pub terms: Terms,
+    /// Rows, columns (a multiple of 16), words along the sum.
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -24,7 +27,7 @@ pub struct Product {
 
 /// SAFETY: the caller vouches that all of a, b and c as described is theirs to read and (c) write.
 #[inline(always)]
-unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(p: &Product, i: usize, j: usize) {
+unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const PAIRS: bool>(p: &Product, i: usize, j: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[V::zero(); NV]; MR];
@@ -37,7 +40,7 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(p: &Product, i: usiz
             for (r, sums) in sums.iter_mut().enumerate() {
                 let x = V::splat(*a.add(r * p.a_row));
                 for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = x.fma(row, *sum);
+                    *sum = if PAIRS { x.dot_pairs(row, *sum) } else { x.fma(row, *sum) };
                 }
             }
             a = a.wrapping_add(p.a_column);
@@ -55,40 +58,67 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize>(p: &Product, i: usiz
 
 /// All rows of NV vectors of columns. SAFETY: as `tile`.
 #[inline(always)]
-unsafe fn columns<V: Vector, const MR: usize, const NV: usize>(p: &Product, j: usize) {
+unsafe fn columns<V: Vector, const MR: usize, const NV: usize, const PAIRS: bool>(p: &Product, j: usize) {
     let mut i = 0;
     // SAFETY: the caller's promise.
     unsafe {
         while i + MR <= p.m {
-            tile::<V, MR, NV>(p, i, j);
+            tile::<V, MR, NV, PAIRS>(p, i, j);
             i += MR;
         }
         while i + 2 <= p.m {
-            tile::<V, 2, NV>(p, i, j);
+            tile::<V, 2, NV, PAIRS>(p, i, j);
             i += 2;
         }
         if i < p.m {
-            tile::<V, 1, NV>(p, i, j);
+            tile::<V, 1, NV, PAIRS>(p, i, j);
         }
+    }
+}
+
+/// All of it. SAFETY: as `tile`.
+#[inline(always)]
+unsafe fn all<V: Vector, const PAIRS: bool>(p: &Product) {
+    let mut j = 0;
+    while j < p.n {
+        let left = (p.n - j) / V::N;
+        // SAFETY: the caller's promise. Tiles are as large as the registers hold.
+        let taken = unsafe {
+            match left {
+                4.. if V::REGISTERS == 32 && left != 5 && left != 6 => {
+                    columns::<V, 6, 4, PAIRS>(p, j);
+                    4
+                }
+                3.. if V::REGISTERS == 32 => {
+                    columns::<V, 8, 3, PAIRS>(p, j);
+                    3
+                }
+                3.. => {
+                    columns::<V, 4, 3, PAIRS>(p, j);
+                    3
+                }
+                2 => {
+                    columns::<V, 6, 2, PAIRS>(p, j);
+                    2
+                }
+                _ => {
+                    columns::<V, 8, 1, PAIRS>(p, j);
+                    1
+                }
+            }
+        };
+        j += taken * V::N;
     }
 }
 
 kernel! {
     fn run over V [] (p: &Product) {
-        let mut j = 0;
-        while j < p.n {
-            let left = (p.n - j) / V::N;
-            // SAFETY: the promise of `product`'s caller. Tiles are as large as the registers hold.
-            let taken = unsafe {
-                match left {
-                    4.. if V::REGISTERS == 32 && left != 5 && left != 6 => { columns::<V, 6, 4>(p, j); 4 }
-                    3.. if V::REGISTERS == 32 => { columns::<V, 8, 3>(p, j); 3 }
-                    3.. => { columns::<V, 4, 3>(p, j); 3 }
-                    2 => { columns::<V, 6, 2>(p, j); 2 }
-                    _ => { columns::<V, 8, 1>(p, j); 1 }
-                }
-            };
-            j += taken * V::N;
+        // SAFETY: the promise of `product`'s caller.
+        unsafe {
+            match p.terms {
+                Terms::Single => all::<V, false>(p),
+                Terms::Pairs => all::<V, true>(p),
+            }
         }
     }
 }

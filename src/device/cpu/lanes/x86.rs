@@ -139,6 +139,32 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn pack_pairs(self, high: Self) -> Self {
+        if !BF16 {
+            unreachable!("pairs of bf16 on a processor without their dot products");
+        }
+        // SAFETY: see above; all are 512 plain bits.
+        unsafe {
+            let apart = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high.0, self.0));
+            // 16-bit lane 2 i from i, lane 2 i + 1 from 16 + i.
+            let order = _mm512_add_epi32(
+                _mm512_set1_epi32(0x0010_0000),
+                _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x0001_0001)),
+            );
+            Avx512(_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, apart)))
+        }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, y: Self, z: Self) -> Self {
+        if !BF16 {
+            unreachable!("pairs of bf16 on a processor without their dot products");
+        }
+        // SAFETY: see above; all are 512 plain bits.
+        unsafe {
+            Avx512(_mm512_dpbf16_ps(z.0, std::mem::transmute::<__m512, __m512bh>(self.0), std::mem::transmute::<__m512, __m512bh>(y.0)))
+        }
+    }
+    #[inline(always)]
     fn exp(self) -> Self {
         // As the trait's, with 2^n added to the exponent as an integer, which leaves the multiplying units to the polynomial.
         // SAFETY: see above.
