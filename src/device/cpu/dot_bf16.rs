@@ -1,12 +1,13 @@
 //! bf16 matrix products by AVX512-BF16 dot products (vdpbf16ps), accumulated in f32.
 //!
-//! a and b are packed, a slab of k at a time, into panels of pairs: a panel is [k/2][width][2], width 14 rows of a or 32 columns
-//! of b. The kernel keeps a 14 x 32 tile of out in 28 registers; a panel of b stays in the first-level cache, a block of a in
-//! the second (Goto and van de Geijn 2008). Each sum runs over k in order, so it depends on neither threads nor the other
-//! sizes. vdpbf16ps takes subnormal inputs as zero and flushes subnormal results (below 1.2e-38), and rounds each of its two
-//! additions to nearest even.
+//! a and b are packed into panels of pairs: a panel is [k/2][width][2], width 14 rows of a or 32 columns of b. The smaller side is
+//! packed whole, first; the larger one by the task that multiplies it, a block of panels that stays in the second-level cache
+//! while the smaller side streams by (after Goto and van de Geijn 2008). A 14 x 32 tile of out stays in 28 registers for all of k
+//! (up to 3072 terms at a time) and is rounded as it is stored. Each sum runs over k in order, so it depends on neither
+//! threads nor the other sizes. vdpbf16ps takes subnormal inputs as zero and flushes subnormal results (below 1.2e-38), and
+//! rounds each of its two additions to nearest even.
 
-use super::lanes::elements_mut;
+use super::lanes::{Element, elements_mut};
 use super::matmul::Sizes;
 use super::parallel::{Pool, Shared, for_tasks};
 use crate::device::{Gemm, Store};
@@ -19,14 +20,10 @@ use std::ops::Range;
 const MR: usize = 14;
 /// Columns of a tile.
 const NR: usize = 32;
-/// Pairs of k that a panel holds while it stays in cache: 32 x 192 x 4 bytes = 24 KiB of b.
-const KC: usize = 192;
 /// Pairs of k packed at a time.
-const SLAB: usize = 8 * KC;
-/// Panels of a in a block: 10 x 14 x 192 x 4 bytes = 105 KiB.
-const BLOCK_A: usize = 10;
-/// Panels of b in a block.
-const BLOCK_B: usize = 16;
+const SLAB: usize = 1536;
+/// Words of the block that a task packs: 384 KiB of the second-level cache, which most have 1 MiB of.
+const BLOCK_WORDS: usize = 96 * 1024;
 
 /// A matrix of bf16 seen as rows (of out, for a; columns of out, for b) by k.
 #[derive(Clone, Copy)]
@@ -49,79 +46,58 @@ pub fn product(pool: &Pool, out: &mut Tensor, a: &[bf16], b: &[bf16], sizes: Siz
     if out.dtype() == DType::F32 {
         return slabs(pool, out.f32_mut(), a, b, how.out);
     }
+    if k <= 2 * SLAB {
+        return slabs(pool, elements_mut::<bf16>(out), a, b, how.out);
+    }
     let mut sum = pool.take(m * n);
-    slabs(pool, &mut sum, a, b, Store::Assign);
+    slabs::<f32>(pool, &mut sum, a, b, Store::Assign);
     let to = Shared::new(elements_mut::<bf16>(out));
     super::matmul::round_sum(super::lanes::Isa::Avx512Bf16, &to, &sum, how.out);
 }
 
 /// out = or += a b^T, a slab of k after another.
-fn slabs(pool: &Pool, out: &mut [f32], a: Side, b: Side, how: Store) {
+fn slabs<O: Element>(pool: &Pool, out: &mut [O], a: Side, b: Side, how: Store) {
     let pairs = a.k.div_ceil(2);
-    let widest = pairs.min(SLAB);
-    let (panels_a, panels_b) = (a.len.div_ceil(MR), b.len.div_ceil(NR));
-    let mut packed_a = pool.take(panels_a * MR * widest);
-    let mut packed_b = pool.take(panels_b * NR * widest);
-    let (n, cost) = (b.len, a.len * b.len * a.k / 64);
+    let (a_is_larger, n) = (a.len >= b.len, b.len);
+    let (large, small) = if a_is_larger { (a, b) } else { (b, a) };
+    let (large_width, small_width) = if a_is_larger { (MR, NR) } else { (NR, MR) };
+    let (large_panels, small_panels) = (large.len.div_ceil(large_width), small.len.div_ceil(small_width));
+    let cost = a.len * b.len * a.k / 64;
+    let mut packed = pool.take(small_panels * small_width * pairs.min(SLAB));
     let out = Shared::new(out);
     for first in (0..pairs).step_by(SLAB) {
         let slab = first..(first + SLAB).min(pairs);
         let size = slab.len();
-        let (to_a, to_b) = (Shared::new(&mut packed_a), Shared::new(&mut packed_b));
-        for_tasks(panels_a.div_ceil(4) + panels_b.div_ceil(2), cost, |task| {
-            let packs_b = task < panels_b.div_ceil(2);
-            let (side, to, width) = if packs_b { (b, &to_b, NR) } else { (a, &to_a, MR) };
-            let (each, task) = if packs_b { (2, task) } else { (4, task - panels_b.div_ceil(2)) };
-            for panel in task * each..((task + 1) * each).min(side.len.div_ceil(width)) {
-                // SAFETY: each panel is packed by one task.
-                let to = unsafe { to.part(panel * width * size..(panel + 1) * width * size) };
-                // SAFETY: the processor has these features (`product`).
-                unsafe { pack(to, side, panel * width, slab.clone(), width) };
-            }
-        });
         let how = if first == 0 { how } else { Store::Accumulate };
-        let (blocks_a, blocks_b) = (panels_a.div_ceil(BLOCK_A), panels_b.div_ceil(BLOCK_B));
-        let (packed_a, packed_b) = (&packed_a[..], &packed_b[..]);
-        for_tasks(blocks_a * blocks_b, cost, |task| {
-            let (at_a, at_b) = (task % blocks_a * BLOCK_A, task / blocks_a * BLOCK_B);
-            let block =
-                Block { panels_a: at_a..(at_a + BLOCK_A).min(panels_a), panels_b: at_b..(at_b + BLOCK_B).min(panels_b), size, m: a.len, n };
-            // SAFETY: blocks are disjoint tiles of out; the processor has these features.
-            unsafe { run_block(&out, packed_a, packed_b, &block, how) };
+        let to = Shared::new(&mut packed);
+        let each = 4;
+        for_tasks(small_panels.div_ceil(each), cost, |task| {
+            let panels = task * each..((task + 1) * each).min(small_panels);
+            // SAFETY: each panel is packed by one task.
+            let to = unsafe { to.part(panels.start * small_width * size..panels.end * small_width * size) };
+            // SAFETY: the processor has these features (`product`).
+            unsafe { pack(to, small, panels, slab.clone(), small_width) };
         });
-    }
-}
-
-/// A rectangle of out, in panels.
-struct Block {
-    panels_a: Range<usize>,
-    panels_b: Range<usize>,
-    /// Pairs in the slab.
-    size: usize,
-    m: usize,
-    n: usize,
-}
-
-/// SAFETY: needs avx512f and avx512bf16; no other task writes this block.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn run_block(out: &Shared<f32>, a: &[f32], b: &[f32], block: &Block, how: Store) {
-    let size = block.size;
-    for first in (0..size).step_by(KC) {
-        let depth = KC.min(size - first);
-        let how = if first == 0 { how } else { Store::Accumulate };
-        for panel_b in block.panels_b.clone() {
-            let b = &b[panel_b * NR * size + first * NR..][..depth * NR];
-            let columns = (block.n - panel_b * NR).min(NR);
-            for panel_a in block.panels_a.clone() {
-                let a = &a[panel_a * MR * size + first * MR..][..depth * MR];
-                let rows = (block.m - panel_a * MR).min(MR);
-                // SAFETY: the tile lies in out: rows and columns are cut at its ends.
-                unsafe {
-                    let to = out.start().add(panel_a * MR * block.n + panel_b * NR);
-                    tile(to, block.n, (rows, columns), a.as_ptr(), b.as_ptr(), depth, how);
+        let small_packed = &packed[..];
+        // As many panels as the cache holds, but enough blocks that the threads end together.
+        let fair = large_panels.div_ceil(4 * rayon::current_num_threads());
+        let in_block = (BLOCK_WORDS / (large_width * size)).clamp(1, fair.max(1));
+        for_tasks(large_panels.div_ceil(in_block), cost, |task| {
+            let panels = task * in_block..((task + 1) * in_block).min(large_panels);
+            let mut large_packed = pool.take(panels.len() * large_width * size);
+            // SAFETY: the processor has these features (`product`).
+            unsafe { pack(&mut large_packed, large, panels.clone(), slab.clone(), large_width) };
+            for j in 0..small_panels {
+                let streamed = &small_packed[j * small_width * size..][..small_width * size];
+                for (i, kept) in panels.clone().zip(large_packed.chunks_exact(large_width * size)) {
+                    let (row, column) = if a_is_larger { (i, j) } else { (j, i) };
+                    let (a_panel, b_panel) = if a_is_larger { (kept, streamed) } else { (streamed, kept) };
+                    let cut = ((a.len - row * MR).min(MR), (n - column * NR).min(NR));
+                    // SAFETY: the tile lies in out, cut at its ends, and is this task's; the processor has these features.
+                    unsafe { tile(out.start().add(row * MR * n + column * NR), n, cut, a_panel.as_ptr(), b_panel.as_ptr(), size, how) };
                 }
             }
-        }
+        });
     }
 }
 
@@ -129,7 +105,15 @@ unsafe fn run_block(out: &Shared<f32>, a: &[f32], b: &[f32], block: &Block, how:
 /// SAFETY: features as above; `a` has depth x 14 pairs, `b` depth x 32; the tile is in bounds of `out` with `stride` columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn tile(out: *mut f32, stride: usize, (rows, columns): (usize, usize), a: *const f32, b: *const f32, depth: usize, how: Store) {
+unsafe fn tile<O: Element>(
+    out: *mut O,
+    stride: usize,
+    (rows, columns): (usize, usize),
+    a: *const f32,
+    b: *const f32,
+    depth: usize,
+    how: Store,
+) {
     // SAFETY: all pointers stay in the ranges that the caller vouches for.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; MR];
@@ -152,27 +136,60 @@ unsafe fn tile(out: *mut f32, stride: usize, (rows, columns): (usize, usize), a:
                 let to = out.wrapping_add(i * stride + 16 * half);
                 let value = match how {
                     Store::Assign => sum[half],
-                    Store::Accumulate => _mm512_add_ps(_mm512_maskz_loadu_ps(masks[half], to), sum[half]),
+                    Store::Accumulate => _mm512_add_ps(load_masked(masks[half], to), sum[half]),
                 };
-                _mm512_mask_storeu_ps(to, masks[half], value);
+                store_masked(to, masks[half], value);
             }
         }
     }
 }
 
-/// One panel: `to[pair][lane]` is the pair (k = 2 pair, 2 pair + 1) of row `first + lane`, zeros past the ends.
-/// SAFETY: needs avx512f, bw, vl.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack(to: &mut [f32], side: Side, first: usize, pairs: Range<usize>, width: usize) {
-    let n_lanes = width.min(side.len - first);
-    if side.k_contiguous {
-        return pack_rows(to, side, first, pairs, width, n_lanes);
+/// Up to 16 elements, widened. SAFETY: features as above; the masked elements are readable.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn load_masked<O: Element>(mask: u16, from: *const O) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match O::DTYPE {
+            DType::F32 => _mm512_maskz_loadu_ps(mask, from.cast()),
+            _ => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.cast())))),
+        }
     }
-    let whole = (side.k / 2).clamp(pairs.start, pairs.end);
-    for (pair, to) in pairs.zip(to.chunks_exact_mut(width)) {
-        let even = &side.data[2 * pair * side.len + first..][..n_lanes];
-        let odd = if pair < whole { &side.data[(2 * pair + 1) * side.len + first..][..n_lanes] } else { &[] };
-        interleave(to, even, odd);
+}
+
+/// Up to 16 elements, rounded to nearest even. SAFETY: features as above; the masked elements are writable.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn store_masked<O: Element>(to: *mut O, mask: u16, value: __m512) {
+    // SAFETY: the caller's promise; both types of the transmutation are 256 plain bits.
+    unsafe {
+        match O::DTYPE {
+            DType::F32 => _mm512_mask_storeu_ps(to.cast(), mask, value),
+            _ => _mm256_mask_storeu_epi16(to.cast(), mask, std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(value))),
+        }
+    }
+}
+
+/// Panels one after another: `to[panel][pair][lane]` is the pair (k = 2 pair, 2 pair + 1) of row `panel * width + lane`, zeros past
+/// the ends. SAFETY: needs avx512f, bw, vl.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack(to: &mut [f32], side: Side, panels: Range<usize>, pairs: Range<usize>, width: usize) {
+    let size = width * pairs.len();
+    if side.k_contiguous {
+        for (panel, to) in panels.zip(to.chunks_exact_mut(size)) {
+            pack_rows(to, side, panel * width, pairs.clone(), width, width.min(side.len - panel * width));
+        }
+        return;
+    }
+    // A row of the matrix at a time through all panels: it is read in the order it lies in.
+    for (at, pair) in pairs.enumerate() {
+        let row = |k: usize| if k < side.k { &side.data[k * side.len..][..side.len] } else { &[] };
+        let (even, odd) = (row(2 * pair), row(2 * pair + 1));
+        for (panel, to) in panels.clone().zip(to.chunks_exact_mut(size)) {
+            let lanes = panel * width..((panel + 1) * width).min(side.len);
+            let odd = if odd.is_empty() { odd } else { &odd[lanes.clone()] };
+            interleave(&mut to[at * width..(at + 1) * width], &even[lanes], odd);
+        }
     }
 }
 
