@@ -79,6 +79,43 @@ pub trait Vector: Copy {
     unsafe fn load_bf16(from: *const bf16) -> Self;
     /// SAFETY: `N` elements are writable.
     unsafe fn store_bf16(self, to: *mut bf16);
+    /// The first `n` < `N` elements, zeros behind them. SAFETY: they are readable.
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, n: usize) -> Self {
+        let mut part = [0.0; 16];
+        // SAFETY: the caller's promise; N <= 16.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), n);
+            Self::load(part.as_ptr())
+        }
+    }
+    /// The first `n` < `N` lanes. SAFETY: `n` elements are writable.
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, n: usize) {
+        let part = self.lanes();
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), to, n) };
+    }
+    /// The first `n` < `N` elements, zeros behind them. SAFETY: they are readable.
+    #[inline(always)]
+    unsafe fn load_bf16_first(from: *const bf16, n: usize) -> Self {
+        let mut part = [bf16::ZERO; 16];
+        // SAFETY: the caller's promise; N <= 16.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), n);
+            Self::load_bf16(part.as_ptr())
+        }
+    }
+    /// The first `n` < `N` lanes. SAFETY: `n` elements are writable.
+    #[inline(always)]
+    unsafe fn store_bf16_first(self, to: *mut bf16, n: usize) {
+        let mut part = [bf16::ZERO; 16];
+        // SAFETY: the caller's promise; N <= 16.
+        unsafe {
+            self.store_bf16(part.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(part.as_ptr(), to, n);
+        }
+    }
     fn add(self, y: Self) -> Self;
     fn sub(self, y: Self) -> Self;
     fn mul(self, y: Self) -> Self;
@@ -202,6 +239,10 @@ pub trait Element: Copy + Send + Sync + bytemuck::Pod {
     unsafe fn load<V: Vector>(from: *const Self) -> V;
     /// SAFETY: `V::N` elements are writable.
     unsafe fn store<V: Vector>(to: *mut Self, x: V);
+    /// The first `n` < `V::N`, zeros behind them. SAFETY: they are readable.
+    unsafe fn load_first<V: Vector>(from: *const Self, n: usize) -> V;
+    /// The first `n` < `V::N`. SAFETY: they are writable.
+    unsafe fn store_first<V: Vector>(to: *mut Self, n: usize, x: V);
     /// 2 N elements as (even, odd). SAFETY: `2 * V::N` elements are readable.
     #[inline(always)]
     unsafe fn load_pairs<V: Vector>(from: *const Self) -> (V, V) {
@@ -230,6 +271,16 @@ impl Element for f32 {
         // SAFETY: the caller's promise.
         unsafe { x.store(to) }
     }
+    #[inline(always)]
+    unsafe fn load_first<V: Vector>(from: *const Self, n: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_first(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn store_first<V: Vector>(to: *mut Self, n: usize, x: V) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store_first(to, n) }
+    }
 }
 
 impl Element for bf16 {
@@ -251,6 +302,16 @@ impl Element for bf16 {
     unsafe fn store<V: Vector>(to: *mut Self, x: V) {
         // SAFETY: the caller's promise.
         unsafe { x.store_bf16(to) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<V: Vector>(from: *const Self, n: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_bf16_first(from, n) }
+    }
+    #[inline(always)]
+    unsafe fn store_first<V: Vector>(to: *mut Self, n: usize, x: V) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store_bf16_first(to, n) }
     }
     #[inline(always)]
     unsafe fn load_pairs<V: Vector>(from: *const Self) -> (V, V) {
@@ -282,32 +343,29 @@ fn round_to_bf16(x: f32) -> bf16 {
 #[inline(always)]
 pub fn load<V: Vector, E: Element>(x: &[E], i: usize, n: usize) -> V {
     let x = &x[i..i + n];
-    if n == V::N {
-        // SAFETY: the slice has N elements.
-        return unsafe { E::load(x.as_ptr()) };
-    }
-    let mut part = [E::from_f32(0.0); 16];
-    for (to, from) in part.iter_mut().zip(x) {
-        *to = *from;
-    }
-    // SAFETY: N <= 16.
-    unsafe { E::load(part.as_ptr()) }
+    // SAFETY: the slice has n <= N elements.
+    unsafe { if n == V::N { E::load(x.as_ptr()) } else { E::load_first(x.as_ptr(), n.min(V::N)) } }
 }
 
 /// The first `n` <= V::N lanes to `x[i..]`.
 #[inline(always)]
 pub fn store<V: Vector, E: Element>(x: &mut [E], i: usize, n: usize, value: V) {
     let x = &mut x[i..i + n];
-    if n == V::N {
-        // SAFETY: the slice has N elements.
-        return unsafe { E::store(x.as_mut_ptr(), value) };
+    // SAFETY: the slice has n <= N elements.
+    unsafe { if n == V::N { E::store(x.as_mut_ptr(), value) } else { E::store_first(x.as_mut_ptr(), n.min(V::N), value) } }
+}
+
+/// Has the processor fetch the cache lines of a slice, if it can be told to.
+#[inline(always)]
+pub fn prefetch<E>(x: &[E]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..size_of_val(x)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, and inside the slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().add(at)) };
     }
-    let mut part = [E::from_f32(0.0); 16];
-    // SAFETY: N <= 16.
-    unsafe { E::store(part.as_mut_ptr(), value) };
-    for (to, from) in x.iter_mut().zip(part) {
-        *to = from;
-    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
 }
 
 /// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.

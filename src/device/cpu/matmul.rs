@@ -1,9 +1,9 @@
-//! Matrix products: shapes, and which path takes them. f32 goes to the `gemm` crate; bf16 to `dot_bf16` where the processor has
-//! bf16 dot products, else it is widened and goes the f32 way; a few rows (decode) go to `few_rows`, which reads b once.
+//! Matrix products: shapes, and which path takes them. Processors with AVX-512 take `panels`, bf16 only with bf16 dot products;
+//! others take the `gemm` crate, with bf16 widened first. A few rows (decode) go to `few_rows`, which reads b once.
 
-use super::lanes::{Isa, elements, elements_mut};
+use super::lanes::{Element, Isa, elements, elements_mut};
 use super::parallel::{GRAIN, Pool, Shared, for_ranges};
-use super::{elementwise, few_rows, float};
+use super::{elementwise, few_rows, float, panels};
 use crate::device::{Gemm, Store};
 use crate::tensor::{DType, Tensor};
 use half::bf16;
@@ -42,9 +42,11 @@ pub fn gemm(isa: Isa, pool: &Pool, out: &mut Tensor, a: &Tensor, b: &Tensor, how
         }));
     }
     match a.dtype() {
+        DType::F32 if isa >= Isa::Avx512 => panels::product((isa, pool), out.f32_mut(), (a.f32(), b.f32()), sizes, how),
         DType::F32 => f32_product(out.f32_mut(), a.f32(), b.f32(), sizes, how),
-        #[cfg(target_arch = "x86_64")]
-        DType::BF16 if isa == Isa::Avx512Bf16 => super::dot_bf16::product(pool, out, a.bf16(), b.bf16(), sizes, how),
+        DType::BF16 if isa == Isa::Avx512Bf16 => float!(out.dtype(), O => {
+            panels::product::<bf16, O>((isa, pool), elements_mut(out), (a.bf16(), b.bf16()), sizes, how)
+        }),
         DType::BF16 => widened_product(isa, pool, out, a.bf16(), b.bf16(), sizes, how),
         DType::U32 => panic!("gemm of u32"),
     }
@@ -104,7 +106,7 @@ fn widened_product(isa: Isa, pool: &Pool, out: &mut Tensor, a: &[bf16], b: &[bf1
 }
 
 /// out = or += sum, rounded once.
-pub fn round_sum(isa: Isa, out: &Shared<bf16>, sum: &[f32], how: Store) {
+pub fn round_sum<O: Element>(isa: Isa, out: &Shared<O>, sum: &[f32], how: Store) {
     for_ranges(sum.len(), GRAIN, |range| {
         // SAFETY: the ranges are disjoint.
         let to = unsafe { out.part(range.clone()) };

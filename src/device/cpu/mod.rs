@@ -6,14 +6,13 @@
 
 mod attention;
 mod attention_backward;
-#[cfg(target_arch = "x86_64")]
-mod dot_bf16;
 mod elementwise;
 mod few_rows;
 mod lanes;
 mod loss;
 mod matmul;
 mod norm;
+mod panels;
 mod parallel;
 mod product;
 mod rope;

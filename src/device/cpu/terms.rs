@@ -105,7 +105,7 @@ kernel! {
 
 /// The first N rows of N lanes: log2 N perfect shuffles.
 #[inline(always)]
-fn transpose_tile<V: Vector>(tile: &mut [V; 16]) {
+pub fn transpose_tile<V: Vector>(tile: &mut [V; 16]) {
     let mut width = 1;
     while width < V::N {
         let old = *tile;

@@ -8,6 +8,32 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub struct Avx512<const BF16: bool>(pub __m512);
 
+/// The mask of n < 16 lanes.
+#[inline(always)]
+fn first(n: usize) -> u16 {
+    (1 << n) - 1
+}
+
+impl<const BF16: bool> Avx512<BF16> {
+    /// As bf16, rounded to nearest even.
+    #[inline(always)]
+    fn rounded(self) -> __m256i {
+        if BF16 {
+            // SAFETY: see below; both are 256 plain bits.
+            return unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0)) };
+        }
+        // SAFETY: see below.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
+            _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
+        }
+    }
+}
+
 // SAFETY (every block below): the type is only used inside `kernel!` functions compiled with these target features and
 // called after their detection; pointers are the caller's promise.
 impl<const BF16: bool> Vector for Avx512<BF16> {
@@ -38,19 +64,31 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16) {
-        if BF16 {
-            // SAFETY: see above; both are 256 plain bits.
-            return unsafe { _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0))) };
-        }
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(to.cast(), self.rounded()) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, n: usize) -> Self {
+        // SAFETY: see above; masked lanes are not touched.
+        Avx512(unsafe { _mm512_maskz_loadu_ps(first(n), from) })
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, n: usize) {
+        // SAFETY: see above.
+        unsafe { _mm512_mask_storeu_ps(to, first(n), self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_first(from: *const bf16, n: usize) -> Self {
         // SAFETY: see above.
         unsafe {
-            let bits = _mm512_castps_si512(self.0);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+            let half = _mm256_maskz_loadu_epi16(first(n), from.cast());
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half))))
         }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_first(self, to: *mut bf16, n: usize) {
+        // SAFETY: see above.
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), first(n), self.rounded()) }
     }
     #[inline(always)]
     fn add(self, y: Self) -> Self {
