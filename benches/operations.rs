@@ -11,13 +11,14 @@ mod cases;
 #[allow(dead_code)]
 #[path = "../tests/operations/oracle.rs"]
 mod oracle;
+mod traffic;
 
-use cases::{Case, Init, Kind, Role, Vocabulary};
+use cases::{Case, Init, Kind, Vocabulary};
 use std::hint::black_box;
 use std::time::Instant;
 use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::{Activation, Device, Direction, Gemm};
-use trireme::tensor::{DType, Tensor};
+use trireme::tensor::DType;
 
 const T: usize = 2048;
 
@@ -88,23 +89,6 @@ fn passes(model: &Model) -> Vec<Case> {
         cases.push(cases::activation_backward(kind, (T, f)));
     }
     cases
-}
-
-/// Bytes that must be read and written.
-fn bytes(case: &Case, tensors: &[Tensor]) -> f64 {
-    let each = case.args.iter().zip(tensors).map(|(arg, tensor)| {
-        let rows = |n: usize| (n * tensor.row_len() * tensor.dtype().bytes()) as f64;
-        match (case.operation, arg.role) {
-            // Only the rows of the tokens are touched; only the present tokens of the cache are read.
-            ("embed", Role::Input) if tensor.dims().len() == 2 => rows(T),
-            ("embed_backward", Role::Updated) => 2.0 * rows(T),
-            ("attention_cached", Role::Updated) => rows(tensor.n_rows()) * 1001.0 / 1024.0,
-            ("scale", Role::Input) => 0.0,
-            (_, Role::Updated) => 2.0 * tensor.n_bytes() as f64,
-            _ => tensor.n_bytes() as f64,
-        }
-    });
-    each.sum()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -213,7 +197,7 @@ impl Copies {
 /// Best (operation, ceiling) per second, taken in turn.
 fn measure(cpu: &Cpu, case: &Case, dtype: DType, copies: &mut Copies, work: Work) -> (f64, f64) {
     let mut tensors = case.tensors(dtype, &|which, i| 0.1 + ((i * 7 + which * 13) % 1021) as f64 / 1021.0);
-    let amount = if work == Work::Flops { case.flops } else { bytes(case, &tensors) };
+    let amount = if work == Work::Flops { case.flops } else { traffic::bytes(case, &tensors, 1001.0 / 1024.0) };
     let (mut best, mut ceiling) = (0.0f64, 0.0f64);
     (case.run)(cpu, &mut tensors);
     let begin = Instant::now();

@@ -1,8 +1,10 @@
-//! The train step against the measured GEMM ceiling, through the loop that trireme-pretrain runs: ~30M and ~120M parameters,
-//! f32 and bf16, one rank with all threads; and PyTorch on the same shapes, when TRIREME_TORCH_PYTHON names a Python that has
-//! it, in turn in the same run (benches/peers/torch_train.py).
+//! The train step against the measured GEMM ceiling, through the loop that trireme-pretrain runs, one rank: on the CPU with
+//! ~30M and ~120M parameters, f32 and bf16, all threads; with `cuda` on a GPU with 1.0B (head dim 128) and 1.2B (head dim 192)
+//! parameters, sequences of 4096, bf16. And PyTorch on the same shapes and device, when TRIREME_TORCH_PYTHON names a Python
+//! that has it, in turn in the same run (benches/peers/torch_train.py).
 //!
 //!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step [-- 30m f32]
+//!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step -- cuda [1b]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -12,45 +14,60 @@ use std::process::Command;
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
+use trireme::device::cuda::Cuda;
 use trireme::device::{Device, ceiling};
 use trireme::metrics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::recipe::{Precision, Pretrain};
 use trireme::train::pretrain::{self, Job};
 
-/// (name, hidden, layers, query heads, kv heads, head dim, ffn, vocabulary): the shapes of benches/peers/torch_train.py.
-const SIZES: [(&str, [usize; 7]); 2] = [("30m", [384, 10, 6, 2, 64, 1536, 16384]), ("120m", [768, 12, 12, 4, 64, 3072, 32000])];
+/// What is trained: the shapes of benches/peers/torch_train.py.
+struct Size {
+    name: &'static str,
+    /// Hidden, layers, query heads, kv heads, head dim, feed-forward, vocabulary.
+    model: [usize; 7],
+    seq_len: usize,
+    micro: usize,
+}
+
+const CPU_SIZES: [Size; 2] = [
+    Size { name: "30m", model: [384, 10, 6, 2, 64, 1536, 16384], seq_len: 512, micro: 4 },
+    Size { name: "120m", model: [768, 12, 12, 4, 64, 3072, 32000], seq_len: 512, micro: 4 },
+];
+const CUDA_SIZES: [Size; 2] = [
+    Size { name: "1b", model: [2048, 20, 16, 8, 128, 8192, 32000], seq_len: 4096, micro: 4 },
+    Size { name: "1b-d192", model: [2304, 18, 12, 4, 192, 9216, 32000], seq_len: 4096, micro: 4 },
+];
 const STEPS: u64 = 6;
 
-fn recipe(size: [usize; 7], precision: Precision, shards: &Path) -> Pretrain {
+fn recipe(size: &Size, precision: Precision, shards: &Path) -> Pretrain {
     let mut recipe = common::tiny_recipe(shards);
-    let [hidden, layers, heads, kv_heads, head_dim, ffn, vocab] = size;
+    let [hidden, layers, heads, kv_heads, head_dim, ffn, vocab] = size.model;
     let model = &mut recipe.model;
     (model.hidden, model.n_layers, model.n_heads, model.n_kv_heads) = (hidden, layers, heads, kv_heads);
-    (model.head_dim, model.ffn_hidden, model.vocab_size, model.max_tokens) = (head_dim, ffn, vocab, 512);
+    (model.head_dim, model.ffn_hidden, model.vocab_size, model.max_tokens) = (head_dim, ffn, vocab, size.seq_len);
     (model.vocab_divisor, model.init_std) = (128, 0.02);
-    (recipe.batch.seq_len, recipe.batch.micro, recipe.batch.global) = (512, 4, 4);
+    (recipe.batch.seq_len, recipe.batch.micro, recipe.batch.global) = (size.seq_len, size.micro, size.micro);
     (recipe.train.steps, recipe.train.precision) = (STEPS, precision);
     recipe
 }
 
 /// Median tokens/s and share of the ceiling over the steps after the first two.
-fn ours(size: [usize; 7], precision: Precision) -> (f64, f64) {
+fn ours(device: &dyn Device, size: &Size, precision: Precision) -> (f64, f64) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shards = dir.path().join("shards");
-    common::write_megatron(&shards, "train", &common::counting_documents(600, size[6] as u32, 1));
+    common::write_megatron(&shards, "train", &common::counting_documents(600 * size.seq_len / 512, size.model[6] as u32, 1));
     let recipe = recipe(size, precision, &shards);
     let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
-    let device = Cpu::new();
     let out = dir.path().join("run");
     let job = Job {
         recipe: &recipe,
         groups: &groups,
-        device: &device,
+        device,
         out: &out,
         stop_after: None,
         stop: &|| false,
-        ceiling: &|dtype| ceiling::measure(&device, dtype),
+        ceiling: &|dtype| ceiling::measure(device, dtype),
     };
     pretrain::run(&job).unwrap_or_else(|error| panic!("{error}"));
     let rows = metrics::read(&out.join("metrics.jsonl")).unwrap_or_else(|error| panic!("{error}"));
@@ -63,11 +80,12 @@ fn ours(size: [usize; 7], precision: Precision) -> (f64, f64) {
 }
 
 /// The peer's tokens/s, eager and compiled, or None without a Python that has PyTorch.
-fn peer(size: &str, dtype: &str, compile: bool) -> Option<f64> {
+fn peer(device: &str, size: &Size, dtype: &str, compile: bool) -> Option<f64> {
     let python = std::env::var("TRIREME_TORCH_PYTHON").ok()?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/torch_train.py");
     let mut command = Command::new(python);
-    command.arg(script).args(["--size", size, "--dtype", dtype]);
+    command.arg(script).args(["--device", device, "--size", size.name, "--dtype", dtype]);
+    command.args(["--seq-len", &size.seq_len.to_string(), "--sequences", &size.micro.to_string()]);
     if compile {
         command.arg("--compile");
     }
@@ -79,21 +97,32 @@ fn peer(size: &str, dtype: &str, compile: bool) -> Option<f64> {
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
-    println!("{}\n", Cpu::new().name());
+    let on_gpu = wanted.iter().any(|word| word == "cuda");
+    let (device, name): (Box<dyn Device>, _) = match on_gpu.then(|| Cuda::open(0)) {
+        None => (Box::new(Cpu::new()), "cpu"),
+        Some(Ok(cuda)) => (Box::new(cuda), "cuda"),
+        Some(Err(error)) => {
+            println!("not run: {error}");
+            std::process::exit(2);
+        }
+    };
+    println!("{}\n", device.name());
     println!("| model | storage | tokens/s | share of GEMM ceiling | PyTorch eager | compiled | ours / best |");
     println!("|---|---|---|---|---|---|---|");
-    for (name, size) in SIZES {
+    for size in if on_gpu { &CUDA_SIZES } else { &CPU_SIZES } {
         for (dtype, precision) in [("f32", Precision::F32), ("bf16", Precision::Bf16)] {
-            if !is_wanted(name, &["30m", "120m"]) || !is_wanted(dtype, &["f32", "bf16"]) {
+            let is_left_out = on_gpu && precision == Precision::F32;
+            if is_left_out || !is_wanted(size.name, &["30m", "120m", "1b", "1b-d192"]) || !is_wanted(dtype, &["f32", "bf16"]) {
                 continue;
             }
-            let eager = peer(name, dtype, false);
-            let (tokens_per_s, share) = ours(size, precision);
-            let compiled = peer(name, dtype, true);
+            let eager = peer(name, size, dtype, false);
+            let (tokens_per_s, share) = ours(&*device, size, precision);
+            let compiled = peer(name, size, dtype, true);
             let text = |rate: Option<f64>| rate.map_or("not run".into(), |rate| format!("{rate:.0}"));
             let best = eager.unwrap_or(0.0).max(compiled.unwrap_or(0.0));
             let ratio = if best > 0.0 { format!("{:.2}", tokens_per_s / best) } else { "-".into() };
-            println!("| {name} | {dtype} | {tokens_per_s:.0} | {:.0} % | {} | {} | {ratio} |", 100.0 * share, text(eager), text(compiled));
+            let (model, share) = (size.name, 100.0 * share);
+            println!("| {model} | {dtype} | {tokens_per_s:.0} | {share:.0} % | {} | {} | {ratio} |", text(eager), text(compiled));
         }
     }
 }

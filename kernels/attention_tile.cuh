@@ -33,7 +33,6 @@ template <class T> struct Attend {
     int n_groups;
 };
 
-#define MINUS_INFINITY (-__uint_as_float(0x7f800000u))
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 

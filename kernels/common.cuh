@@ -53,10 +53,19 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 #endif
 
+// NVRTC has no <math.h>.
+#define MINUS_INFINITY (-__uint_as_float(0x7f800000u))
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(bf16* to, float x) { to->bits = (unsigned short)pack_bf16(x, 0.0f); }
+// x as it is stored.
+template <class T> __device__ __forceinline__ float rounded(float x) {
+    T stored;
+    store(&stored, x);
+    return to_float(stored);
+}
 
 // Of the 32 lanes, in a fixed order.
 __device__ __forceinline__ float warp_sum(float x) {

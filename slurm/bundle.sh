@@ -2,8 +2,8 @@
 # Everything to run Trireme in one folder and one archive: the programs, the MPI with its plugins, HDF5 and all other libraries but
 # the C library. Runs where nothing is installed, on any x86-64 Linux with glibc 2.36 or newer (Debian 12, Ubuntu 23.04, RHEL 10).
 #
-#   bash slurm/bundle.sh [--tests] [FOLDER]      makes FOLDER (target/bundle/trireme) and FOLDER.tar.zst
-#   tar --zstd -xf trireme.tar.zst; trireme/bin/trireme-pretrain --help; trireme/bin/mpirun -n 2 trireme/bin/trireme-pretrain ..
+#   bash slurm/bundle.sh [--tests] [FOLDER]      makes FOLDER (target/bundle/trireme) and FOLDER.tar.xz
+#   tar -xf trireme.tar.xz; trireme/bin/trireme-pretrain --help; trireme/bin/mpirun -n 2 trireme/bin/trireme-pretrain ..
 #
 # --tests adds the test programs and benches (bin/test/NAME, bin/bench/NAME), for a machine with a GPU and without a compiler; tests/gpu.sh runs them.
 # On a cluster with an interconnect of its own the MPI of that cluster is faster: build there instead.
@@ -27,7 +27,7 @@ done
 if [ -e "$out" ] && [ ! -e "$out/bin/trireme-pretrain" ]; then
   die "$out is there and is no bundle; name another folder or move it away" 2
 fi
-for tool in ldd strip zstd tar; do command -v $tool >/dev/null || die "$tool is missing: bash slurm/install.sh"; done
+for tool in ldd strip xz tar; do command -v $tool >/dev/null || die "$tool is missing: bash slurm/install.sh"; done
 
 cargo build --release --bins --quiet
 tests=() # "test/NAME FILE", "bench/NAME FILE"
@@ -104,8 +104,10 @@ while IFS= read -r path; do cp -L "$path" "$new/lib/"; done < <(libraries "${obj
   printf '%s\n' ${settings[@]+"${settings[@]}"}
 } >"$new/env.sh"
 cp -r slurm/recipes "$new/recipes"
+# Test programs look for their data where they were built: tests/gpu.sh makes that place if it must.
+pwd -P >"$new/built_in"
 
 rm -rf "$out"
 mv "$new" "$out"
-tar -C "$(dirname "$out")" -c "$(basename "$out")" | zstd -q -T0 -10 -f -o "$out.tar.zst"
-echo "bundle: $out ($(du -sh "$out" | cut -f1), $(find "$out/bin" -type f | wc -l) programs, $(find "$out/lib" -type f | wc -l) libraries), $out.tar.zst ($(du -h "$out.tar.zst" | cut -f1))"
+tar -C "$(dirname "$out")" -c "$(basename "$out")" | xz -6 -T0 >"$out.tar.xz"
+echo "bundle: $out ($(du -sh "$out" | cut -f1), $(find "$out/bin" -type f | wc -l) programs, $(find "$out/lib" -type f | wc -l) libraries), $out.tar.xz ($(du -h "$out.tar.xz" | cut -f1))"

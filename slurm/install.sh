@@ -2,7 +2,7 @@
 # Installs what Trireme needs on Debian 12, once; says one line per thing done, and nothing when nothing is missing.
 #
 #   bash slurm/install.sh              what a build and a run need: C compiler, Open MPI, HDF5, libclang (and checks for Rust)
-#   bash slurm/install.sh tests        also what the tests need: Python's venv, a C++ compiler, ip, ps and zstd
+#   bash slurm/install.sh tests        also what the tests need: Python's venv, a C++ compiler, ip, ps and xz
 #   bash slurm/install.sh cluster      also the one-machine SLURM cluster of slurm/dev-cluster.sh
 #
 # Without root it prints the one command for an administrator. On other systems it looks for the programs themselves.
@@ -10,7 +10,7 @@ set -euo pipefail
 
 # libc6-dev: gcc only recommends it. libclang: bindgen reads mpi.h with it.
 BUILD=(gcc libc6-dev pkg-config libclang-dev libopenmpi-dev openmpi-bin libhdf5-dev)
-TESTS=(python3-venv g++ procps iproute2 zstd)
+TESTS=(python3-venv g++ procps iproute2 xz-utils)
 # libpmix-dev: SLURM's PMIx plugin opens libpmix.so, a name that only this package has.
 CLUSTER=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libpmix2 libpmix-dev iproute2 procps hostname)
 RUST_MINOR=90 # rust-version in Cargo.toml: 1.90

@@ -12,6 +12,9 @@ use crate::artifact::{ArtifactWriter, Begin, host_name};
 use crate::comm::mpi::Mpi;
 use crate::comm::solo::Solo;
 use crate::comm::{Communicator, Groups, agree};
+use crate::device::Device;
+use crate::device::cpu::Cpu;
+use crate::device::cuda::Cuda;
 use crate::error::{Error, Kind, Result};
 use crate::parallel::layout::ParallelLayout;
 use std::io::Write;
@@ -25,6 +28,8 @@ use std::time::Duration;
 pub enum DeviceKind {
     /// The host's cores.
     Cpu,
+    /// An NVIDIA GPU for each rank; the ranks of a machine take its GPUs in turn.
+    Cuda,
 }
 
 impl std::str::FromStr for DeviceKind {
@@ -32,8 +37,8 @@ impl std::str::FromStr for DeviceKind {
     fn from_str(text: &str) -> std::result::Result<DeviceKind, String> {
         match text {
             "cpu" => Ok(DeviceKind::Cpu),
-            "cuda" => Err("the CUDA device is not in this version; use --device cpu".into()),
-            other => Err(format!("{other:?} is no device; use cpu")),
+            "cuda" => Ok(DeviceKind::Cuda),
+            other => Err(format!("{other:?} is no device; use cpu or cuda")),
         }
     }
 }
@@ -62,6 +67,9 @@ pub struct Runtime {
     world: Box<dyn Communicator>,
     guard: Option<Mpi>,
     _universe: Option<mpi::environment::Universe>,
+    device: DeviceKind,
+    /// Among the ranks of this machine.
+    local_rank: usize,
 }
 
 /// An artifact that the ranks of a job make together: rank 0 writes it.
@@ -76,9 +84,12 @@ impl Begun {
 
 impl Runtime {
     /// Joins the job: MPI when a launcher started this process (mpirun, srun --mpi=pmix), else a world of one. Sets the number
-    /// of threads (this rank's share of the cores it may run on), the panic hook and the signal handlers.
+    /// of threads (this rank's share of the cores it may run on), the panic hook and the signal handlers. Err before anything
+    /// is started when this machine has no such device.
     pub fn start(device: DeviceKind) -> Result<Runtime> {
-        let DeviceKind::Cpu = device;
+        if device == DeviceKind::Cuda {
+            Cuda::check_machine()?;
+        }
         let universe = if launched_rank().is_some() { Some(start_mpi()?) } else { None };
         let (world, guard): (Box<dyn Communicator>, _) = match &universe {
             Some(_) => (Box::new(Mpi::world()), Some(Mpi::world())),
@@ -87,8 +98,18 @@ impl Runtime {
         set_coordinates(format!("r{:03} {}", world.rank(), host_name()));
         set_signal_handlers();
         start_reporting();
-        set_threads(guard.as_ref().map(Mpi::on_this_machine));
-        Ok(Runtime { world, guard, _universe: universe })
+        let local = guard.as_ref().map(Mpi::on_this_machine);
+        let local_rank = local.as_ref().map_or(0, |local| local.rank());
+        set_threads(local);
+        Ok(Runtime { world, guard, _universe: universe, device, local_rank })
+    }
+
+    /// Opens this rank's device. An Err may be of this rank alone.
+    pub fn device(&self) -> Result<Box<dyn Device>> {
+        Ok(match self.device {
+            DeviceKind::Cpu => Box::new(Cpu::new()),
+            DeviceKind::Cuda => Box::new(Cuda::open(self.local_rank)?),
+        })
     }
 
     /// All ranks.

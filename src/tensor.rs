@@ -6,6 +6,7 @@
 
 use std::alloc::Layout;
 use std::any::Any;
+use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
@@ -84,11 +85,19 @@ impl fmt::Debug for Shape {
     }
 }
 
+/// Memory that is not the host's, as those see it who move bytes and know no devices: communicators and checkpoints.
+pub trait ForeignMemory: Any + Send + Sync {
+    /// Its bytes from `at` on, to the host; waits for work that writes them.
+    fn read(&self, at: usize, host: &mut [u8]);
+    /// Host bytes to its bytes from `at` on, after work that uses them; `host` may be reused at once.
+    fn write(&self, at: usize, host: &[u8]);
+}
+
 /// Memory behind tensors. Host memory is 64-byte aligned; a device keeps its own handle in `Foreign`.
 enum Storage {
     Host(HostBuffer),
     /// Memory of another device. The device that made it downcasts it again.
-    Foreign(Box<dyn Any + Send + Sync>),
+    Foreign(Box<dyn ForeignMemory>),
     /// No memory at all: the device that computes nothing.
     Nothing,
 }
@@ -163,7 +172,7 @@ impl Tensor {
     }
 
     /// Memory of another device; `handle` is what that device finds again by [`Tensor::foreign_handle`].
-    pub fn foreign(shape: &[usize], dtype: DType, handle: Box<dyn Any + Send + Sync>) -> Tensor {
+    pub fn foreign(shape: &[usize], dtype: DType, handle: Box<dyn ForeignMemory>) -> Tensor {
         Tensor { shape: Shape::new(shape), dtype, storage: Arc::new(Storage::Foreign(handle)), offset_bytes: 0 }
     }
 
@@ -213,9 +222,9 @@ impl Tensor {
     }
 
     /// The handle of a foreign tensor.
-    pub fn foreign_handle(&self) -> Option<&(dyn Any + Send + Sync)> {
+    pub fn foreign_handle(&self) -> Option<&dyn Any> {
         match &*self.storage {
-            Storage::Foreign(handle) => Some(handle.as_ref()),
+            Storage::Foreign(handle) => Some(&**handle as &dyn Any),
             _ => None,
         }
     }
@@ -240,6 +249,38 @@ impl Tensor {
         assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
         // SAFETY: as in `bytes`; `&mut self` is the only path to these bytes while it lives.
         unsafe { std::slice::from_raw_parts_mut(buffer.start.add(self.offset_bytes), self.n_bytes()) }
+    }
+
+    /// Copies its bytes from `at` on to the host, wherever they lie.
+    pub fn read_bytes(&self, at: usize, host: &mut [u8]) {
+        assert!(at + host.len() <= self.n_bytes(), "{} bytes from {at} of {self:?}", host.len());
+        match &*self.storage {
+            Storage::Host(_) => host.copy_from_slice(&self.bytes()[at..at + host.len()]),
+            Storage::Foreign(_) if host.is_empty() => {}
+            Storage::Foreign(memory) => memory.read(self.offset_bytes + at, host),
+            Storage::Nothing => panic!("reading a tensor without memory"),
+        }
+    }
+
+    /// Copies host bytes to its bytes from `at` on, wherever they lie.
+    pub fn write_bytes(&mut self, at: usize, host: &[u8]) {
+        assert!(at + host.len() <= self.n_bytes(), "{} bytes from {at} of {self:?}", host.len());
+        match &*self.storage {
+            Storage::Host(_) => self.bytes_mut()[at..at + host.len()].copy_from_slice(host),
+            Storage::Foreign(_) if host.is_empty() => {}
+            Storage::Foreign(memory) => memory.write(self.offset_bytes + at, host),
+            Storage::Nothing => panic!("writing a tensor without memory"),
+        }
+    }
+
+    /// Its bytes on the host: themselves, or a copy of foreign ones.
+    pub fn host_bytes(&self) -> Cow<'_, [u8]> {
+        if self.is_host() {
+            return Cow::Borrowed(self.bytes());
+        }
+        let mut copy = vec![0; self.n_bytes()];
+        self.read_bytes(0, &mut copy);
+        Cow::Owned(copy)
     }
 
     /// Elements of an f32 host tensor.

@@ -192,3 +192,35 @@ fn help_and_usage() {
         assert_eq!(wrong.status.code(), Some(2), "{binary} --no-such-flag");
     }
 }
+
+/// Whether the NVIDIA driver is on this machine.
+fn has_driver() -> bool {
+    // SAFETY: a C string; an opened library stays open.
+    unsafe { !libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_LAZY).is_null() }
+}
+
+/// `--device cuda` without a driver: exit 2 and one line that says what is missing and what to do, of every binary that has the
+/// option. The bindings panic when the library is missing, so a guard that is left out shows here.
+#[test]
+fn cuda_without_a_driver() {
+    if has_driver() {
+        println!("skipped: this machine has an NVIDIA driver");
+        return;
+    }
+    let place = Place::new();
+    let (recipe, out) = (place.path("recipe.toml"), place.path("out"));
+    let absent = place.path("absent");
+    let commands: [(&str, &[&std::ffi::OsStr]); 3] = [
+        (env!("CARGO_BIN_EXE_trireme-pretrain"), &["--recipe".as_ref(), recipe.as_ref()]),
+        (env!("CARGO_BIN_EXE_trireme-generate"), &["--checkpoint".as_ref(), absent.as_ref(), "--requests".as_ref(), absent.as_ref()]),
+        (
+            env!("CARGO_BIN_EXE_trireme-score"),
+            &["logprobs".as_ref(), "--checkpoint".as_ref(), absent.as_ref(), "--input".as_ref(), absent.as_ref()],
+        ),
+    ];
+    for (binary, args) in commands {
+        let output = Command::new(binary).args(args).arg("--out").arg(&out).args(["--device", "cuda"]).output().unwrap();
+        assert_refused(&output, 2, &["no NVIDIA driver", "libcuda.so.1", "--device cpu"], &out);
+        assert!(!out.exists());
+    }
+}

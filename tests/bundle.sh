@@ -13,7 +13,7 @@ fi
 rm -rf target/tests/bundle
 mkdir -p target/tests/bundle/elsewhere
 bash slurm/bundle.sh target/tests/bundle/trireme
-tar --zstd -xf target/tests/bundle/trireme.tar.zst -C target/tests/bundle/elsewhere
+tar -xf target/tests/bundle/trireme.tar.xz -C target/tests/bundle/elsewhere
 rm -rf target/tests/bundle/trireme
 cp README.md slurm/recipes/quickstart.toml target/tests/bundle/
 

@@ -1,6 +1,27 @@
-//! The CUDA kernels without a GPU: their source runs on the CPU (kernels/emulate.h) and is compared with formulas.
+//! The CUDA device without a GPU: the kernels' source runs on the CPU (kernels/emulate.h), alone and below the code that launches it.
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[allow(dead_code)] // the bench reads more of it
+#[path = "operations/cases.rs"]
+mod cases;
+#[allow(dead_code)] // the CPU's table is longer
+#[path = "operations/check.rs"]
+mod check;
+mod common;
 #[path = "kernels/compile.rs"]
 mod compile;
+#[path = "kernels/driver.rs"]
+mod driver;
+#[path = "kernels/emulator.rs"]
+mod emulator;
+#[path = "golden_runs/mod.rs"]
+mod golden_runs;
+#[path = "kernels/model.rs"]
+mod model;
+#[path = "kernels/operations.rs"]
+mod operations;
+#[path = "operations/oracle.rs"]
+mod oracle;
+#[path = "kernels/run.rs"]
+mod run;

@@ -3,164 +3,18 @@
 #[allow(dead_code)] // the bench reads more of it
 #[path = "operations/cases.rs"]
 mod cases;
+#[path = "operations/check.rs"]
+mod check;
 #[path = "operations/oracle.rs"]
 mod oracle;
 
-use cases::{Case, Kind, Role, Vocabulary, widened};
-use oracle::{HeadCounts, U};
+use cases::{Case, Kind, Vocabulary, widened};
+use check::{U_BF16, check, fresh};
+use oracle::U;
 use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
-
-/// Unit roundoff of bf16 (8 significant bits).
-const U_BF16: f64 = 1.0 / 256.0;
-
-fn gemm_cases() -> Vec<Case> {
-    let tt = Gemm { trans_a: true, ..Gemm::NT };
-    let shapes = [
-        (1, 1, 1),
-        (1, 37, 129),
-        (1, 300, 1030),
-        (3, 5, 7),
-        (5, 129, 64),
-        (8, 65, 250),
-        (9, 33, 31),
-        (17, 33, 65),
-        (64, 96, 128),
-        (61, 47, 1001),
-        (97, 131, 259),
-        (130, 260, 389),
-        (257, 70, 513),
-        (33, 40, 3300),
-        (70, 600, 40),
-        (0, 4, 3),
-        (4, 0, 3),
-        (4, 3, 0),
-    ];
-    let mut cases = Vec::new();
-    for shape in shapes {
-        for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
-            for how in [how, how.accumulate()] {
-                cases.push(cases::gemm(how, shape, Kind::Float));
-                cases.push(cases::gemm(how, shape, Kind::F32));
-            }
-        }
-    }
-    cases
-}
-
-/// (query heads, kv heads, head dim).
-const HEADS: [HeadCounts; 6] = [(1, 1, 8), (4, 2, 64), (6, 2, 128), (2, 1, 192), (3, 3, 40), (5, 1, 34)];
-
-fn row_cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for n in [0, 1, 5, 63, 4096, 70_001] {
-        for kinds in [(Kind::Float, Kind::Float), (Kind::F32, Kind::Float), (Kind::Float, Kind::F32)] {
-            cases.push(cases::elementwise("copy", n, kinds));
-            cases.push(cases::elementwise("add", n, kinds));
-        }
-        cases.push(cases::elementwise("scale", n, (Kind::Float, Kind::Float)));
-        cases.push(cases::elementwise("fill_zero", n, (Kind::Float, Kind::Float)));
-        cases.push(cases::adamw(n, 1, 0.1));
-        cases.push(cases::adamw(n, 1000, 0.0));
-    }
-    for shape in [(0, 8), (1, 1), (1, 768), (3, 17), (67, 100), (130, 385), (5, 5000)] {
-        for layer in [true, false] {
-            cases.push(cases::norm(layer, shape));
-            cases.push(cases::add_norm(layer, shape));
-            cases.push(cases::norm_backward(layer, shape));
-        }
-        for kind in [Activation::SquaredRelu, Activation::Swiglu] {
-            cases.push(cases::activation(kind, shape));
-            cases.push(cases::activation_backward(kind, shape));
-        }
-    }
-    for (t, columns) in [(0, 64), (1, 1), (7, 33), (65, 1000), (4, 40_003)] {
-        for (n_valid, first_row) in [(columns, 0), (columns - columns / 5, 7), (0, 3)] {
-            let shape = Vocabulary { t, columns, n_valid, first_row };
-            cases.push(cases::cross_entropy_max(shape));
-            cases.push(cases::cross_entropy_sum(shape));
-            cases.push(cases::cross_entropy_gradient(shape));
-        }
-    }
-    for (t, rows, h, first_row) in [(0, 9, 4, 0), (1, 1, 3, 0), (50, 9, 33, 4), (400, 30, 129, 0)] {
-        let tokens: Vec<usize> = (0..t).map(|i| (i * i + 3 * i) % (rows + first_row + 2)).collect();
-        cases.push(cases::embed(tokens.clone(), (rows, h), first_row));
-        cases.push(cases::embed_backward(tokens, (rows, h), first_row));
-    }
-    for heads in HEADS {
-        for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
-            cases.push(cases::rope(t, heads, rotary_dims, Direction::Forward));
-            cases.push(cases::rope(t, heads, rotary_dims, Direction::Backward));
-        }
-    }
-    cases
-}
-
-fn attention_cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for heads in HEADS {
-        for starts in [vec![0, 1], vec![0, 3, 3, 10, 11, 45], vec![0, 131], vec![0, 64, 128, 193], vec![0, 17, 290]] {
-            cases.push(cases::attention(starts.clone(), heads));
-            cases.push(cases::attention_backward(starts, heads));
-        }
-        cases.push(cases::attention(vec![0, 0], heads));
-        cases.push(cases::attention_backward(vec![0, 0], heads));
-        cases.push(cases::attention_cached(&[(0, 0, 1)], (1, 1), heads));
-        cases.push(cases::attention_cached(&[(2, 5, 1), (0, 0, 9), (1, 200, 70), (3, 299, 1), (4, 7, 0)], (6, 300), heads));
-        let decode: Vec<_> = (0..37).map(|slot| (slot, 3 * slot, 1)).collect();
-        cases.push(cases::attention_cached(&decode, (37, 112), heads));
-    }
-    cases
-}
-
-fn fresh(case: &Case, dtype: DType) -> Vec<Tensor> {
-    let stream = Random::new(20, &format!("{} {}", case.operation, case.shape));
-    case.tensors(dtype, &|which, index| stream.normal(which << 40 | index))
-}
-
-/// Runs a case on every device and compares each output with the oracle and each input with itself.
-fn check(devices: &[Cpu], case: &Case, dtype: DType) {
-    let round = move |v: f64| match dtype {
-        DType::BF16 => f64::from(half::bf16::from_f32(v as f32).to_f32()),
-        _ => f64::from(v as f32),
-    };
-    let start = fresh(case, dtype);
-    let before: Vec<Vec<f64>> = start.iter().map(widened).collect();
-    let expected = (case.oracle)(&before, &round);
-    for device in devices {
-        let mut tensors: Vec<Tensor> = start.iter().map(duplicate).collect();
-        (case.run)(device, &mut tensors);
-        let mut expected = expected.iter();
-        for (at, arg) in case.args.iter().enumerate() {
-            let label = format!("{} {} {dtype:?} on {}, argument {at}", case.operation, case.shape, device.name());
-            let now = widened(&tensors[at]);
-            if arg.role == Role::Input {
-                assert!(now == before[at], "{label}: an input was changed");
-                continue;
-            }
-            let want = expected.next().expect("one expectation for each output");
-            assert_eq!(want.len(), now.len(), "{label}");
-            for (i, (now, want)) in now.iter().zip(want).enumerate() {
-                let unit = if tensors[at].dtype() == DType::BF16 { U_BF16 } else { U };
-                // Exact outputs (a copy, a maximum, a gathered row) get no allowance but the rounding of a narrower store.
-                let exact = want.bound == 0.0 && want.value == round(want.value);
-                let allowed = if exact { 0.0 } else { want.bound + unit * (want.value.abs() + want.bound) };
-                let equal = *now == want.value || (now - want.value).abs() <= allowed;
-                assert!(equal, "{label}, element {i}: {now} is not within {allowed:e} of {}", want.value);
-            }
-        }
-        assert!(expected.next().is_none());
-    }
-}
-
-/// The same elements in memory of their own.
-fn duplicate(x: &Tensor) -> Tensor {
-    let mut copy = Tensor::host(x.dims(), x.dtype(), None).expect("memory");
-    copy.bytes_mut().copy_from_slice(x.bytes());
-    copy
-}
 
 /// The device with every set of instructions that this processor has: the fallbacks are as right as the fast paths.
 fn devices() -> Vec<Cpu> {
@@ -168,31 +22,35 @@ fn devices() -> Vec<Cpu> {
     all.into_iter().filter(|isa| *isa <= Isa::detect()).map(Cpu::with_isa).collect()
 }
 
+fn check_all(case: &Case) {
+    for device in devices() {
+        check(&device, case, DType::F32);
+        check(&device, case, DType::BF16);
+    }
+}
+
 /// The value of every element is the formula's, within the rounding it is entitled to; assigned outputs start as NaN, so an element
 /// that is not written fails, and inputs must come back unchanged.
 #[test]
 fn matrix_products_match_the_oracle() {
-    for case in gemm_cases() {
-        check(&devices(), &case, DType::F32);
-        check(&devices(), &case, DType::BF16);
+    for case in check::gemm_cases() {
+        check_all(&case);
     }
 }
 
 /// As above, for everything that works on rows.
 #[test]
 fn row_operations_match_the_oracle() {
-    for case in row_cases() {
-        check(&devices(), &case, DType::F32);
-        check(&devices(), &case, DType::BF16);
+    for case in check::row_cases() {
+        check_all(&case);
     }
 }
 
 /// As above, for attention: tiles, diagonals and sequence ends are where it would break.
 #[test]
 fn attention_matches_the_oracle() {
-    for case in attention_cases() {
-        check(&devices(), &case, DType::F32);
-        check(&devices(), &case, DType::BF16);
+    for case in check::attention_cases() {
+        check_all(&case);
     }
 }
 

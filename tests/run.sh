@@ -22,14 +22,15 @@ part() { # NAME COMMAND..
   names+=("$name") outcomes+=("$outcome") seconds+=($((SECONDS - started)))
 }
 
-# The oracles of some tests are Python packages, kept apart from the system's, and so is CUDA's compiler (it needs no GPU).
+# The oracles of some tests are Python packages, kept apart from the system's, and so are CUDA's compilers (they need no GPU).
 install_all() {
   local packages=(numpy h5py safetensors sentencepiece protobuf) log=target/tests/pip.log
-  local cuda=(nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl)
+  local cuda=(nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-nvrtc)
   packages+=("${cuda[@]/%/==13.0.*}")
   bash slurm/install.sh tests || return 1
   if ! .venv/bin/python -c 'import numpy, h5py, safetensors, sentencepiece, google.protobuf' 2>/dev/null ||
-    ! compgen -G '.venv/lib/*/site-packages/nvidia/cu13/bin/nvcc' >/dev/null; then
+    ! compgen -G '.venv/lib/*/site-packages/nvidia/cu13/bin/nvcc' >/dev/null ||
+    ! compgen -G '.venv/lib/*/site-packages/nvidia/cu13/lib/libnvrtc.so.13' >/dev/null; then
     mkdir -p target/tests
     { python3 -m venv --clear .venv && .venv/bin/pip install --quiet "${packages[@]}"; } >$log 2>&1 || { tail -n 5 $log; return 1; }
     echo "installed ${packages[*]} into .venv"

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""PyTorch's train step on the shapes of benches/train_step.rs, as good as plain PyTorch makes it on CPU threads.
+"""PyTorch's train step on the shapes of benches/train_step.rs, as good as plain PyTorch makes it on CPU threads or a GPU.
 
     pip install torch
     python benches/peers/torch_train.py --size 30m --dtype bf16 --compile
+    python benches/peers/torch_train.py --device cuda --size 1b --dtype bf16 --seq-len 4096 --compile
 
 The Nemotron block (LayerNorm with 1 + gain and a bias, half the head rotated, grouped queries, squared ReLU, untied embeddings)
 out of scaled_dot_product_attention, layer_norm and fused AdamW. A step: forward, backward, clipping by the global norm, update
@@ -20,8 +21,12 @@ from torch import nn
 from torch.nn import functional
 
 # hidden, layers, query heads, kv heads, head dim, ffn, vocabulary
-SIZES = {"30m": (384, 10, 6, 2, 64, 1536, 16384), "120m": (768, 12, 12, 4, 64, 3072, 32000)}
-SEQ_LEN, N_SEQUENCES = 512, 4
+SIZES = {
+    "30m": (384, 10, 6, 2, 64, 1536, 16384),
+    "120m": (768, 12, 12, 4, 64, 3072, 32000),
+    "1b": (2048, 20, 16, 8, 128, 8192, 32000),
+    "1b-d192": (2304, 18, 12, 4, 192, 9216, 32000),
+}
 INIT_STD, EPS, ROPE_BASE = 0.02, 1e-5, 10000.0
 
 
@@ -38,10 +43,10 @@ class LayerNorm1P(nn.Module):
 class Rotary(nn.Module):
     """Rotates the first half of each head, pairs (i, i + n/2) of its n dims."""
 
-    def __init__(self, head_dim):
+    def __init__(self, head_dim, seq_len):
         super().__init__()
         n = head_dim // 2
-        angles = torch.outer(torch.arange(SEQ_LEN), ROPE_BASE ** (-torch.arange(0, n, 2) / n))
+        angles = torch.outer(torch.arange(seq_len), ROPE_BASE ** (-torch.arange(0, n, 2) / n))
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -72,10 +77,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, hidden, n_layers, n_heads, n_kv_heads, head_dim, ffn, vocab):
+    def __init__(self, hidden, n_layers, n_heads, n_kv_heads, head_dim, ffn, vocab, seq_len):
         super().__init__()
         self.embedding, self.head = nn.Embedding(vocab, hidden), nn.Linear(hidden, vocab, bias=False)
-        self.rotary = Rotary(head_dim)
+        self.rotary = Rotary(head_dim, seq_len)
         self.blocks = nn.ModuleList(Block(hidden, n_heads, n_kv_heads, head_dim, ffn) for _ in range(n_layers))
         self.norm = LayerNorm1P(hidden)
         for weight in self.parameters():
@@ -98,8 +103,11 @@ def adamw(model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=SIZES, default="30m")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="torch.compile the forward and its backward")
     parser.add_argument("--threads", type=int, help="default: one a core that this process may use")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
@@ -109,26 +117,28 @@ def main():
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     sizes = SIZES[args.size]
-    model = Decoder(*sizes)
+    model = Decoder(*sizes, args.seq_len).to(args.device)
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     optimizer, forward = adamw(model), torch.compile(model) if args.compile else model
-    sample = torch.randint(0, sizes[-1], (N_SEQUENCES, SEQ_LEN + 1))
+    sample = torch.randint(0, sizes[-1], (args.sequences, args.seq_len + 1), device=args.device)
     seconds, losses = [], []
     for _ in range(args.warmup + args.steps):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
             loss = forward(sample[:, :-1], sample[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        wait()
         seconds.append(time.perf_counter() - start)
     assert abs(losses[0] - math.log(sizes[-1])) < 1 and losses[-1] < losses[0], f"the model does not learn: {losses}"
     step_s = statistics.median(seconds[args.warmup:])
     result = {
         "peer": f"torch {torch.__version__}", "size": args.size, "dtype": args.dtype, "compile": args.compile,
-        "threads": torch.get_num_threads(), "n_params": sum(p.numel() for p in model.parameters()),
-        "step_s": round(step_s, 4), "tokens_per_s": round(N_SEQUENCES * SEQ_LEN / step_s, 1),
+        "device": args.device, "threads": torch.get_num_threads(), "n_params": sum(p.numel() for p in model.parameters()),
+        "step_s": round(step_s, 4), "tokens_per_s": round(args.sequences * args.seq_len / step_s, 1),
         "first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4),
     }
     print(json.dumps(result))

@@ -7,7 +7,6 @@ use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint;
 use trireme::cli;
 use trireme::comm::agree;
-use trireme::device::cpu::Cpu;
 use trireme::error::Result;
 use trireme::infer::generate::{self, Generator};
 use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
@@ -50,7 +49,7 @@ struct Args {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Where to compute
+    /// Where to compute: cpu or cuda (one GPU a rank)
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
 }
@@ -71,10 +70,11 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let prepared = agree(world, prepare(args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return Ok(()) };
     let groups = runtime.groups(prepared.layout);
-    let device = Cpu::new();
-    let chunk = agree(&*groups.world, load_chunk(&device, &prepared.stored, &groups, args.dtype))?;
+    let device = agree(&*groups.world, runtime.device())?;
+    let device = &*device;
+    let chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
     let generator = Generator {
-        device: &device,
+        device,
         groups: &groups,
         chunk: &chunk,
         eos_id: prepared.tokenizer.as_ref().and_then(Tokenizer::eos_id),

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::device::ceiling;
-use trireme::device::cpu::Cpu;
 use trireme::error::Result;
 use trireme::recipe::Pretrain;
 use trireme::runtime::{DeviceKind, Runtime};
@@ -32,7 +31,7 @@ struct Args {
     /// Run directory: checkpoints, metrics.jsonl, and a manifest when finished
     #[arg(long)]
     out: PathBuf,
-    /// Where to compute
+    /// Where to compute: cpu or cuda (one GPU a rank)
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
     /// Save and leave after this step, to be continued by the same command
@@ -55,16 +54,17 @@ fn run(args: &Args) -> Result<()> {
 fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
     let groups = runtime.groups(layout);
-    let device = Cpu::new();
+    let device = agree(&*groups.world, runtime.device())?;
+    let device = &*device;
     let stop = || runtime.stop_agreed(&*groups.world);
     let job = Job {
         recipe,
         groups: &groups,
-        device: &device,
+        device,
         out: &args.out,
         stop_after: args.stop_after,
         stop: &stop,
-        ceiling: &|dtype| ceiling::measure(&device, dtype),
+        ceiling: &|dtype| ceiling::measure(device, dtype),
     };
     let ended = pretrain::run(&job)?;
     if runtime.is_first() {

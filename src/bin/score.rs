@@ -8,7 +8,6 @@ use trireme::checkpoint::{self, Stored};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::data::h5;
-use trireme::device::cpu::Cpu;
 use trireme::error::Result;
 use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Scored, Sequence};
@@ -61,7 +60,7 @@ struct LogprobArgs {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Where to compute
+    /// Where to compute: cpu or cuda (one GPU a rank)
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
 }
@@ -84,9 +83,10 @@ fn score_logprobs(args: &LogprobArgs, runtime: &Runtime) -> Result<()> {
     let (stored, sequences, layout) = agree(world, prepare(args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(args, &stored))? else { return Ok(()) };
     let groups = runtime.groups(layout);
-    let device = Cpu::new();
-    let mut chunks = [agree(&*groups.world, load_chunk(&device, &stored, &groups, args.dtype))?];
-    let scored = agree(&*groups.world, score::logprobs(&device, &groups, &mut chunks, &sequences, args.batch_tokens))?;
+    let device = agree(&*groups.world, runtime.device())?;
+    let device = &*device;
+    let mut chunks = [agree(&*groups.world, load_chunk(device, &stored, &groups, args.dtype))?];
+    let scored = agree(&*groups.world, score::logprobs(device, &groups, &mut chunks, &sequences, args.batch_tokens))?;
     agree(&*groups.world, begun.commit_with(|writer| write(writer, &scored)))?;
     if runtime.is_first() {
         println!("{}: {} sequences", args.out.join("logprobs.jsonl").display(), scored.len());

@@ -183,7 +183,6 @@ impl Stored {
         let mut jobs = Vec::new();
         for (idx, want) in wanted.iter().enumerate() {
             assert_eq!(want.tensor.n_elements(), want.slice.n_elements(), "room for {} of {:?}", want.name, want.slice);
-            assert!(want.tensor.is_host(), "room for {} is not in host memory", want.name);
             let places = self.places(&want.name, &want.slice, want.tensor.dtype())?;
             jobs.extend(places.into_iter().map(|(shard, piece)| (shard, piece, idx)));
         }
@@ -297,12 +296,18 @@ fn copy_common(reader: &mut ShardReader, shard: &StoredShard, piece: usize, want
     let spec = &shard.pieces[piece].spec;
     let common = spec.slice.intersect(&want.slice).expect("chosen because they have something in common");
     let (stored, asked) = (spec.dtype.dtype(), want.tensor.dtype());
-    let out = want.tensor.bytes_mut();
+    let mut converted = Vec::new();
     for run in runs(&common, &spec.slice, &want.slice) {
         let mut at = run.to * asked.bytes();
         reader.read(piece, run.from * stored.bytes(), run.n * stored.bytes(), |bytes| {
             let n = bytes.len() / stored.bytes() * asked.bytes();
-            convert(bytes, stored, &mut out[at..at + n], asked);
+            if want.tensor.is_host() {
+                convert(bytes, stored, &mut want.tensor.bytes_mut()[at..at + n], asked);
+            } else {
+                converted.resize(n, 0);
+                convert(bytes, stored, &mut converted, asked);
+                want.tensor.write_bytes(at, &converted);
+            }
             at += n;
         })?;
     }

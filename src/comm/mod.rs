@@ -50,7 +50,7 @@ impl Recv<'_> {
     fn fill(self, message: &[u8]) {
         let (peer, tag, expected) = (self.peer, self.tag, self.tensor.n_bytes());
         assert!(message.len() == expected, "message of rank {peer}, tag {tag}: {} bytes, expected {expected}", message.len());
-        self.tensor.bytes_mut().copy_from_slice(message);
+        self.tensor.write_bytes(0, message);
     }
 }
 
@@ -138,7 +138,7 @@ pub trait Communicator: std::marker::Send + Sync {
     }
     /// The root's x on all ranks.
     fn broadcast(&self, x: &mut Tensor, root: usize) {
-        self.broadcast_bytes(x.bytes_mut(), root)
+        ordered::broadcast(self, x, root)
     }
     /// Values added in rank order; the same bits on every rank.
     fn sum_f64(&self, x: f64) -> f64 {

@@ -5,8 +5,9 @@
 //! so long messages travel in pieces; messages between two ranks with one tag do not overtake each other, which keeps the
 //! pieces in order.
 
+use super::ordered::on_host;
 use super::solo::Solo;
-use super::{Communicator, Pending, Recv, Send, Staging, UsePieces};
+use super::{Communicator, Pending, Recv, Send, Staging, StagingBuffer, UsePieces};
 use mpi::ffi;
 use std::os::raw::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -329,16 +330,33 @@ impl Communicator for Mpi {
 
     fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a> {
         let mut requests = Requests::default();
+        // What is not in host memory travels through it.
+        let copy = |send: &Send| (!send.tensor.is_host()).then(|| on_host(self, send.tensor));
+        let copies: Vec<Option<StagingBuffer>> = sends.iter().map(copy).collect();
+        let mut foreign = Vec::new();
         let calling = Calling::enter();
         for recv in recvs {
-            // SAFETY: the tensor is borrowed for as long as the pending value lives, whose wait completes the requests.
-            unsafe { self.post_recv(recv.peer, message_tag(recv.tag), recv.tensor.bytes_mut(), &mut requests) };
+            let (peer, tag) = (recv.peer, message_tag(recv.tag));
+            if recv.tensor.is_host() {
+                // SAFETY: the tensor is borrowed for as long as the pending value lives, whose wait completes the requests.
+                unsafe { self.post_recv(peer, tag, recv.tensor.bytes_mut(), &mut requests) };
+            } else {
+                let mut room = self.staging.take(recv.tensor.n_bytes());
+                // SAFETY: the memory of `room` stays where it is when its owner moves, and is released only after the wait.
+                unsafe { self.post_recv(peer, tag, room.bytes_mut(), &mut requests) };
+                foreign.push((recv, room));
+            }
         }
-        for send in sends {
-            // SAFETY: as above.
-            unsafe { self.post_send(send.peer, message_tag(send.tag), send.tensor.bytes(), &mut requests) };
+        for (send, copy) in sends.iter().zip(&copies) {
+            let bytes = copy.as_ref().map_or_else(|| send.tensor.bytes(), StagingBuffer::bytes);
+            // SAFETY: the tensor is borrowed and the copy kept, where it is, until the requests were waited for.
+            unsafe { self.post_send(send.peer, message_tag(send.tag), bytes, &mut requests) };
         }
         drop(calling);
-        Pending::until(move || requests.wait())
+        Pending::until(move || {
+            requests.wait();
+            drop(copies);
+            foreign.into_iter().for_each(|(recv, room)| recv.fill(room.bytes()));
+        })
     }
 }

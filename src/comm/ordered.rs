@@ -1,7 +1,10 @@
 //! Collectives on tensors from the byte primitives: pieces exchanged, then added in rank order (see the head of `comm`).
 //! Every element is x_0 + x_1 + .. in f32 with one rounding to the tensor's dtype, whichever way its bytes travelled.
+//!
+//! Tensors that are not in host memory travel through it, and their collectives are complete when they were started: all ranks
+//! start them in the same order, so that waiting at once cannot deadlock.
 
-use super::{Communicator, Pending, ReduceOp};
+use super::{Communicator, Pending, ReduceOp, StagingBuffer};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use rayon::prelude::*;
@@ -15,6 +18,13 @@ const LANE_BLOCK: usize = 1024;
 
 pub(super) fn start_all_gather<'a, C: Communicator + ?Sized>(comm: &'a C, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {
     check_division("all-gather", comm.size(), full, shard);
+    if !shard.is_host() || !full.is_host() {
+        let mine = on_host(comm, shard);
+        let mut all = comm.staging().take(full.n_bytes());
+        comm.start_all_gather_bytes(mine.bytes(), all.bytes_mut()).wait();
+        full.write_bytes(0, all.bytes());
+        return Pending::done();
+    }
     comm.start_all_gather_bytes(shard.bytes(), full.bytes_mut())
 }
 
@@ -22,6 +32,13 @@ pub(super) fn start_reduce_scatter<'a, C: Communicator + ?Sized>(comm: &'a C, fu
     check_division("reduce-scatter", comm.size(), full, shard);
     check_summable("reduce-scatter", full);
     let dtype = full.dtype();
+    if !shard.is_host() || !full.is_host() {
+        let all = on_host(comm, full);
+        let mut sum = comm.staging().take(shard.n_bytes());
+        comm.start_all_to_all_bytes(all.bytes(), Box::new(|pieces| combine(pieces, sum.bytes_mut(), dtype, ReduceOp::Sum))).wait();
+        shard.write_bytes(0, sum.bytes());
+        return Pending::done();
+    }
     let finish = move |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, ReduceOp::Sum);
     comm.start_all_to_all_bytes(full.bytes(), Box::new(finish))
 }
@@ -31,10 +48,36 @@ pub(super) fn all_reduce<C: Communicator + ?Sized>(comm: &C, x: &mut Tensor, op:
     if comm.size() == 1 {
         return;
     }
-    let dtype = x.dtype();
-    let n_large = if x.n_bytes() * comm.size() <= SMALL_BYTES { 0 } else { x.n_elements() / comm.size() * comm.size() };
+    if x.is_host() {
+        let dtype = x.dtype();
+        return all_reduce_bytes(comm, x.bytes_mut(), dtype, op);
+    }
+    let mut bytes = on_host(comm, x);
+    all_reduce_bytes(comm, bytes.bytes_mut(), x.dtype(), op);
+    x.write_bytes(0, bytes.bytes());
+}
+
+pub(super) fn broadcast<C: Communicator + ?Sized>(comm: &C, x: &mut Tensor, root: usize) {
+    if x.is_host() {
+        return comm.broadcast_bytes(x.bytes_mut(), root);
+    }
+    let mut bytes = on_host(comm, x);
+    comm.broadcast_bytes(bytes.bytes_mut(), root);
+    x.write_bytes(0, bytes.bytes());
+}
+
+/// A copy of a tensor's bytes on the host.
+pub(super) fn on_host<C: Communicator + ?Sized>(comm: &C, x: &Tensor) -> StagingBuffer {
+    let mut copy = comm.staging().take(x.n_bytes());
+    x.read_bytes(0, copy.bytes_mut());
+    copy
+}
+
+fn all_reduce_bytes<C: Communicator + ?Sized>(comm: &C, x: &mut [u8], dtype: DType, op: ReduceOp) {
+    let n_elements = x.len() / dtype.bytes();
+    let n_large = if x.len() * comm.size() <= SMALL_BYTES { 0 } else { n_elements / comm.size() * comm.size() };
     // What does not divide by the ranks, fewer elements than there are ranks, travels as a small one: no padded copy.
-    let (large, small) = x.bytes_mut().split_at_mut(n_large * dtype.bytes());
+    let (large, small) = x.split_at_mut(n_large * dtype.bytes());
     if !large.is_empty() {
         let mut shard = comm.staging().take(large.len() / comm.size());
         let finish = |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, op);

@@ -5,6 +5,7 @@
 //! as a test that hangs. Knows nothing of processes.
 
 use super::mailbox::Mailbox;
+use super::ordered::on_host;
 use super::solo::Solo;
 use super::{Communicator, Pending, Recv, Send, Staging, StagingBuffer, UsePieces};
 use std::any::Any;
@@ -289,7 +290,7 @@ impl Communicator for Threads {
 
     fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a> {
         for send in sends {
-            self.group.mailboxes[send.peer].put(self.rank, send.tag, self.copy(send.tensor.bytes()));
+            self.group.mailboxes[send.peer].put(self.rank, send.tag, on_host(self, send.tensor));
         }
         let mine = &self.group.mailboxes[self.rank];
         let tickets: Vec<_> = recvs.iter().map(|recv| mine.post(recv.peer, recv.tag)).collect();

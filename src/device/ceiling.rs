@@ -15,8 +15,12 @@ pub struct Ceiling {
     pub copy_bytes_per_s: f64,
 }
 
-/// Side of the product.
+/// Least side of the product.
 const SIDE: usize = 1536;
+/// Least time of the product, so that asking for it does not count: the side is doubled until it takes that long.
+const PRODUCT_S: f64 = 0.002;
+/// Most side of the product.
+const MOST_SIDE: usize = 12_288;
 /// Elements of the copy: far more than any cache.
 const COPY_ELEMENTS: usize = 1 << 25;
 /// Time for each of the two.
@@ -25,20 +29,33 @@ const BUDGET_S: f64 = 0.4;
 /// Measures; the best of several repetitions. Panics when the device has no memory for it.
 pub fn measure(device: &dyn Device, dtype: DType) -> Ceiling {
     let alloc = |shape: &[usize], dtype| device.alloc(shape, dtype).unwrap_or_else(|error| panic!("{error}"));
-    let noise = Random::new(1, "ceiling");
-    let values: Vec<f32> = (0..(SIDE * SIDE) as u64).map(|i| noise.uniform(i) as f32 - 0.5).collect();
-    let mut wide = alloc(&[SIDE, SIDE], DType::F32);
-    device.upload(bytemuck::cast_slice(&values), &mut wide);
-    let (mut a, mut b, mut out) = (alloc(&[SIDE, SIDE], dtype), alloc(&[SIDE, SIDE], dtype), alloc(&[SIDE, SIDE], dtype));
-    device.copy(&mut a, &wide);
-    device.copy(&mut b, &wide);
-    let gemm_s = best_s(device, &mut || device.gemm(&mut out, &a, &b, Gemm::NT));
+    let mut side = SIDE;
+    let gemm_s = loop {
+        let seconds = product_s(device, dtype, side);
+        if seconds >= PRODUCT_S || side >= MOST_SIDE {
+            break seconds;
+        }
+        side *= 2;
+    };
     let (from, mut to): (Tensor, Tensor) = (alloc(&[COPY_ELEMENTS], dtype), alloc(&[COPY_ELEMENTS], dtype));
     let copy_s = best_s(device, &mut || device.copy(&mut to, &from));
     Ceiling {
-        gemm_flops_per_s: 2.0 * (SIDE as f64).powi(3) / gemm_s,
+        gemm_flops_per_s: 2.0 * (side as f64).powi(3) / gemm_s,
         copy_bytes_per_s: (2 * COPY_ELEMENTS * dtype.bytes()) as f64 / copy_s,
     }
+}
+
+/// Seconds of a product of two square matrices of random numbers.
+fn product_s(device: &dyn Device, dtype: DType, side: usize) -> f64 {
+    let alloc = |dtype| device.alloc(&[side, side], dtype).unwrap_or_else(|error| panic!("{error}"));
+    let noise = Random::new(1, "ceiling");
+    let values: Vec<f32> = (0..(side * side) as u64).map(|i| noise.uniform(i) as f32 - 0.5).collect();
+    let mut wide = alloc(DType::F32);
+    device.upload(bytemuck::cast_slice(&values), &mut wide);
+    let (mut a, mut b, mut out) = (alloc(dtype), alloc(dtype), alloc(dtype));
+    device.copy(&mut a, &wide);
+    device.copy(&mut b, &wide);
+    best_s(device, &mut || device.gemm(&mut out, &a, &b, Gemm::NT))
 }
 
 fn best_s(device: &dyn Device, work: &mut dyn FnMut()) -> f64 {

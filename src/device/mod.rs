@@ -10,6 +10,7 @@
 
 pub mod ceiling;
 pub mod cpu;
+pub mod cuda;
 mod scratch;
 
 use crate::error::Result;

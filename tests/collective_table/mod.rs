@@ -4,16 +4,76 @@
 
 use half::bf16;
 use std::ops::Range;
+use std::sync::Mutex;
 use trireme::comm::{Communicator, Recv, ReduceOp, Send};
 use trireme::rng::Random;
-use trireme::tensor::{DType, Tensor};
+use trireme::tensor::{DType, ForeignMemory, Tensor};
 
 /// Element counts: fewer than ranks, odd, not a multiple of any number of ranks here, and past the sizes where an
 /// implementation may switch its method (64 KiB in all; 64 Ki elements a rank, summed in blocks by all cores).
 const SIZES: &[usize] = &[1, 2, 3, 7, 64, 1021, 5040, 30_011, 70_001];
 
-/// Runs the whole table on one communicator; panics at the first difference.
+/// Where the tensors lie.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Host,
+    /// In memory that can only be copied to and from.
+    Elsewhere,
+}
+
+/// Memory as a device has it.
+struct Far(Mutex<Vec<u8>>);
+
+impl ForeignMemory for Far {
+    fn read(&self, at: usize, host: &mut [u8]) {
+        host.copy_from_slice(&self.0.lock().unwrap()[at..at + host.len()]);
+    }
+    fn write(&self, at: usize, host: &[u8]) {
+        self.0.lock().unwrap()[at..at + host.len()].copy_from_slice(host);
+    }
+}
+
+/// A communicator and where the tensors are that it moves.
+struct Ranks<'a> {
+    comm: &'a dyn Communicator,
+    place: Place,
+}
+
+impl<'a> std::ops::Deref for Ranks<'a> {
+    type Target = dyn Communicator + 'a;
+    fn deref(&self) -> &Self::Target {
+        self.comm
+    }
+}
+
+impl Ranks<'_> {
+    fn place(&self, x: Tensor) -> Tensor {
+        match self.place {
+            Place::Host => x,
+            Place::Elsewhere => Tensor::foreign(x.dims(), x.dtype(), Box::new(Far(Mutex::new(x.bytes().to_vec())))),
+        }
+    }
+
+    fn tensor(&self, dtype: DType, values: &[f32]) -> Tensor {
+        self.place(tensor(dtype, values))
+    }
+
+    /// All ones: what an assigned result must not keep.
+    fn filled(&self, dtype: DType, n: usize) -> Tensor {
+        let mut tensor = Tensor::host(&[n], dtype, None).unwrap();
+        tensor.bytes_mut().fill(0xff);
+        self.place(tensor)
+    }
+}
+
+/// Runs the whole table on one communicator, with tensors in host memory and elsewhere; panics at the first difference.
 pub fn check_all(comm: &dyn Communicator) {
+    for place in [Place::Host, Place::Elsewhere] {
+        check_place(&Ranks { comm, place });
+    }
+}
+
+fn check_place(comm: &Ranks) {
     for dtype in [DType::F32, DType::BF16] {
         for &n in SIZES {
             check_all_reduce(comm, dtype, n);
@@ -57,13 +117,6 @@ fn tensor(dtype: DType, values: &[f32]) -> Tensor {
     }
 }
 
-/// All ones: what an assigned result must not keep.
-fn filled(dtype: DType, n: usize) -> Tensor {
-    let mut tensor = Tensor::host(&[n], dtype, None).unwrap();
-    tensor.bytes_mut().fill(0xff);
-    tensor
-}
-
 fn rounded(dtype: DType, x: f32) -> f32 {
     if dtype == DType::BF16 { bf16::from_f32(x).to_f32() } else { x }
 }
@@ -85,47 +138,47 @@ fn combined(what: &str, dtype: DType, op: ReduceOp, n_ranks: usize, part: Range<
 
 fn assert_same(found: &Tensor, expected: &Tensor, what: &str) {
     assert_eq!(found.dims(), expected.dims(), "{what}");
-    let first = found.bytes().iter().zip(expected.bytes()).position(|(a, b)| a != b);
+    let first = found.host_bytes().iter().zip(&*expected.host_bytes()).position(|(a, b)| a != b);
     let element = first.map(|byte| byte / found.dtype().bytes());
     assert!(element.is_none(), "{what}: {found:?} differs first in element {element:?}");
 }
 
-fn check_all_reduce(comm: &dyn Communicator, dtype: DType, n: usize) {
+fn check_all_reduce(comm: &Ranks, dtype: DType, n: usize) {
     for op in [ReduceOp::Sum, ReduceOp::Max] {
         let what = format!("all-reduce {op:?} {dtype:?} {n}");
-        let mut x = tensor(dtype, &values(&what, comm.rank(), n));
+        let mut x = comm.tensor(dtype, &values(&what, comm.rank(), n));
         comm.all_reduce(&mut x, op);
         assert_same(&x, &combined(&what, dtype, op, comm.size(), 0..n), &what);
     }
 }
 
-fn check_reduce_scatter(comm: &dyn Communicator, dtype: DType, n: usize) {
+fn check_reduce_scatter(comm: &Ranks, dtype: DType, n: usize) {
     let what = format!("reduce-scatter {dtype:?} {n} rows a rank");
-    let full = tensor(dtype, &values(&what, comm.rank(), n * comm.size()));
-    let mut shard = filled(dtype, n);
+    let full = comm.tensor(dtype, &values(&what, comm.rank(), n * comm.size()));
+    let mut shard = comm.filled(dtype, n);
     comm.reduce_scatter(&full, &mut shard);
     let mine = comm.rank() * n..(comm.rank() + 1) * n;
     assert_same(&shard, &combined(&what, dtype, ReduceOp::Sum, comm.size(), mine), &what);
 }
 
-fn check_all_gather(comm: &dyn Communicator, dtype: DType, n: usize) {
+fn check_all_gather(comm: &Ranks, dtype: DType, n: usize) {
     let what = format!("all-gather {dtype:?} {n}");
-    let mut full = filled(dtype, n * comm.size());
-    comm.all_gather(&tensor(dtype, &values(&what, comm.rank(), n)), &mut full);
+    let mut full = comm.filled(dtype, n * comm.size());
+    comm.all_gather(&comm.tensor(dtype, &values(&what, comm.rank(), n)), &mut full);
     let expected: Vec<f32> = (0..comm.size()).flat_map(|rank| values(&what, rank, n)).collect();
     assert_same(&full, &tensor(dtype, &expected), &what);
 }
 
-fn check_broadcast(comm: &dyn Communicator, dtype: DType, n: usize) {
+fn check_broadcast(comm: &Ranks, dtype: DType, n: usize) {
     for root in [0, comm.size() / 2, comm.size() - 1] {
         let what = format!("broadcast {dtype:?} {n} of {root}");
-        let mut x = tensor(dtype, &values(&what, comm.rank(), n));
+        let mut x = comm.tensor(dtype, &values(&what, comm.rank(), n));
         comm.broadcast(&mut x, root);
         assert_same(&x, &tensor(dtype, &values(&what, root, n)), &what);
     }
 }
 
-fn check_numbers(comm: &dyn Communicator) {
+fn check_numbers(comm: &Ranks) {
     let number = |rank: usize| f64::from(values("numbers", rank, 1)[0]) / 3.0;
     let all: Vec<f64> = (0..comm.size()).map(number).collect();
     assert_eq!(comm.gather_f64(number(comm.rank())), all);
@@ -133,7 +186,7 @@ fn check_numbers(comm: &dyn Communicator) {
     assert_eq!(comm.sum_f64(number(comm.rank())).to_bits(), sum.to_bits());
 }
 
-fn check_gather_variable(comm: &dyn Communicator) {
+fn check_gather_variable(comm: &Ranks) {
     let text = |rank: usize| (0..rank * 37 % 101).map(|i| (i + rank) as u8).collect::<Vec<u8>>();
     let all: Vec<Vec<u8>> = (0..comm.size()).map(text).collect();
     assert_eq!(comm.gather_variable(&text(comm.rank())), all);
@@ -143,12 +196,12 @@ fn check_gather_variable(comm: &dyn Communicator) {
 }
 
 /// Several collectives and messages under way at once, waited for in another order than they were started in.
-fn check_overlapping(comm: &dyn Communicator) {
+fn check_overlapping(comm: &Ranks) {
     let (n, rank, size) = (4099, comm.rank(), comm.size());
-    let shards: Vec<Tensor> = ["a", "b"].iter().map(|what| tensor(DType::F32, &values(what, rank, n))).collect();
-    let wide = tensor(DType::BF16, &values("c", rank, n * size));
-    let (mut full_a, mut full_b) = (filled(DType::F32, n * size), filled(DType::F32, n * size));
-    let (mut sum, mut from_left) = (filled(DType::BF16, n), filled(DType::F32, n));
+    let shards: Vec<Tensor> = ["a", "b"].iter().map(|what| comm.tensor(DType::F32, &values(what, rank, n))).collect();
+    let wide = comm.tensor(DType::BF16, &values("c", rank, n * size));
+    let (mut full_a, mut full_b) = (comm.filled(DType::F32, n * size), comm.filled(DType::F32, n * size));
+    let (mut sum, mut from_left) = (comm.filled(DType::BF16, n), comm.filled(DType::F32, n));
     {
         let gather_a = comm.start_all_gather(&shards[0], &mut full_a);
         let scatter = comm.start_reduce_scatter(&wide, &mut sum);
@@ -172,7 +225,7 @@ fn check_overlapping(comm: &dyn Communicator) {
 
 /// Between each pair of ranks, in both directions at once and to itself: two tags, two messages a tag; sent in one order of
 /// tags, received in the other, and the second receive of a tag waited for before the first.
-fn check_messages(comm: &dyn Communicator) {
+fn check_messages(comm: &Ranks) {
     let (rank, size) = (comm.rank(), comm.size());
     let (long, short) = (70_001, 3);
     let message = |from: usize, to: usize, tag: u32, number: usize| {
@@ -181,8 +234,8 @@ fn check_messages(comm: &dyn Communicator) {
     };
     for distance in 0..size {
         let (to, from) = ((rank + distance) % size, (rank + size - distance) % size);
-        let out: Vec<[Tensor; 2]> = [0, 1].map(|number| [9, 4].map(|tag| message(rank, to, tag, number))).into();
-        let mut into: Vec<[Tensor; 2]> = [0, 1].map(|_| [filled(DType::F32, short), filled(DType::F32, long)]).into();
+        let out: Vec<[Tensor; 2]> = [0, 1].map(|number| [9, 4].map(|tag| comm.place(message(rank, to, tag, number)))).into();
+        let mut into: Vec<[Tensor; 2]> = [0, 1].map(|_| [comm.filled(DType::F32, short), comm.filled(DType::F32, long)]).into();
         {
             let mut pending = Vec::new();
             for (out, into) in out.iter().zip(&mut into) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use trireme::comm::{Groups, threads};
 use trireme::device::ceiling::Ceiling;
 use trireme::device::cpu::Cpu;
-use trireme::device::{Activation, NormKind};
+use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{Batch, Checkpoint, Data, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train};
@@ -102,13 +102,18 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
 
 /// Runs the recipe on as many threads as its layout has ranks.
 pub fn train(recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<Ended> {
+    train_on(&|| Box::new(Cpu::new()), recipe, out, stop_after)
+}
+
+/// The same, with these devices.
+pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<Ended> {
     let world = recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.dp.unwrap_or(1);
     let results = threads::run(world, |world| {
         let layout = recipe.check(world.size())?;
         let groups = Groups::new(world, layout);
-        let device = Cpu::new();
+        let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
-        pretrain::run(&Job { recipe, groups: &groups, device: &device, out, stop_after, stop: &|| false, ceiling: &ceiling })
+        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, stop: &|| false, ceiling: &ceiling })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");

@@ -1,0 +1,225 @@
+//! Matrix products by cuBLASLt: row-major operands handed over in its column-major terms, the algorithm chosen once a shape.
+
+use super::backend::Matrix;
+use crate::device::{Gemm, Store};
+use crate::error::{Error, Kind, Result};
+use crate::tensor::DType;
+use cudarc::cublaslt::{result, sys};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Mutex;
+
+/// What the library may use beside the operands: its recommendation for Hopper.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+/// The largest alignment it asks about.
+const MOST_ALIGNMENT: u32 = 256;
+
+/// One operand as the library sees it: a row-major [rows, columns] is its column-major [columns, rows].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Operand {
+    rows: usize,
+    columns: usize,
+    bf16: bool,
+    transposed: bool,
+    alignment: u32,
+}
+
+impl Operand {
+    fn of(matrix: &Matrix, transposed: bool) -> Operand {
+        let alignment = 1u32 << matrix.address.trailing_zeros().min(MOST_ALIGNMENT.trailing_zeros());
+        Operand { rows: matrix.columns, columns: matrix.rows, bf16: matrix.dtype == DType::BF16, transposed, alignment }
+    }
+}
+
+/// The product out^T = op(b)^T op(a)^T, all column-major: the first operand is b, the second a.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Product {
+    first: Operand,
+    second: Operand,
+    out: Operand,
+}
+
+impl Product {
+    fn of(out: &Matrix, a: &Matrix, b: &Matrix, how: Gemm) -> Product {
+        Product { first: Operand::of(b, how.trans_b), second: Operand::of(a, how.trans_a), out: Operand::of(out, false) }
+    }
+}
+
+/// Descriptors of a product and the algorithm for it.
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    first: sys::cublasLtMatrixLayout_t,
+    second: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// The library, with the plans made so far. Plans live as long as it.
+pub struct Blas {
+    handle: sys::cublasLtHandle_t,
+    plans: Mutex<HashMap<Product, Plan>>,
+}
+
+// SAFETY: a handle of cuBLASLt may be used by several threads; plans are used under the lock.
+unsafe impl Send for Blas {}
+// SAFETY: as above.
+unsafe impl Sync for Blas {}
+
+/// Err when there is no cuBLASLt on this machine.
+pub fn check_present() -> Result<()> {
+    // SAFETY: only opens a library.
+    if unsafe { sys::is_culib_present() } {
+        return Ok(());
+    }
+    let wrong = "no CUDA matrix library: libcublasLt.so.13 was not found on this machine";
+    Err(Error::recipe(wrong).remedy("install CUDA 13 or add its lib64 to LD_LIBRARY_PATH, or run with --device cpu"))
+}
+
+impl Blas {
+    /// Opens the library, which is present, in the context of the calling thread.
+    pub fn new() -> Result<Blas> {
+        let handle = result::create_handle().map_err(|error| Error::new(Kind::Other, format!("cuBLASLt does not start: {error}")))?;
+        Ok(Blas { handle, plans: Mutex::default() })
+    }
+
+    /// out = or += op(a) op(b) on a stream, with WORKSPACE_BYTES at `workspace`.
+    ///
+    /// # Safety
+    /// The matrices and the workspace are memory of the calling thread's context, which is the handle's; the stream is of it.
+    pub unsafe fn gemm(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, workspace: u64, stream: sys::cudaStream_t) {
+        let product = Product::of(&out, &a, &b, how);
+        let mut plans = self.plans.lock().expect("no panic while holding the plans");
+        let plan = plans.entry(product).or_insert_with(|| {
+            let plan = Plan::new(self.handle, &product);
+            plan.unwrap_or_else(|error| panic!("cuBLASLt has no algorithm for {out:?} = {a:?} x {b:?}, {how:?}: {error}"))
+        });
+        let alpha = 1.0f32;
+        let beta = if how.out == Store::Accumulate { 1.0f32 } else { 0.0 };
+        let at = |address: u64| address as *const c_void;
+        // SAFETY: descriptors and algorithm were made for these sizes; scalars are read during the call; memory as promised.
+        let done = unsafe {
+            result::matmul(
+                self.handle,
+                plan.product,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                at(b.address),
+                plan.first,
+                at(a.address),
+                plan.second,
+                at(out.address),
+                plan.out,
+                out.address as *mut c_void,
+                plan.out,
+                &plan.algorithm,
+                workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream,
+            )
+        };
+        done.unwrap_or_else(|error| panic!("gemm {out:?} = {a:?} x {b:?}, {how:?}: {error}"));
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: the handle is destroyed once. The plans' descriptors are plain host memory that ends with the process.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+fn layout(operand: &Operand) -> std::result::Result<sys::cublasLtMatrixLayout_t, result::CublasError> {
+    let of_type = if operand.bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
+    result::create_matrix_layout(of_type, operand.rows as u64, operand.columns as u64, operand.rows as i64)
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, of: &Product) -> std::result::Result<Plan, result::CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
+        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
+        for (name, operand) in [(CUBLASLT_MATMUL_DESC_TRANSA, &of.first), (CUBLASLT_MATMUL_DESC_TRANSB, &of.second)] {
+            // cublasOperation_t: 0 as it is, 1 transposed.
+            let operation = i32::from(operand.transposed);
+            // SAFETY: a live descriptor; the value has the attribute's size.
+            unsafe { result::set_matmul_desc_attribute(product, name, (&raw const operation).cast(), size_of::<i32>())? };
+        }
+        let (first, second, out) = (layout(&of.first)?, layout(&of.second)?, layout(&of.out)?);
+        let preference = result::create_matmul_pref()?;
+        let set = |name, value: *const c_void, bytes| {
+            // SAFETY: a live preference; the value has the attribute's size.
+            unsafe { result::set_matmul_pref_attribute(preference, name, value, bytes) }
+        };
+        set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const WORKSPACE).cast(), size_of::<usize>())?;
+        // Views of rows begin anywhere; the library would count on 256 bytes.
+        for (name, alignment) in [
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &of.first.alignment),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &of.second.alignment),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &of.out.alignment),
+            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &of.out.alignment),
+        ] {
+            set(name, std::ptr::from_ref(alignment).cast(), size_of::<u32>())?;
+        }
+        // SAFETY: live descriptors of one product.
+        let chosen = unsafe { result::get_matmul_algo_heuristic(handle, product, first, second, out, out, preference) };
+        // SAFETY: made above, destroyed once.
+        unsafe { result::destroy_matmul_pref(preference)? };
+        Ok(Plan { product, first, second, out, algorithm: chosen?.algo })
+    }
+}
+
+/// In memory, to be pointed at.
+static WORKSPACE: usize = WORKSPACE_BYTES;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Element (i, j) of op(operand) in column-major terms, as cuBLASLt reads memory.
+    fn element(memory: &[f64], operand: &Operand, i: usize, j: usize) -> f64 {
+        let (row, column) = if operand.transposed { (j, i) } else { (i, j) };
+        memory[column * operand.rows + row]
+    }
+
+    /// The column-major product that is asked for is the row-major one that is wanted, for every transposition: a swapped operand
+    /// or leading dimension would be seen only on a GPU.
+    #[test]
+    fn products_are_the_same_in_column_major_terms() {
+        let (m, n, k) = (3, 5, 4);
+        let tt = Gemm { trans_a: true, ..Gemm::NT };
+        for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
+            let matrix = |rows, columns| Matrix { address: 512, rows, columns, dtype: DType::F32 };
+            let a = if how.trans_a { matrix(k, m) } else { matrix(m, k) };
+            let b = if how.trans_b { matrix(n, k) } else { matrix(k, n) };
+            let out = matrix(m, n);
+            let values = |seed: usize, n: usize| (0..n).map(|i| ((i * i + seed * i) % 17) as f64).collect::<Vec<f64>>();
+            let (x, y) = (values(3, m * k), values(5, k * n));
+            let product = Product::of(&out, &a, &b, how);
+            let mut found = vec![0.0; m * n];
+            assert_eq!((product.out.rows, product.out.columns), (n, m));
+            for i in 0..n {
+                for j in 0..m {
+                    let terms = (0..k).map(|l| element(&y, &product.first, i, l) * element(&x, &product.second, l, j));
+                    found[j * product.out.rows + i] = terms.sum::<f64>();
+                }
+            }
+            for i in 0..m {
+                for j in 0..n {
+                    let at_a = |l: usize| if how.trans_a { x[l * m + i] } else { x[i * k + l] };
+                    let at_b = |l: usize| if how.trans_b { y[j * k + l] } else { y[l * n + j] };
+                    let wanted: f64 = (0..k).map(|l| at_a(l) * at_b(l)).sum();
+                    assert_eq!(found[i * n + j], wanted, "{how:?} at {i}, {j}");
+                }
+            }
+        }
+    }
+
+    /// The alignment told is never more than the address has: a kernel chosen for more would fault on views of rows.
+    #[test]
+    fn alignment_is_that_of_the_address() {
+        for (address, alignment) in [(512, 256), (256, 256), (528, 16), (514, 2), (1 << 40, 256)] {
+            let matrix = Matrix { address, rows: 1, columns: 1, dtype: DType::BF16 };
+            assert_eq!(Operand::of(&matrix, false).alignment, alignment);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The CUDA device: every operation is a launch of kernels from `kernels/` or a product of cuBLASLt.
+//!
+//! One file a noun, named as the file of kernels it launches: `norm.rs` launches `kernels/norm.cu`. The mathematics stands
+//! in `device`, the reading copy of it in `device::cpu`. This folder knows nothing of models, ranks or files.
+
+mod activation;
+mod adamw;
+mod attention;
+pub mod backend;
+mod blas;
+mod compile;
+mod cross_entropy;
+mod driver;
+mod elementwise;
+mod embedding;
+mod grid;
+mod matmul;
+mod norm;
+mod operations;
+mod rope;
+
+use crate::error::Result;
+use crate::tensor::{ForeignMemory, Tensor};
+use backend::{Arg, Backend};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The device.
+pub struct Cuda {
+    backend: Arc<dyn Backend>,
+    use_of_memory: Arc<Use>,
+}
+
+/// Live and peak memory.
+#[derive(Default)]
+struct Use {
+    live_bytes: AtomicUsize,
+    peak_bytes: AtomicUsize,
+    n_tensors: AtomicUsize,
+}
+
+/// Memory of a tensor; goes back to the backend with the tensor's last view.
+struct Memory {
+    address: u64,
+    bytes: usize,
+    backend: Arc<dyn Backend>,
+    counted_in: Arc<Use>,
+}
+
+impl Memory {
+    fn new(cuda: &Cuda, bytes: usize) -> Option<Memory> {
+        let address = cuda.backend.alloc(bytes)?;
+        let live = cuda.use_of_memory.live_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        cuda.use_of_memory.peak_bytes.fetch_max(live, Ordering::Relaxed);
+        Some(Memory { address, bytes, backend: Arc::clone(&cuda.backend), counted_in: Arc::clone(&cuda.use_of_memory) })
+    }
+}
+
+impl ForeignMemory for Memory {
+    fn read(&self, at: usize, host: &mut [u8]) {
+        assert!(at + host.len() <= self.bytes, "{} bytes from {at} of {}", host.len(), self.bytes);
+        self.backend.download(self.address + at as u64, host);
+    }
+
+    fn write(&self, at: usize, host: &[u8]) {
+        assert!(at + host.len() <= self.bytes, "{} bytes from {at} of {}", host.len(), self.bytes);
+        self.backend.upload(host, self.address + at as u64);
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.counted_in.live_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.backend.free(self.address, self.bytes);
+    }
+}
+
+/// Device memory of one call, free again after the work that uses it.
+pub(crate) struct Workspace(Memory);
+
+impl Workspace {
+    /// Its address.
+    pub(crate) fn address(&self) -> u64 {
+        self.0.address
+    }
+
+    /// Its address as an argument.
+    pub(crate) fn arg(&self) -> Arg {
+        self.arg_at(0)
+    }
+
+    /// The address of a byte of it as an argument.
+    pub(crate) fn arg_at(&self, byte: usize) -> Arg {
+        Arg::Address(self.0.address + byte as u64)
+    }
+}
+
+/// Each tensor as `n_rows` rows of `row_len` elements.
+fn assert_rows(what: &str, tensors: &[&Tensor], n_rows: usize, row_len: usize) {
+    for tensor in tensors {
+        assert!(tensor.n_rows() == n_rows && tensor.row_len() == row_len, "{what}: {tensor:?} is not [{n_rows}, {row_len}]");
+    }
+}
+
+/// Starts of sequences and their end as the trait says.
+fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
+    let ends = (starts.first(), starts.last());
+    assert!(ends == (Some(&0), Some(&n_tokens)) && starts.is_sorted(), "{what}: sequence starts {starts:?} of {n_tokens} tokens");
+}
+
+impl Cuda {
+    /// Err, in one line with what to do, when CUDA cannot be used on this machine.
+    pub fn check_machine() -> Result<()> {
+        driver::count().map(|_| ())
+    }
+
+    /// The GPU of this rank: those of the machine in turn. Err when CUDA cannot be used here.
+    pub fn open(local_rank: usize) -> Result<Cuda> {
+        let n_devices = driver::count()?;
+        Ok(Cuda::with_backend(Arc::new(driver::Driver::open(local_rank % n_devices)?)))
+    }
+
+    /// The device over a machine.
+    pub fn with_backend(backend: Arc<dyn Backend>) -> Cuda {
+        Cuda { backend, use_of_memory: Arc::default() }
+    }
+
+    /// The first element of a tensor that this device made.
+    fn address(tensor: &Tensor) -> u64 {
+        let memory = tensor.foreign_handle().and_then(|handle| handle.downcast_ref::<Memory>());
+        memory.expect("a tensor of this device").address + tensor.offset_bytes() as u64
+    }
+
+    /// A tensor to read, as an argument.
+    pub(crate) fn arg(tensor: &Tensor) -> Arg {
+        Arg::Address(Cuda::address(tensor))
+    }
+
+    /// A tensor to write, as an argument.
+    pub(crate) fn arg_mut(tensor: &mut Tensor) -> Arg {
+        Arg::Address(Cuda::address(tensor))
+    }
+
+    /// Memory for one call. Panics when there is none left.
+    pub(crate) fn workspace(&self, bytes: usize) -> Workspace {
+        let memory = Memory::new(self, bytes);
+        Workspace(memory.unwrap_or_else(|| panic!("no {bytes} bytes of device memory for a workspace")))
+    }
+
+    /// A table for one call, in device memory.
+    pub(crate) fn table<T: bytemuck::NoUninit>(&self, rows: &[T]) -> Workspace {
+        let bytes: &[u8] = bytemuck::cast_slice(rows);
+        let table = self.workspace(bytes.len());
+        self.backend.upload(bytes, table.0.address);
+        table
+    }
+}

@@ -1,0 +1,158 @@
+//! The CUDA device on a GPU: the whole table of operations, sums whose bits come twice, and models held to the numbers of
+//! transformers. Without a GPU each test says so and passes, unless TRIREME_NEEDS_GPU is set (tests/gpu.sh sets it).
+
+#[allow(dead_code)] // the bench reads more of it
+#[path = "operations/cases.rs"]
+mod cases;
+#[path = "operations/check.rs"]
+mod check;
+#[path = "golden_runs/mod.rs"]
+mod golden_runs;
+#[path = "operations/oracle.rs"]
+mod oracle;
+
+use trireme::device::cuda::Cuda;
+
+/// The first GPU of this machine.
+fn gpu() -> Option<Cuda> {
+    match Cuda::open(0) {
+        Ok(cuda) => Some(cuda),
+        Err(error) => {
+            assert!(std::env::var_os("TRIREME_NEEDS_GPU").is_none(), "{error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+mod operations {
+    use crate::cases::{self, Case, Kind, Vocabulary};
+    use crate::{check, gpu};
+    use trireme::device::cuda::Cuda;
+    use trireme::device::{Activation, Device, Gemm};
+    use trireme::tensor::{DType, Tensor};
+
+    fn check_all(cases: Vec<Case>) {
+        let Some(cuda) = gpu() else { return };
+        for case in cases {
+            check::check(&cuda, &case, DType::F32);
+            check::check(&cuda, &case, DType::BF16);
+        }
+        assert_eq!(cuda.memory().live_bytes, 0);
+    }
+
+    /// Every element is the formula's within the rounding it is entitled to; outputs start as NaN, inputs must come back unchanged.
+    #[test]
+    fn matrix_products_match_the_oracle() {
+        check_all(check::gemm_cases());
+    }
+
+    /// As above, for everything that works on rows, and rows of every form of the norms' kernels.
+    #[test]
+    fn row_operations_match_the_oracle() {
+        let mut list = check::row_cases();
+        for columns in [8, 4096, 8192 + 24, 12_289, 18_432] {
+            list.push(cases::norm(true, (2, columns)));
+            list.push(cases::add_norm(false, (2, columns)));
+            list.push(cases::norm_backward(true, (19, columns)));
+        }
+        check_all(list);
+    }
+
+    /// As above, for attention.
+    #[test]
+    fn attention_matches_the_oracle() {
+        check_all(check::attention_cases());
+    }
+
+    /// Outputs as bytes.
+    fn outputs(cuda: &Cuda, case: &Case, dtype: DType) -> Vec<Vec<u8>> {
+        let host = check::fresh(case, dtype);
+        let upload = |x: &Tensor| {
+            let mut copy = cuda.alloc(x.dims(), x.dtype()).unwrap();
+            cuda.upload(x.bytes(), &mut copy);
+            copy
+        };
+        let mut tensors: Vec<Tensor> = host.iter().map(upload).collect();
+        (case.run)(cuda, &mut tensors);
+        tensors.iter().map(|tensor| tensor.host_bytes().to_vec()).collect()
+    }
+
+    /// Sums that many blocks work on give the same bits each time: an atomic, a race or a missing barrier would not. The sizes fill the
+    /// GPU several times over.
+    #[test]
+    fn the_same_bits_come_twice() {
+        let Some(cuda) = gpu() else { return };
+        let heads = (8, 2, 128);
+        let wide = Vocabulary { t: 300, columns: 20_011, n_valid: 20_000, first_row: 0 };
+        let tokens: Vec<usize> = (0..4000).map(|i| i * i % 17).collect();
+        let list = [
+            cases::norm_backward(true, (5000, 4096)),
+            cases::embed_backward(tokens, (13, 1024), 2),
+            cases::attention(vec![0, 1000, 4001], heads),
+            cases::attention_backward(vec![0, 1000, 2001], heads),
+            cases::attention_cached(&[(0, 2500, 90), (2, 17, 1), (1, 0, 33)], (3, 3500), heads),
+            cases::activation(Activation::Swiglu, (3001, 385)),
+            cases::cross_entropy_sum(wide),
+            cases::gemm(Gemm::TN.accumulate(), (515, 1032, 4096), Kind::F32),
+        ];
+        for case in &list {
+            for dtype in [DType::F32, DType::BF16] {
+                let first = outputs(&cuda, case, dtype);
+                for _ in 0..5 {
+                    assert!(outputs(&cuda, case, dtype) == first, "{} {} {dtype:?}", case.operation, case.shape);
+                }
+            }
+        }
+    }
+}
+
+mod model {
+    use crate::golden_runs::{Allowed, Golden, How, VARIANTS, assert_trained_like, layouts, logits, relative, train_under};
+    use crate::gpu;
+    use trireme::device::Device;
+    use trireme::parallel::layout::ParallelLayout;
+    use trireme::tensor::DType;
+
+    fn cuda() -> Box<dyn Device> {
+        Box::new(gpu().expect("asked for before"))
+    }
+
+    /// Logits through the KV cache, at once and token by token, with the tolerances of tests/model_goldens.rs, where they are derived.
+    #[test]
+    fn logits_equal_transformers() {
+        if gpu().is_none() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        for variant in VARIANTS {
+            let golden = Golden::open(variant, tmp.path());
+            for (dtype, allowed) in [(DType::F32, 5.0 * 7e-7), (DType::BF16, 3e-2)] {
+                let error = relative(&logits(&golden, &*cuda(), dtype), &golden.tensors["logits"].1);
+                assert!(error <= allowed, "{variant} {dtype:?}: logits differ by {error:.2e}, allowed {allowed:.2e}");
+            }
+        }
+    }
+
+    /// Loss, every gradient and the weights after three clipped AdamW steps, on one rank and under every layout whose ranks share the
+    /// GPU; tolerances as above.
+    #[test]
+    fn training_equals_transformers() {
+        if gpu().is_none() {
+            return;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        for variant in VARIANTS {
+            let golden = Golden::open(variant, tmp.path());
+            for layout in layouts(&golden) {
+                let trained = train_under(&golden, &cuda, How { layout, dtype: DType::F32 }, tmp.path());
+                let allowed = Allowed { loss: 5e-7, later_losses: 5e-6, gradient: 1e-5, weights: Some(2e-5) };
+                assert_trained_like(&golden, &trained, &allowed, &format!("{variant} f32 {layout:?}"));
+            }
+            let how = How { layout: ParallelLayout::SINGLE, dtype: DType::BF16 };
+            let trained = train_under(&golden, &cuda, how, tmp.path());
+            let allowed = Allowed { loss: 1.5e-2, later_losses: 1.5e-2, gradient: 6e-2, weights: None };
+            assert_trained_like(&golden, &trained, &allowed, &format!("{variant} bf16"));
+        }
+    }
+}

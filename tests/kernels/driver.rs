@@ -1,0 +1,99 @@
+//! The backend that a GPU would have, on libraries that stand in for CUDA's (stand_in.c): which calls it makes, in which order,
+//! with which arguments. What a GPU does with them is not tested here.
+
+use crate::cases::{self, Kind};
+use crate::check::check;
+use std::path::Path;
+use std::process::Command;
+use trireme::device::cuda::Cuda;
+use trireme::device::{Device, Gemm, Heads};
+use trireme::tensor::DType;
+
+/// Set in the process that finds the stand-ins in its library path.
+const INSIDE: &str = "TRIREME_TEST_STAND_IN";
+
+/// On the stand-ins. The fourth rank of a machine with two GPUs.
+fn use_the_device() {
+    let cuda = Cuda::open(3).unwrap();
+    assert_eq!(cuda.name(), "cuda, stand-in, 132 processors");
+    let tt = Gemm { trans_a: true, ..Gemm::NT };
+    for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
+        for how in [how, how.accumulate()] {
+            check(&cuda, &cases::gemm(how, (5, 7, 3), Kind::F32), DType::F32);
+            check(&cuda, &cases::gemm(how, (5, 7, 3), Kind::F32), DType::BF16);
+        }
+    }
+    let heads = Heads { query: 4, kv: 2, dim: 128 };
+    let qkv = cuda.alloc(&[70, heads.qkv_columns()], DType::BF16).unwrap();
+    assert!(qkv.host_bytes().iter().all(|byte| *byte == 0));
+    let (mut out, mut lse) = (cuda.alloc(&[70, 512], DType::BF16).unwrap(), cuda.alloc(&[4, 70], DType::F32).unwrap());
+    for _ in 0..2 {
+        cuda.attention(&mut out, &mut lse, &qkv, &[0, 70], heads);
+    }
+    // More uploads than the driver has room for at once, and one that is larger than the room; all from memory that is gone at once.
+    for n in [200_000, 3 << 20] {
+        let mut all: Vec<_> = (0..9).map(|_| cuda.alloc(&[n], DType::U32).unwrap()).collect();
+        for (i, x) in all.iter_mut().enumerate() {
+            cuda.upload(bytemuck::cast_slice(&vec![i as u32; n]), x);
+        }
+        for (i, x) in all.iter().enumerate() {
+            assert!(bytemuck::cast_slice::<u8, u32>(&x.host_bytes()).iter().all(|value| *value == i as u32), "upload {i} of {n}");
+        }
+    }
+    // Another thread has no context of its own yet.
+    std::thread::scope(|scope| scope.spawn(|| assert!(cuda.alloc(&[3], DType::F32).is_ok())).join().unwrap());
+    let error = cuda.alloc(&[1 << 30, 1 << 28], DType::F32).unwrap_err().to_string();
+    assert!(error.contains("out of device memory"), "{error}");
+}
+
+/// Compiles the stand-ins into a folder; None where there is no compiler.
+fn stand_ins(folder: &Path) -> Option<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/stand_in.c");
+    // The first names that are looked for, so that the real ones are not found before.
+    let library = folder.join("libcuda.so");
+    let made = Command::new("gcc").args(["-shared", "-fPIC", "-w", "-o"]).arg(&library).arg(source).output();
+    let Ok(made) = made else {
+        println!("skipped: gcc does not start");
+        return None;
+    };
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for name in ["libnvrtc.so", "libcublasLt.so"] {
+        // One file under three names is loaded once.
+        std::fs::hard_link(&library, folder.join(name)).unwrap();
+    }
+    Some(())
+}
+
+/// Products come out right through cuBLASLt's column-major terms, with one choice of an algorithm a shape; the GPU is the rank's by
+/// turns; a kernel is compiled once and taken from the disk by the next process; it is allowed its shared memory once, before its
+/// first launch, and its arguments lie where the driver looks; freed memory is kept, given back when there is none left, and none
+/// is lost at the end.
+#[test]
+fn calls_are_those_a_gpu_needs() {
+    if std::env::var_os(INSIDE).is_some() {
+        return use_the_device();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(()) = stand_ins(folder.path()) else { return };
+    let mut logs = Vec::new();
+    for _ in 0..2 {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["--exact", "driver::calls_are_those_a_gpu_needs", "--nocapture"]).env(INSIDE, "1");
+        again.env("LD_LIBRARY_PATH", folder.path()).env("TRIREME_KERNEL_CACHE", folder.path().join("cache"));
+        let output = again.output().unwrap();
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{log}{}", String::from_utf8_lossy(&output.stdout));
+        logs.push(log.lines().filter_map(|line| line.strip_prefix("stand-in: ").map(String::from)).collect::<Vec<_>>());
+    }
+    let launch = "attention_d128_bf16 on 3 x 2 x 1 of 128 x 1 x 1, shares 87040: 70 2 2 0.0883883";
+    let product = "algorithm chosen"; // four transpositions, f32 and bf16; += takes the same
+    let code = "loaded attention_forward.cu --gpu-architecture=sm_90a";
+    let allowed = "attention_d128_bf16 may share 87040 (8)";
+    let expected = |compiled: &[&str]| {
+        let head = ["GPU 1", "pool keeps 18446744073709551615"];
+        let tail = [code, allowed, launch, launch, "pool trimmed to 0", "end with 0 pieces of memory"];
+        [&head[..], &[product; 8], compiled, &tail].concat().iter().map(|line| line.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(logs[0], expected(&["compiled attention_forward.cu"]));
+    assert_eq!(logs[1], expected(&[]));
+}

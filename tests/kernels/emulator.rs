@@ -1,0 +1,363 @@
+//! The machine below the CUDA device for tests: memory is the host's, a launch runs the kernel's source on the CPU.
+//!
+//! Each `kernels/*.cu` becomes a shared library on first use (g++ with TRIREME_EMULATE, kernels/emulate.h) and is kept under the
+//! hash of its text. Harder on the caller than a device: new memory is NaN, memory ends in guard bytes that are looked at after
+//! every launch, arguments must have the types the kernel declares, and sizes must be what a device accepts.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex};
+use trireme::device::cuda::backend::{Arg, Backend, Grid, Kernel, Matrix};
+use trireme::device::{Gemm, Store};
+use trireme::tensor::DType;
+
+/// Bytes before and after every piece of memory.
+const GUARD: usize = 256;
+/// What new memory and guards hold: NaN as f32 and bf16, an absurd index as u32.
+const POISON: u8 = 0xff;
+/// What sm_90 accepts: threads of a block, its dynamic shared memory, blocks along y or z.
+const MOST_THREADS: u32 = 1024;
+const MOST_SHARED_BYTES: u32 = 227 * 1024;
+const MOST_BLOCKS: u32 = 65_535;
+
+/// `Launch` and `Argument` of wrapper.h.
+#[repr(C)]
+struct Launch {
+    blocks: [i32; 3],
+    threads: i32,
+    shared_bytes: i64,
+    args: *const Argument,
+    n_args: i64,
+}
+#[repr(C)]
+struct Argument {
+    kind: i64,
+    bits: u64,
+}
+type Wrapper = unsafe extern "C" fn(*const Launch) -> *const c_char;
+
+/// The kernels of one file.
+struct Library {
+    /// By name: the wrapper and the threads of `__launch_bounds__`.
+    kernels: HashMap<String, (Wrapper, u32)>,
+}
+
+/// Memory by its first address: bytes asked for.
+type Memory = BTreeMap<u64, usize>;
+
+/// The backend. One for all devices of a test program, so that a file is compiled once.
+pub struct Emulator {
+    // A launch holds the lock: the state of kernels/emulate.h is one a library.
+    libraries: Mutex<HashMap<&'static str, Arc<Mutex<Library>>>>,
+    memory: Mutex<Memory>,
+}
+
+/// The one, or None (with the reason printed) where g++ does not start.
+pub fn emulator() -> Option<Arc<Emulator>> {
+    static ONE: LazyLock<Option<Arc<Emulator>>> = LazyLock::new(|| match Command::new("g++").arg("--version").output() {
+        Ok(_) => Some(Arc::new(Emulator { libraries: Mutex::default(), memory: Mutex::default() })),
+        Err(error) => {
+            println!("skipped: g++ does not start ({error})");
+            None
+        }
+    });
+    ONE.clone()
+}
+
+impl Emulator {
+    fn library(&self, file: &'static str) -> Arc<Mutex<Library>> {
+        let mut libraries = self.libraries.lock().expect("no kernel file failed to compile");
+        Arc::clone(libraries.entry(file).or_insert_with(|| Arc::new(Mutex::new(Library::open(file)))))
+    }
+
+    /// Panics unless the address is 0 or inside a piece of memory whose guards are as they were.
+    fn check(&self, address: u64, who: &dyn Fn() -> String) {
+        let memory = self.memory.lock().expect("no panic while holding the memory");
+        let found = memory.range(..=address).next_back().map(|(start, bytes)| (*start, *bytes));
+        drop(memory);
+        let inside = found.filter(|(start, bytes)| address <= start + *bytes as u64);
+        let Some((start, bytes)) = inside else {
+            assert!(address == 0, "{}: {address:#x} is in no memory of the device", who());
+            return;
+        };
+        for (at, name) in [(start as usize - GUARD, "before"), (start as usize + bytes, "after")] {
+            // SAFETY: the guard bytes belong to this piece of memory, which its owner holds during the call.
+            let guard = unsafe { std::slice::from_raw_parts(at as *const u8, GUARD) };
+            let hit = guard.iter().position(|byte| *byte != POISON);
+            assert!(hit.is_none(), "{}: wrote {name} memory of {bytes} bytes, byte {hit:?} of the guard", who());
+        }
+    }
+
+    /// Panics unless `bytes` bytes from the address are memory of the device.
+    fn check_range(&self, address: u64, bytes: usize, what: &str) {
+        let memory = self.memory.lock().expect("no panic while holding the memory");
+        let inside = |(start, size): (&u64, &usize)| address + bytes as u64 <= start + *size as u64;
+        let whole = bytes == 0 || memory.range(..=address).next_back().is_some_and(inside);
+        drop(memory);
+        assert!(whole, "{what}: {bytes} bytes at {address:#x} are not memory of the device");
+    }
+}
+
+fn layout(bytes: usize) -> std::alloc::Layout {
+    std::alloc::Layout::from_size_align(bytes + 2 * GUARD, 256).expect("a size")
+}
+
+impl Backend for Emulator {
+    fn name(&self) -> String {
+        "emulated on the CPU".into()
+    }
+
+    fn processors(&self) -> usize {
+        // Few, so that small tests have several blocks of work for each.
+        3
+    }
+
+    fn alloc(&self, bytes: usize) -> Option<u64> {
+        // SAFETY: the size is not zero.
+        let whole = unsafe { std::alloc::alloc(layout(bytes)) };
+        if whole.is_null() {
+            return None;
+        }
+        // SAFETY: these bytes were just allocated.
+        unsafe { whole.write_bytes(POISON, layout(bytes).size()) };
+        let address = whole as u64 + GUARD as u64;
+        self.memory.lock().expect("no panic while holding the memory").insert(address, bytes);
+        Some(address)
+    }
+
+    fn free(&self, address: u64, bytes: usize) {
+        if !std::thread::panicking() {
+            self.check(address, &|| "freed memory".into());
+        }
+        let known = self.memory.lock().expect("no panic while holding the memory").remove(&address);
+        assert_eq!(known, Some(bytes), "freed {bytes} bytes at {address:#x}");
+        // SAFETY: allocated by `alloc` with this layout, and known until now.
+        unsafe { std::alloc::dealloc((address - GUARD as u64) as *mut u8, layout(bytes)) };
+    }
+
+    fn upload(&self, host: &[u8], to: u64) {
+        self.check_range(to, host.len(), "upload");
+        // SAFETY: in memory of the device (checked), which is host memory apart from `host`.
+        unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), to as *mut u8, host.len()) };
+    }
+
+    fn download(&self, from: u64, host: &mut [u8]) {
+        self.check_range(from, host.len(), "download");
+        // SAFETY: as in `upload`.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, host.as_mut_ptr(), host.len()) };
+    }
+
+    fn zero(&self, at: u64, bytes: usize) {
+        self.check_range(at, bytes, "zero");
+        // SAFETY: in memory of the device (checked).
+        unsafe { (at as *mut u8).write_bytes(0, bytes) };
+    }
+
+    fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+        let library = self.library(kernel.file);
+        let who = || format!("kernels/{}.cu, {}", kernel.file, kernel.name);
+        let blocks = [grid.blocks.0, grid.blocks.1, grid.blocks.2];
+        let library = library.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (wrapper, bound) = *library.kernels.get(&kernel.name).unwrap_or_else(|| panic!("{}: there is no such kernel", who()));
+        let accepted = blocks.iter().all(|n| *n > 0) && blocks[0] < 1 << 31 && blocks[1].max(blocks[2]) <= MOST_BLOCKS;
+        let fits = (1..=bound).contains(&grid.threads) && grid.shared_bytes <= MOST_SHARED_BYTES;
+        assert!(accepted && fits, "{}: {grid:?} with at most {bound} threads", who());
+        let arguments: Vec<Argument> = args.iter().map(argument).collect();
+        let launch = Launch {
+            blocks: blocks.map(|n| n as i32),
+            threads: grid.threads as i32,
+            shared_bytes: i64::from(grid.shared_bytes),
+            args: arguments.as_ptr(),
+            n_args: arguments.len() as i64,
+        };
+        let check_all = || {
+            args.iter().for_each(|arg| {
+                if let Arg::Address(address) = arg {
+                    self.check(*address, &who)
+                }
+            })
+        };
+        check_all();
+        // SAFETY: the wrapper takes exactly this struct; it reads the arguments only during the call.
+        let complaint = unsafe { wrapper(&launch) };
+        if !complaint.is_null() {
+            // SAFETY: a complaint is a C string in static memory of the library.
+            panic!("{}: {}", who(), unsafe { CStr::from_ptr(complaint) }.to_string_lossy());
+        }
+        check_all();
+    }
+
+    fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm) {
+        for matrix in [&out, &a, &b] {
+            self.check_range(matrix.address, matrix.rows * matrix.columns * matrix.dtype.bytes(), "gemm");
+        }
+        let (m, k) = if how.trans_a { (a.columns, a.rows) } else { (a.rows, a.columns) };
+        let n = if how.trans_b { b.rows } else { b.columns };
+        assert!(out.rows == m && out.columns == n && (if how.trans_b { b.columns } else { b.rows }) == k);
+        assert!(a.dtype == b.dtype && (out.dtype == DType::F32 || a.dtype == DType::BF16));
+        let (a, b) = (transposed_if(how.trans_a, &a), transposed_if(how.trans_b, &b));
+        let mut row = vec![0.0f32; n];
+        for i in 0..m {
+            row.fill(0.0);
+            for (x, b) in a[i * k..][..k].iter().zip(b.chunks_exact(n.max(1))) {
+                row.iter_mut().zip(b).for_each(|(sum, y)| *sum += x * y);
+            }
+            for (j, sum) in row.iter().enumerate() {
+                let at = i * n + j;
+                let old = if how.out == Store::Accumulate { element(&out, at) } else { 0.0 };
+                put(&out, at, old + sum);
+            }
+        }
+    }
+
+    fn finish(&self) {}
+}
+
+fn argument(arg: &Arg) -> Argument {
+    let (kind, bits) = match *arg {
+        Arg::Address(address) => (0, address),
+        Arg::Int(value) => (1, u64::from(value as u32)),
+        Arg::Long(value) => (2, value as u64),
+        Arg::Float(value) => (3, u64::from(value.to_bits())),
+        Arg::Double(value) => (4, value.to_bits()),
+    };
+    Argument { kind, bits }
+}
+
+/// Element `at` of a matrix that was checked to be memory of the device.
+fn element(matrix: &Matrix, at: usize) -> f32 {
+    // SAFETY: inside the matrix, whose bytes the caller checked.
+    unsafe {
+        match matrix.dtype {
+            DType::F32 => *(matrix.address as *const f32).add(at),
+            _ => (*(matrix.address as *const half::bf16).add(at)).to_f32(),
+        }
+    }
+}
+
+fn put(matrix: &Matrix, at: usize, value: f32) {
+    // SAFETY: as in `element`.
+    unsafe {
+        match matrix.dtype {
+            DType::F32 => *(matrix.address as *mut f32).add(at) = value,
+            _ => *(matrix.address as *mut half::bf16).add(at) = half::bf16::from_f32(value),
+        }
+    }
+}
+
+/// The elements row by row, of the transpose if asked for.
+fn transposed_if(transpose: bool, matrix: &Matrix) -> Vec<f32> {
+    let (rows, columns) = if transpose { (matrix.columns, matrix.rows) } else { (matrix.rows, matrix.columns) };
+    let at = |i: usize| if transpose { i % columns * matrix.columns + i / columns } else { i };
+    (0..rows * columns).map(|i| element(matrix, at(i))).collect()
+}
+
+fn kernels_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Runs g++ and returns what it prints.
+fn gcc(what: &str, args: &[&std::ffi::OsStr]) -> String {
+    let output = Command::new("g++").args(args).output().expect("g++ started before");
+    assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("sources are ASCII")
+}
+
+/// Name and most threads of every kernel in preprocessed source, where `__global__` is no macro and stands as it was written.
+pub fn kernels_of(source: &str) -> Vec<(String, u32)> {
+    let declarations = source.split("__global__").skip(1);
+    declarations
+        .map(|rest| {
+            // Before or after the bounds: `void __launch_bounds__(128, 2) name(`.
+            let is_word = |c: char| c.is_alphanumeric() || c == '_';
+            let words = || rest.split(|c| !is_word(c)).filter(|word| !word.is_empty());
+            let is_name = |word: &&str| *word != "void" && *word != "__launch_bounds__" && word.parse::<u32>().is_err();
+            let name = words().find(is_name).expect("a kernel has a name");
+            let bound = words().take_while(|word| *word != name).find_map(|word| word.parse().ok()).unwrap_or(MOST_THREADS);
+            (name.to_string(), bound)
+        })
+        .collect()
+}
+
+impl Library {
+    fn open(file: &str) -> Library {
+        let source = kernels_folder().join(format!("{file}.cu"));
+        // The device's branch of common.cuh shows the kernels, the emulated one is hashed and compiled.
+        let seen = gcc(file, &["-E".as_ref(), "-P".as_ref(), "-x".as_ref(), "c++".as_ref(), "-std=c++17".as_ref(), source.as_ref()]);
+        let kernels = kernels_of(&seen);
+        let mut text = format!("#include {source:?}\n#include \"wrapper.h\"\n");
+        kernels.iter().for_each(|(name, _)| text.push_str(&format!("WRAPPED({name})\n")));
+        let wrapper = include_str!("wrapper.h");
+        let emulate = std::fs::read_to_string(kernels_folder().join("emulate.h")).expect("kernels/emulate.h");
+        let common = std::fs::read_to_string(kernels_folder().join("common.cuh")).expect("kernels/common.cuh");
+        let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &emulate, &common].join("\0").as_bytes());
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
+        if !path.is_file() {
+            compile(file, &text, &path);
+        }
+        let symbols = kernels.into_iter().map(|(name, bound)| (open_symbol(&path, &format!("launch_{name}")), (name, bound)));
+        Library { kernels: symbols.map(|(wrapper, (name, bound))| (name, (wrapper, bound))).collect() }
+    }
+}
+
+/// Written under another name first: several test programs may want the same library.
+fn compile(file: &str, text: &str, path: &Path) {
+    let unfinished = path.with_extension(format!("{}.so", std::process::id()));
+    let wrapper = path.with_extension(format!("{}.cpp", std::process::id()));
+    std::fs::write(&wrapper, text).expect("a place for the wrapper");
+    let include = format!("-I{}/tests/kernels", env!("CARGO_MANIFEST_DIR"));
+    let options = ["-O2", "-std=c++17", "-w", "-DTRIREME_EMULATE", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", &include];
+    let mut args: Vec<&std::ffi::OsStr> = options.iter().map(AsRef::as_ref).collect();
+    args.extend::<[&std::ffi::OsStr; 5]>(["-x".as_ref(), "c++".as_ref(), wrapper.as_ref(), "-o".as_ref(), unfinished.as_ref()]);
+    gcc(file, &args);
+    std::fs::rename(&unfinished, path).expect("the library in its place");
+    let _ = std::fs::remove_file(wrapper);
+}
+
+fn open_symbol(path: &Path, name: &str) -> Wrapper {
+    let c_path = CString::new(path.to_str().expect("a path in UTF-8")).expect("a path without NUL");
+    let c_name = CString::new(name).expect("a name without NUL");
+    // SAFETY: both are C strings; the library is never closed, so its functions stay.
+    let symbol: *mut c_void = unsafe {
+        let library = libc::dlopen(c_path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
+        assert!(!library.is_null(), "{}: {}", path.display(), CStr::from_ptr(libc::dlerror()).to_string_lossy());
+        libc::dlsym(library, c_name.as_ptr())
+    };
+    assert!(!symbol.is_null(), "{} has no {name}", path.display());
+    // SAFETY: WRAPPED of wrapper.h defines it with this type.
+    unsafe { std::mem::transmute::<*mut c_void, Wrapper>(symbol) }
+}
+
+/// What the panic of a launch says; None when it runs.
+fn complaint_of(emulator: &Emulator, kernel: &str, grid: Grid, args: &[Arg]) -> Option<String> {
+    let kernel = Kernel { file: "elementwise", name: kernel.into() };
+    let launched = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| emulator.launch(&kernel, grid, args)));
+    launched.err().map(|payload| payload.downcast_ref::<String>().expect("a formatted message").clone())
+}
+
+/// The emulator refuses what a device would do silently: else every test above it proves less than it says.
+#[test]
+fn mistakes_of_a_launch_are_seen() {
+    let Some(emulator) = emulator() else { return };
+    // Never freed: one of them is damaged below.
+    let [x, y] = [(); 2].map(|()| Arg::Address(emulator.alloc(4 * 100).unwrap()));
+    let grid = Grid::line(1, 128);
+    let seen = |kernel: &str, grid: Grid, args: &[Arg], part: &str| {
+        let complaint = complaint_of(&emulator, kernel, grid, args).unwrap_or_else(|| panic!("{kernel} with {args:?} ran"));
+        assert!(complaint.contains(part), "{complaint}");
+    };
+    assert_eq!(complaint_of(&emulator, "scale_f32", grid, &[x, Arg::Long(100), Arg::Float(2.0)]), None);
+    seen("scale_f64", grid, &[x, Arg::Long(100), Arg::Float(2.0)], "no such kernel");
+    seen("scale_f32", grid, &[x, Arg::Int(100), Arg::Float(2.0)], "argument 1 is long long, the launch passes int");
+    seen("scale_f32", grid, &[x, Arg::Long(100)], "it has 3 arguments, the launch passes 2");
+    seen("scale_f32", grid, &[Arg::Address(64), Arg::Long(0), Arg::Float(2.0)], "is in no memory of the device");
+    seen("scale_f32", Grid { threads: 2048, ..grid }, &[x, Arg::Long(100), Arg::Float(2.0)], "threads");
+    seen("scale_f32", Grid { blocks: (1, 0, 1), ..grid }, &[x, Arg::Long(100), Arg::Float(2.0)], "blocks");
+    // More elements than there is room for.
+    let zeros = emulator.alloc(4 * 200).unwrap();
+    emulator.zero(zeros, 4 * 200);
+    let too_many = [y, Arg::Address(zeros), Arg::Long(101)];
+    seen("copy_f32_f32", grid, &too_many, "wrote after memory of 400 bytes");
+}

@@ -1,0 +1,55 @@
+// Between emulator.rs and the kernels of one file: `WRAPPED(name)` for each of its kernels, which unpacks the arguments of a
+// launch by the types the kernel declares. A launch that passes another type is refused, as nothing would on the device.
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+// backend::Arg.
+struct Argument {
+    long long kind; // 0 pointer, 1 int, 2 long long, 3 float, 4 double
+    unsigned long long bits;
+};
+// A launch as emulator.rs hands it over.
+struct Launch {
+    int blocks[3], threads;
+    long long shared_bytes;
+    const Argument* args;
+    long long n_args;
+};
+
+static char complaint[256];
+
+template <class T> static bool unpack(T& to, const Argument& from, int at) {
+    constexpr int kind = std::is_pointer_v<T>            ? 0
+                         : std::is_same_v<T, int>        ? 1
+                         : std::is_same_v<T, long long>  ? 2
+                         : std::is_same_v<T, float>      ? 3
+                         : std::is_same_v<T, double>     ? 4
+                                                         : -1;
+    static_assert(kind >= 0, "an argument of a kernel is a pointer, int, long long, float or double");
+    static const char* const names[] = {"a pointer", "int", "long long", "float", "double"};
+    if (from.kind != kind)
+        snprintf(complaint, sizeof complaint, "argument %d is %s, the launch passes %s", at, names[kind], names[from.kind]);
+    memcpy(&to, &from.bits, sizeof to);
+    return from.kind == kind;
+}
+
+template <class... Types, size_t... At>
+static const char* run(const Launch& how, void (*kernel)(Types...), std::index_sequence<At...>) {
+    if (how.n_args != sizeof...(Types)) {
+        snprintf(complaint, sizeof complaint, "it has %zu arguments, the launch passes %lld", sizeof...(Types), how.n_args);
+        return complaint;
+    }
+    std::tuple<Types...> args;
+    if (!(unpack(std::get<At>(args), how.args[At], At) && ...)) return complaint;
+    emulate::launch({how.blocks[0], how.blocks[1], how.blocks[2]}, how.threads, how.shared_bytes,
+                    [&] { kernel(std::get<At>(args)...); });
+    return nullptr;
+}
+template <class... Types> static const char* run(const Launch& how, void (*kernel)(Types...)) {
+    return run(how, kernel, std::index_sequence_for<Types...>());
+}
+
+// Null when it ran, else why it cannot.
+#define WRAPPED(name)                                                                                                                \
+    extern "C" __attribute__((visibility("default"))) const char* launch_##name(const Launch* how) { return run(*how, name); }
