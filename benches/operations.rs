@@ -77,6 +77,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::cross_entropy_max(vocabulary),
         cases::cross_entropy_sum(vocabulary),
         cases::cross_entropy_gradient(vocabulary),
+        whole_cross_entropy(vocabulary),
         cases::adamw(f * h * 4, 100, 0.1),
     ];
     for layer in [true, false] {
@@ -89,6 +90,28 @@ fn passes(model: &Model) -> Vec<Case> {
         cases.push(cases::activation_backward(kind, (T, f)));
     }
     cases
+}
+
+/// The three passes over the logits of one step, one after another: read, read, read and write.
+fn whole_cross_entropy(shape: Vocabulary) -> Case {
+    let [max, sum, gradient] = [cases::cross_entropy_max(shape), cases::cross_entropy_sum(shape), cases::cross_entropy_gradient(shape)];
+    let n_max = max.args.len();
+    let n_sum = sum.args.len();
+    Case {
+        operation: "cross_entropy_max, _sum, _gradient",
+        shape: gradient.shape.clone(),
+        args: max.args.into_iter().chain(sum.args).chain(gradient.args).collect(),
+        run: Box::new(move |device, tensors| {
+            let (first, rest) = tensors.split_at_mut(n_max);
+            let (second, third) = rest.split_at_mut(n_sum);
+            (max.run)(device, first);
+            (sum.run)(device, second);
+            (gradient.run)(device, third);
+        }),
+        // Each pass is held to its own in the tests.
+        oracle: max.oracle,
+        flops: 0.0,
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

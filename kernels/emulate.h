@@ -1,7 +1,9 @@
 // Runs a kernel's source on the CPU: the threads of a block are fibers of one thread, blocks run one after another, warp
 // instructions exchange through a buffer of their warp. All 32 lanes of a warp must reach a warp instruction together, as on
-// the device with a full mask. Included by common.cuh under TRIREME_EMULATE. cp.async copies at once, so a missing
-// wait does not show, nor does every missing barrier; nothing is said of speed.
+// the device with a full mask. Included by common.cuh under TRIREME_EMULATE.
+// So that a missing barrier or wait shows as a wrong result, blocks differ in their order: threads from the first or from the last;
+// warps side by side or each as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
+// What depends on less than that (two lanes of a warp between two warp instructions) does not show. Nothing is said of speed.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,6 +13,8 @@
 #include <functional>
 #include <memory>
 #include <vector>
+using std::max;
+using std::min;
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -45,6 +49,25 @@ inline std::vector<unsigned long long> slots;
 inline std::vector<bool> ended;
 inline std::function<void()> body;
 inline long long switches;
+
+// How the threads of this block take turns.
+struct Order {
+    bool from_last, warp_by_warp, copies_late;
+};
+inline Order order;
+inline unsigned n_launches;
+// Whether a thread waits for the whole block.
+inline std::vector<bool> at_block_barrier;
+// cp.async of each thread: groups that were committed, the oldest first, and the one that is open.
+struct Copy {
+    void* to;
+    const void* from;
+};
+struct Copies {
+    std::vector<std::vector<Copy>> committed;
+    std::vector<Copy> open;
+};
+inline std::vector<Copies> copies;
 
 inline void entry();
 
@@ -81,12 +104,15 @@ inline Fiber scheduler;
 
 inline void wait(Barrier& barrier, int n_threads) {
     int generation = barrier.generation;
+    bool of_block = &barrier == &block_barrier;
     if (++barrier.arrived == n_threads) {
         barrier.arrived = 0;
         ++barrier.generation;
+        if (of_block) at_block_barrier.assign(n_threads, false);
         return;
     }
     int me = threadIdx.x;
+    if (of_block) at_block_barrier[me] = true;
     while (barrier.generation == generation) {
         if (++switches > 2000000000LL) {
             fprintf(stderr, "emulate: thread %d waits for ever: not every thread reaches this barrier\n", me);
@@ -102,10 +128,40 @@ inline void entry() {
     change(fibers[threadIdx.x], scheduler);
 }
 
+// Lets the threads first..first + n go on until each is at a barrier or has ended. False when none could.
+inline bool run(int first, int n) {
+    bool ran = false;
+    for (int at = 0; at < n; at++) {
+        int i = first + (order.from_last ? n - 1 - at : at);
+        if (ended[i] || at_block_barrier[i]) continue;
+        threadIdx = {i, 0, 0};
+        change(scheduler, fibers[i]);
+        ran = true;
+    }
+    return ran;
+}
+
+// One block, whose fibers stand at their beginning.
+inline void run_block(int threads) {
+    int n_warps = (threads + 31) / 32;
+    if (!order.warp_by_warp) {
+        while (run(0, threads)) {}
+        return;
+    }
+    for (bool left = true; left;) {
+        left = false;
+        for (int at = 0; at < n_warps; at++) {
+            int warp = order.from_last ? n_warps - 1 - at : at, first = 32 * warp;
+            while (run(first, min(32, threads - first))) left = true;
+        }
+    }
+}
+
 // One launch; `kernel` calls the kernel with its arguments.
 inline void launch(Dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
     std::unique_ptr<char[]> stacks(new char[threads * stack_bytes]); // not cleared
     switches = 0;
+    unsigned n_blocks = n_launches++;
     // Filled with NaN below, so that a read of what was never written shows.
     std::vector<unsigned char> memory(shared_bytes + 16);
     gridDim = grid;
@@ -113,26 +169,24 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, std::function<vo
     body = kernel;
     for (int z = 0; z < grid.z; z++)
         for (int y = 0; y < grid.y; y++)
-            for (int x = 0; x < grid.x; x++) {
+            for (int x = 0; x < grid.x; x++, n_blocks++) {
                 blockIdx = {x, y, z};
+                order = {(n_blocks & 1) != 0, (n_blocks & 2) != 0, (n_blocks & 4) != 0};
                 std::fill(memory.begin(), memory.end(), 0xff);
                 shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
                 block_barrier = {};
                 warp_barriers.assign((threads + 31) / 32, {});
                 slots.assign(threads, 0);
                 ended.assign(threads, false);
+                at_block_barrier.assign(threads, false);
+                copies.assign(threads, {});
                 fibers.resize(threads);
+                for (int i = 0; i < threads; i++) prepare(fibers[i], stacks.get() + i * stack_bytes);
+                run_block(threads);
                 for (int i = 0; i < threads; i++) {
-                    prepare(fibers[i], stacks.get() + i * stack_bytes);
-                }
-                for (bool left = true; left;) {
-                    left = false;
-                    for (int i = 0; i < threads; i++) {
-                        if (ended[i]) continue;
-                        threadIdx = {i, 0, 0};
-                        change(scheduler, fibers[i]);
-                        left = true;
-                    }
+                    if (ended[i]) continue;
+                    fprintf(stderr, "emulate: thread %d waits for ever: not every thread reaches this barrier\n", i);
+                    abort();
                 }
             }
 }
@@ -164,9 +218,6 @@ inline unsigned __float_as_uint(float x) {
     memcpy(&bits, &x, 4);
     return bits;
 }
-using std::max;
-using std::min;
-
 inline unsigned round_bf16(float x) {
     unsigned bits;
     memcpy(&bits, &x, 4);
@@ -176,10 +227,19 @@ inline unsigned round_bf16(float x) {
 inline unsigned pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 inline void cp_async_16(void* to, const void* from) {
     if (((size_t)to | (size_t)from) % 16) abort();
-    memcpy(to, from, 16);
+    if (emulate::order.copies_late) emulate::copies[threadIdx.x].open.push_back({to, from});
+    else memcpy(to, from, 16);
 }
-inline void cp_async_commit() {}
-template <int N> inline void cp_async_wait() {}
+inline void cp_async_commit() {
+    emulate::Copies& mine = emulate::copies[threadIdx.x];
+    mine.committed.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int N> inline void cp_async_wait() {
+    auto& groups = emulate::copies[threadIdx.x].committed;
+    for (; groups.size() > N; groups.erase(groups.begin()))
+        for (auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+}
 
 inline void ldmatrix_rows(unsigned r[4], const void* row, bool transposed) {
     if ((size_t)row % 16) abort();
