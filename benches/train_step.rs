@@ -89,6 +89,10 @@ fn peer(device: &str, size: &Size, dtype: &str, compile: bool) -> Option<f64> {
     if compile {
         command.arg("--compile");
     }
+    // A bundle runs this bench with libraries of its own, which are not Python's.
+    if let Some(outer) = std::env::var_os("TRIREME_OUTER_LIBRARY_PATH") {
+        command.env("LD_LIBRARY_PATH", outer);
+    }
     let output = command.output().ok()?;
     let line = String::from_utf8_lossy(&output.stdout).lines().last()?.to_string();
     serde_json::from_str::<serde_json::Value>(&line).ok()?.get("tokens_per_s")?.as_f64()

@@ -99,6 +99,9 @@ fi
 while IFS= read -r path; do cp -L "$path" "$new/lib/"; done < <(libraries "${objects[@]}")
 {
   echo '# Sourced by the programs of bin/ with $here set to this folder.'
+  # What they start themselves (the Python of a bench) gets its own libraries back.
+  # shellcheck disable=SC2016
+  echo 'export TRIREME_OUTER_LIBRARY_PATH="${LD_LIBRARY_PATH-}"'
   # shellcheck disable=SC2016
   echo 'export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"'
   printf '%s\n' ${settings[@]+"${settings[@]}"}

@@ -3,7 +3,9 @@
 # share the card, and the benches with PyTorch beside them. Sums up in one table; logs and tables go to $OUT (target/gpu).
 #
 #   bash slurm/bundle.sh --tests target/bundle/gpu      where there is a compiler
-#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: tests sanitizer runs operations train
+#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: tests runs operations train sanitizer
+#
+# Where a command may take ten minutes: first "tests runs operations", then "train sanitizer" (PyTorch compiles for minutes).
 #
 # Takes target/bundle/gpu or unpacks target/bundle/gpu.tar.xz. CUDA's libraries (NVRTC, cuBLASLt) are taken from LD_LIBRARY_PATH, from
 # /usr/local/cuda or from the Python packages of the python3 in the path; PyTorch from the same python3, when it has it.
@@ -100,14 +102,14 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
   { echo "no nvidia-smi: is this a machine with an NVIDIA GPU?" >&2; exit 2; }
 export -f tests sanitizer compare runs operations train
 export bin repository
-wanted=" ${*:-tests runs train operations sanitizer} "
+wanted=" ${*:-tests runs operations train sanitizer} "
 for name in $wanted; do
   case $name in
     tests) part tests 180 bash -c tests ;;
     sanitizer) part sanitizer 120 bash -c sanitizer ;;
     runs) part runs 120 bash -c runs ;;
-    operations) part operations 150 bash -c operations ;;
-    train) part train 150 bash -c train ;;
+    operations) part operations 240 bash -c operations ;;
+    train) part train 420 bash -c train ;;
     *) echo "no such part: $name (tests sanitizer runs operations train)" >&2; exit 2 ;;
   esac
 done

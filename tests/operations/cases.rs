@@ -1,7 +1,10 @@
 //! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
 
-use crate::oracle::{self, AttentionGradient, HeadCounts, Near, U, near};
-use trireme::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Direction, Gemm, Heads, KvCache, Norm, NormKind, Rope, Store};
+mod attention;
+
+use crate::oracle::{self, HeadCounts, Near, U, near};
+pub use attention::{attention, attention_backward, attention_cached};
+use trireme::device::{Activation, Adamw, AdamwShard, Device, Direction, Gemm, Heads, Norm, NormKind, Rope, Store};
 use trireme::tensor::{DType, Tensor};
 
 /// Element type of an argument.
@@ -302,129 +305,6 @@ pub fn rope(t: usize, heads: HeadCounts, rotary_dims: usize, direction: Directio
         }),
         flops: 0.0,
     }
-}
-
-/// How much weights may be rounded before the second product of attention: to bf16 where that is the dtype under test.
-fn weight_rounding(round: &dyn Fn(f64) -> f64) -> f64 {
-    if round(1.0 + 1e-4) == 1.0 { 1.0 / 256.0 } else { 0.0 }
-}
-
-/// Multiplications and additions of causal attention, scores and weighted values.
-fn attention_flops(starts: &[usize], (query, _, d): HeadCounts) -> f64 {
-    let pairs: usize = starts.windows(2).map(|e| (e[1] - e[0]) * (e[1] - e[0] + 1) / 2).sum();
-    4.0 * (pairs * query * d) as f64
-}
-
-pub fn attention(starts: Vec<usize>, heads: HeadCounts) -> Case {
-    let t = *starts.last().expect("a sequence end");
-    let h = heads_of(heads);
-    let shape = if starts.len() < 8 { format!("{starts:?}") } else { format!("{} sequences", starts.len() - 1) };
-    let flops = attention_flops(&starts, heads);
-    let oracle_starts = starts.clone();
-    Case {
-        operation: "attention",
-        shape: format!("{shape} heads {heads:?}"),
-        args: vec![assigned(&[t, h.query * h.dim], Kind::Float), assigned(&[h.query, t], Kind::F32), input(&[t, h.qkv_columns()], 1.0)],
-        run: Box::new(move |device, tensors| {
-            let [out, lse, qkv] = tensors else { unreachable!() };
-            device.attention(out, lse, qkv, &starts, h);
-        }),
-        oracle: Box::new(move |v, round| {
-            let (out, lse) = oracle::attention(&v[2], &oracle_starts, heads, weight_rounding(round));
-            vec![out, lse]
-        }),
-        flops,
-    }
-}
-
-pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
-    let t = *starts.last().expect("a sequence end");
-    let h = heads_of(heads);
-    let shape = if starts.len() < 8 { format!("{starts:?}") } else { format!("{} sequences", starts.len() - 1) };
-    let flops = 2.5 * attention_flops(&starts, heads);
-    let (s1, s2, s3) = (starts.clone(), starts.clone(), starts.clone());
-    let out = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s1, heads, 0.0).0.iter().map(|o| o.value).collect();
-    let lse = move |v: &[Vec<f64>]| oracle::attention(&v[1], &s2, heads, 0.0).1.iter().map(|o| o.value).collect();
-    Case {
-        operation: "attention_backward",
-        shape: format!("{shape} heads {heads:?}"),
-        args: vec![
-            assigned(&[t, h.qkv_columns()], Kind::Float),
-            input(&[t, h.qkv_columns()], 1.0),
-            input(&[t, h.query * h.dim], 1.0),
-            arg(&[t, h.query * h.dim], Kind::Float, Role::Input, Init::From(Box::new(out))),
-            arg(&[h.query, t], Kind::F32, Role::Input, Init::From(Box::new(lse))),
-        ],
-        run: Box::new(move |device, tensors| {
-            let [dqkv, qkv, dout, out, lse] = tensors else { unreachable!() };
-            device.attention_backward(dqkv, dout, out, lse, qkv, &starts, h);
-        }),
-        oracle: Box::new(move |v, round| {
-            let inputs = AttentionGradient { dout: &v[2], out: &v[3], lse: &v[4], qkv: &v[1] };
-            vec![oracle::attention_backward(&inputs, &s3, heads, weight_rounding(round))]
-        }),
-        flops,
-    }
-}
-
-/// Spans as (slot, past, new tokens); their rows follow one another.
-pub fn attention_cached(spans: &[(usize, usize, usize)], (slots, max_tokens): (usize, usize), heads: HeadCounts) -> Case {
-    let h = heads_of(heads);
-    let mut first = 0;
-    let mut list = Vec::new();
-    for &(slot, past, new) in spans {
-        list.push(CacheSpan { rows: first..first + new, slot, past });
-        first += new;
-    }
-    let pairs: usize = spans.iter().map(|(_, past, new)| past * new + new * (new + 1) / 2).sum();
-    let cache_dims = [slots, max_tokens, h.kv * h.dim];
-    let (t, oracle_list) = (first, list.clone());
-    Case {
-        operation: "attention_cached",
-        shape: format!("{} spans, {} of {slots} x {max_tokens}, heads {heads:?}", spans.len(), pairs),
-        args: vec![
-            assigned(&[t, h.query * h.dim], Kind::Float),
-            updated(&cache_dims, Kind::Float),
-            updated(&cache_dims, Kind::Float),
-            input(&[t, h.qkv_columns()], 1.0),
-        ],
-        run: Box::new(move |device, tensors| {
-            let [out, keys, values, qkv] = tensors else { unreachable!() };
-            let none = || Tensor::nothing(&[1], DType::F32);
-            let mut cache = KvCache { keys: std::mem::replace(keys, none()), values: std::mem::replace(values, none()) };
-            device.attention_cached(out, qkv, &mut cache, &list, h);
-            (*keys, *values) = (cache.keys, cache.values);
-        }),
-        oracle: Box::new(move |v, round| cached_oracle(v, &oracle_list, max_tokens, heads, weight_rounding(round))),
-        flops: 4.0 * (pairs * h.query * h.dim) as f64,
-    }
-}
-
-fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: HeadCounts, p_rounding: f64) -> Vec<Vec<Near>> {
-    let (query, kv, d) = heads;
-    let (columns, width) = ((query + 2 * kv) * d, kv * d);
-    let (mut keys, mut values, qkv) = (v[1].clone(), v[2].clone(), &v[3]);
-    let mut out = vec![near(f64::NAN, 0.0); v[0].len()];
-    for span in spans {
-        let row = |s: usize| (span.slot * max_tokens + s) * width;
-        for (i, t) in span.rows.clone().enumerate() {
-            for g in 0..kv {
-                let (to, from) = (row(span.past + i) + g * d, t * columns + oracle::key_at(heads, g));
-                keys[to..to + d].copy_from_slice(&qkv[from..][..d]);
-                values[to..to + d].copy_from_slice(&qkv[from + d..][..d]);
-            }
-        }
-        for (i, t) in span.rows.clone().enumerate() {
-            for a in 0..query {
-                let g = a / (query / kv) * d;
-                let k: Vec<&[f64]> = (0..=span.past + i).map(|s| &keys[row(s) + g..][..d]).collect();
-                let x: Vec<&[f64]> = (0..=span.past + i).map(|s| &values[row(s) + g..][..d]).collect();
-                let (o, _) = oracle::attention_row(&qkv[t * columns + oracle::query_at(heads, a)..][..d], &k, &x, p_rounding);
-                out[(t * query + a) * d..][..d].copy_from_slice(&o);
-            }
-        }
-    }
-    vec![out, exact(&keys), exact(&values)]
 }
 
 pub fn activation(kind: Activation, (t, f): (usize, usize)) -> Case {

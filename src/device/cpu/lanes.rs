@@ -66,6 +66,7 @@ pub trait Vector: Copy {
     /// Vector registers of the processor.
     const REGISTERS: usize;
     /// 2^f for |f| <= 1/2, the highest power first.
+    #[allow(clippy::approx_constant)] // one of them is close to ln 2, as it must be
     const EXP2: [f32; 6] = [1.326_472_8e-3, 9.671_514e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
     /// Where `exp` becomes 0.
     const EXP_ZERO: f32 = -87.336_54;

@@ -101,8 +101,7 @@ fn slabs<E: Element, O: Element>((isa, pool, terms): (Isa, &Pool, Terms), out: &
                     let (row, column) = if a_is_larger { (i * MR, j * NR) } else { (j * MR, i * NR) };
                     let (a_panel, b_panel) = if a_is_larger { (kept, streamed) } else { (streamed, kept) };
                     let cut = ((a.len - row).min(MR), (n - column).min(NR));
-                    // SAFETY: the tile lies in out, cut at its ends, and is this task's.
-                    unsafe { tile::<E, O>(isa, out.start().add(row * n + column), n, cut, a_panel, b_panel, how) };
+                    tile::<E, O>(isa, &out, (row * n + column, n), cut, a_panel, b_panel, how);
                 }
             }
         });
@@ -110,9 +109,9 @@ fn slabs<E: Element, O: Element>((isa, pool, terms): (Isa, &Pool, Terms), out: &
 }
 
 kernel! {
-    /// out[rows, columns] = or += the product of two panels; `cut` are the rows and columns there are. Unsafe in fact: the tile is in
-    /// bounds of `out` with `stride` columns, and nobody else's.
-    fn tile over V [E, O] (out: *mut O, stride: usize, cut: (usize, usize), a: &[f32], b: &[f32], how: Store) {
+    /// out[rows, columns] = or += the product of two panels. The tile begins at `place.0` of out, whose rows have `place.1` elements;
+    /// `cut` are the rows and columns there are. No other task writes it.
+    fn tile over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), a: &[f32], b: &[f32], how: Store) {
         assert!(V::N == 16 && a.len() / MR == b.len() / NR);
         let mut sums = [[V::zero(); 2]; MR];
         for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
@@ -125,8 +124,9 @@ kernel! {
             }
         }
         for (i, sum) in sums.iter().enumerate().take(cut.0) {
-            // SAFETY: the caller's promise.
-            let row = unsafe { std::slice::from_raw_parts_mut(out.add(i * stride), cut.1) };
+            let at = place.0 + i * place.1;
+            // SAFETY: each tile is written by one task.
+            let row = unsafe { out.part(at..at + cut.1) };
             for (half, sum) in sum.iter().enumerate() {
                 let (at, n) = (V::N * half, cut.1.saturating_sub(V::N * half).min(V::N));
                 if n == 0 {

@@ -61,11 +61,6 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: in bounds; disjoint by the caller's promise; the borrow of the whole lives as long as `self`.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
-
-    /// The first element.
-    pub fn start(&self) -> *mut T {
-        self.start
-    }
 }
 
 /// A cache line, for alignment.

@@ -186,14 +186,17 @@ mod tests {
         }
     }
 
-    /// NVRTC where it is at hand: in the library path, or as its package in .venv. Opened by its path it is found by its name.
+    /// NVRTC where it is at hand: in the library path, or as its package in .venv. Opened by its path it is found by its name, and
+    /// so is the library that it opens in turn.
     fn nvrtc_is_here() -> bool {
         let lib = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/lib");
         for python in std::fs::read_dir(lib).into_iter().flatten().flatten() {
-            let path = python.path().join("site-packages/nvidia/cu13/lib/libnvrtc.so.13");
-            let path = CString::new(path.to_str().unwrap()).unwrap();
-            // SAFETY: a C string; the library stays open.
-            unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+            for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"] {
+                let path = python.path().join("site-packages/nvidia/cu13/lib").join(name);
+                let path = CString::new(path.to_str().unwrap()).unwrap();
+                // SAFETY: a C string; the library stays open.
+                unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+            }
         }
         check_present().is_ok()
     }
