@@ -2,11 +2,11 @@
 //! model is one chunk when pp = vp = 1.
 
 use super::attention::Attention;
-use super::block::{Block, BlockSaved};
+use super::block::{Block, BlockDeferred, BlockKept};
 use super::config::{HeadKind, ModelConfig, ParamSpec};
 use super::ctx::Ctx;
 use super::embedding::VocabParallelEmbedding;
-use super::head::{HeadSaved, OutputHead};
+use super::head::{HeadDeferred, HeadSaved, OutputHead};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
 use super::norm::{Norm, Residual};
@@ -16,6 +16,7 @@ use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
 use crate::error::{Error, Result};
 use crate::parallel::layout::{Coords, ParallelLayout};
+use crate::recipe::Recompute;
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
 
@@ -72,8 +73,17 @@ pub enum Output {
 /// What a chunk's backward needs.
 #[derive(Default)]
 pub struct ChunkSaved {
-    blocks: Vec<BlockSaved>,
+    blocks: Vec<BlockKept>,
     head: Option<HeadSaved>,
+}
+
+/// What a chunk's weight gradients need once the gradient of its input is made.
+pub struct ChunkDeferred {
+    head: Option<HeadDeferred>,
+    /// Last block first.
+    blocks: Vec<BlockDeferred>,
+    /// Gradient of the embedding's output [T', H], in the first chunk.
+    dembedded: Option<ScratchTensor>,
 }
 
 /// Input of a cached forward.
@@ -98,7 +108,17 @@ pub struct Chunk {
     dtype: DType,
     embedding: Option<VocabParallelEmbedding>,
     blocks: Vec<Block>,
+    /// Of each block.
+    recompute: Vec<Recompute>,
     head: Option<OutputHead>,
+}
+
+/// The stream on its way through the blocks.
+struct Passing {
+    /// The chunk's input, or what the last block adds, [T', H].
+    delta: ScratchTensor,
+    /// What it adds to, unless it is kept for the backward (or there was no block yet).
+    stream: Option<ScratchTensor>,
 }
 
 /// Takes the parameters of a chunk by name.
@@ -161,7 +181,8 @@ impl Chunk {
         let mut parts = Parts { params };
         let (first, last) = (layout.is_first(at.pp, chunk_idx), layout.is_last(at.pp, chunk_idx));
         let layers = layout.layers(at.pp, chunk_idx, config.n_layers);
-        let blocks = layers.map(|layer| parts.block(layer, config, layout.tp)).collect();
+        let blocks: Vec<Block> = layers.map(|layer| parts.block(layer, config, layout.tp)).collect();
+        let recompute = vec![Recompute::None; blocks.len()];
         let embedding = first.then(|| VocabParallelEmbedding { weight: parts.take("embedding.weight") });
         let head = last.then(|| OutputHead {
             norm: parts.norm("final_norm", config),
@@ -173,7 +194,7 @@ impl Chunk {
             vocab_size: config.vocab_size,
         });
         assert!(parts.params.is_empty(), "parameters without a place: {:?}", parts.params.keys());
-        Ok(Chunk { config: config.clone(), dtype, embedding, blocks, head })
+        Ok(Chunk { config: config.clone(), dtype, embedding, blocks, recompute, head })
     }
 
     /// The function it is a part of.
@@ -256,42 +277,61 @@ impl Chunk {
         self.embedding.is_none() && self.tied_param() == Some(param_idx)
     }
 
+    /// Sets what each of the chunk's blocks makes again in the backward; nothing at first.
+    pub fn set_recompute(&mut self, of_block: &[Recompute]) {
+        assert_eq!(of_block.len(), self.blocks.len(), "one choice a block");
+        self.recompute.copy_from_slice(of_block);
+    }
+
     /// input[T', H] from the chunk before (None for the first) -> the stream for the next, or the token losses. With `saved`,
     /// what the backward needs is kept there.
     pub fn forward(&self, ctx: &Ctx, input: Option<&Tensor>, batch: &MicroBatch, mut saved: Option<&mut ChunkSaved>) -> Output {
-        let mut stream = match (&self.embedding, input) {
+        let mut passing = self.enter(ctx, input, batch);
+        for idx in 0..self.blocks.len() {
+            passing = self.pass_block(ctx, idx, passing, batch, &mut saved);
+        }
+        self.leave(ctx, passing, batch, saved)
+    }
+
+    fn enter(&self, ctx: &Ctx, input: Option<&Tensor>, batch: &MicroBatch) -> Passing {
+        let delta = match (&self.embedding, input) {
             (Some(embedding), None) => embedding.forward(ctx, &batch.tokens),
-            (None, Some(input)) => self.copy_of(ctx, input),
+            (None, Some(input)) => ctx.copy_of(input),
             _ => panic!("exactly the first chunk has no input"),
         };
-        let mut previous: Option<BlockSaved> = None;
-        for block in &self.blocks {
-            let residual = residual(&previous, stream);
-            let (delta, block_saved) = block.forward(ctx, residual, batch);
-            stream = delta;
-            if let (Some(saved), Some(previous)) = (&mut saved, previous.take()) {
-                saved.blocks.push(previous);
+        Passing { delta, stream: None }
+    }
+
+    fn pass_block(&self, ctx: &Ctx, idx: usize, passing: Passing, batch: &MicroBatch, saved: &mut Option<&mut ChunkSaved>) -> Passing {
+        let Passing { delta, stream } = passing;
+        let (delta, block) = self.blocks[idx].forward(ctx, residual(&stream, saved.as_deref(), delta), batch);
+        let stream = match saved {
+            Some(saved) => {
+                let (kept, stream) = block.keep(self.recompute[idx]);
+                saved.blocks.push(kept);
+                stream
             }
-            previous = Some(block_saved);
-        }
-        let output = match &self.head {
-            Some(head) => {
-                let (losses, head_saved) = head.forward(ctx, residual(&previous, stream), batch, self.tied_weight());
-                if let Some(saved) = &mut saved {
-                    saved.head = Some(head_saved);
-                }
-                Output::TokenLosses(losses)
-            }
-            None => {
-                let last = previous.as_ref().expect("a chunk has blocks");
-                ctx.device.add(&mut stream, last.stream());
-                Output::Hidden(stream)
-            }
+            None => Some(block.into_stream()),
         };
-        if let (Some(saved), Some(previous)) = (saved, previous) {
-            saved.blocks.push(previous);
+        Passing { delta, stream }
+    }
+
+    fn leave(&self, ctx: &Ctx, passing: Passing, batch: &MicroBatch, saved: Option<&mut ChunkSaved>) -> Output {
+        let residual = residual(&passing.stream, saved.as_deref(), passing.delta);
+        let Some(head) = &self.head else {
+            return Output::Hidden(match residual {
+                Residual::Whole(x) => x,
+                Residual::Sum { x, mut delta } => {
+                    ctx.device.add(&mut delta, x);
+                    delta
+                }
+            });
+        };
+        let (losses, head_saved) = head.forward(ctx, residual, batch, self.tied_weight());
+        if let Some(saved) = saved {
+            saved.head = Some(head_saved);
         }
-        output
+        Output::TokenLosses(losses)
     }
 
     /// doutput[T', H] from the next chunk (None for the last) -> gradient of the input (None for the first); weight gradients
@@ -302,11 +342,12 @@ impl Chunk {
                 let tied = self.embedding.as_mut().map(|embedding| &mut embedding.weight);
                 head.backward(ctx, batch, saved.head.take().expect("a forward that saved"), tied)
             }
-            (None, Some(doutput)) => self.copy_of(ctx, doutput),
+            (None, Some(doutput)) => ctx.copy_of(doutput),
             _ => panic!("exactly the last chunk has no output gradient"),
         };
         for block in self.blocks.iter_mut().rev() {
-            let block_saved = saved.blocks.pop().expect("a forward that saved");
+            let kept = saved.blocks.pop().expect("a forward that saved");
+            let block_saved = block.restore(ctx, batch, kept);
             block.backward(ctx, batch, &block_saved, &mut dx);
         }
         match &mut self.embedding {
@@ -315,6 +356,46 @@ impl Chunk {
                 None
             }
             None => Some(dx),
+        }
+    }
+
+    /// The first half of `backward`: the gradient of the input; the gradients of the norms accumulated.
+    pub fn backward_input(
+        &mut self,
+        ctx: &Ctx,
+        batch: &MicroBatch,
+        mut saved: ChunkSaved,
+        doutput: Option<&Tensor>,
+    ) -> (Option<ScratchTensor>, ChunkDeferred) {
+        let (mut dx, head) = match (&mut self.head, doutput) {
+            (Some(head), None) => {
+                let tied = self.embedding.as_ref().map(|embedding| &embedding.weight);
+                let (dx, head) = head.backward_input(ctx, batch, saved.head.take().expect("a forward that saved"), tied);
+                (dx, Some(head))
+            }
+            (None, Some(doutput)) => (ctx.copy_of(doutput), None),
+            _ => panic!("exactly the last chunk has no output gradient"),
+        };
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in self.blocks.iter_mut().rev() {
+            let kept = saved.blocks.pop().expect("a forward that saved");
+            let block_saved = block.restore(ctx, batch, kept);
+            blocks.push(block.backward_input(ctx, batch, block_saved, &mut dx));
+        }
+        let (dx, dembedded) = if self.embedding.is_some() { (None, Some(dx)) } else { (Some(dx), None) };
+        (dx, ChunkDeferred { head, blocks, dembedded })
+    }
+
+    /// The second half: the gradients of the matrices accumulated, in the order of `backward`.
+    pub fn backward_weights(&mut self, ctx: &Ctx, batch: &MicroBatch, deferred: ChunkDeferred) {
+        if let (Some(head), Some(deferred)) = (&mut self.head, &deferred.head) {
+            head.backward_weight(ctx, deferred, self.embedding.as_mut().map(|embedding| &mut embedding.weight));
+        }
+        for (block, deferred) in self.blocks.iter_mut().rev().zip(deferred.blocks) {
+            block.backward_weights(ctx, &deferred);
+        }
+        if let (Some(embedding), Some(dembedded)) = (&mut self.embedding, &deferred.dembedded) {
+            embedding.backward(ctx, &batch.tokens, dembedded);
         }
     }
 
@@ -354,44 +435,36 @@ impl Chunk {
         assert!(!ctx.is_sharded(), "generation holds all rows on every rank");
         let mut delta = match (&self.embedding, input) {
             (Some(embedding), CachedInput::Tokens(tokens)) => embedding.forward(ctx, tokens),
-            (None, CachedInput::Hidden(hidden)) => self.copy_of(ctx, hidden),
+            (None, CachedInput::Hidden(hidden)) => ctx.copy_of(hidden),
             _ => panic!("exactly the first chunk takes tokens"),
         };
         let mut stream: Option<ScratchTensor> = None;
         for (block, cache) in self.blocks.iter().zip(caches) {
-            let residual = match &stream {
-                Some(x) => Residual::Sum { x, delta },
-                None => Residual::Whole(delta),
-            };
-            let (x, next) = block.forward_cached(ctx, residual, (positions, spans), cache);
+            let (x, next) = block.forward_cached(ctx, residual(&stream, None, delta), (positions, spans), cache);
             stream = Some(x);
             delta = next;
         }
-        let x = stream.expect("a chunk has blocks");
-        match &self.head {
-            Some(head) => CachedOutput::Logits(head.logits(ctx, Residual::Sum { x: &x, delta }, wanted_rows, self.tied_weight())),
-            None => {
-                ctx.device.add(&mut delta, &x);
+        match (&self.head, &stream) {
+            (Some(head), _) => CachedOutput::Logits(head.logits(ctx, residual(&stream, None, delta), wanted_rows, self.tied_weight())),
+            (None, Some(x)) => {
+                ctx.device.add(&mut delta, x);
                 CachedOutput::Hidden(delta)
             }
+            (None, None) => CachedOutput::Hidden(delta),
         }
     }
 
     fn tied_weight(&self) -> Option<&Param> {
         self.embedding.as_ref().map(|embedding| &embedding.weight)
     }
-
-    fn copy_of(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
-        let mut copy = ctx.take(x.dims(), x.dtype());
-        ctx.device.copy(&mut copy, x);
-        copy
-    }
 }
 
-/// The residual stream after the previous block: its stream plus what it returned, or the chunk's input.
-fn residual(previous: &Option<BlockSaved>, delta: ScratchTensor) -> Residual<'_> {
-    match previous {
-        Some(block) => Residual::Sum { x: block.stream(), delta },
+/// The residual stream after the last block: what that block returned, added to its stream (its own, or the one kept for the
+/// backward), or the chunk's input.
+fn residual<'a>(stream: &'a Option<ScratchTensor>, saved: Option<&'a ChunkSaved>, delta: ScratchTensor) -> Residual<'a> {
+    let kept = || saved.and_then(|saved| saved.blocks.last()).and_then(BlockKept::stream);
+    match stream.as_deref().or_else(kept) {
+        Some(x) => Residual::Sum { x, delta },
         None => Residual::Whole(delta),
     }
 }

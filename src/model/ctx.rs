@@ -53,6 +53,13 @@ impl Ctx<'_> {
         self.scratch.take(self.device, shape, dtype)
     }
 
+    /// A temporary with the contents of `x`.
+    pub fn copy_of(&self, x: &Tensor) -> ScratchTensor {
+        let mut copy = self.take(x.dims(), x.dtype());
+        self.device.copy(&mut copy, x);
+        copy
+    }
+
     /// Whether rows are divided over more than one rank.
     pub fn is_sharded(&self) -> bool {
         self.sequence == SequenceMode::Sharded && self.tp.size() > 1

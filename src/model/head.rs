@@ -3,7 +3,7 @@
 
 use super::chunk::MicroBatch;
 use super::ctx::Ctx;
-use super::linear::{column_backward, column_forward};
+use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward};
 use super::norm::{Norm, NormSaved, Residual};
 use super::param::Param;
 use crate::comm::ReduceOp;
@@ -31,6 +31,14 @@ pub struct HeadSaved {
     max: ScratchTensor,
     /// Sum of exp(logit - max) over the whole vocabulary: [T] f32.
     sum: ScratchTensor,
+}
+
+/// What the weight gradient needs once the input gradient is made.
+pub struct HeadDeferred {
+    /// norm's output [T', H].
+    normed: ScratchTensor,
+    /// [T, V/tp]
+    dlogits: ScratchTensor,
 }
 
 /// Which part of the vocabulary a weight holds.
@@ -65,16 +73,46 @@ impl OutputHead {
     }
 
     /// dx[T', H] assigned; weight gradients accumulated. The loss is sum over tokens of weights[t] * loss[t].
-    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: HeadSaved, tied: Option<&mut Param>) -> ScratchTensor {
-        let part = self.part(self.weight.as_ref().or(tied.as_deref()).expect("an output layer, its own or tied"));
-        let HeadSaved { norm, normed, logits: mut dlogits, max, sum } = saved;
-        let Part { first_row, n_valid } = part;
-        ctx.device.cross_entropy_gradient(&mut dlogits, &max, &sum, &batch.targets, &batch.weights, first_row, n_valid);
+    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: HeadSaved, mut tied: Option<&mut Param>) -> ScratchTensor {
+        self.loss_backward(ctx, batch, &mut saved, tied.as_deref());
+        let weight = self.weight.as_mut().or(tied.as_deref_mut()).expect("an output layer, its own or tied");
+        let dnormed = column_backward(ctx, weight, &saved.normed, &saved.logits);
+        self.norm_backward(ctx, &saved.norm, &dnormed)
+    }
+
+    /// The first half of `backward`: dx[T', H] assigned; the gradients of the norm accumulated.
+    pub fn backward_input(
+        &mut self,
+        ctx: &Ctx,
+        batch: &MicroBatch,
+        mut saved: HeadSaved,
+        tied: Option<&Param>,
+    ) -> (ScratchTensor, HeadDeferred) {
+        self.loss_backward(ctx, batch, &mut saved, tied);
+        let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
+        let dnormed = column_backward_input(ctx, weight, &saved.logits);
+        let dx = self.norm_backward(ctx, &saved.norm, &dnormed);
+        (dx, HeadDeferred { normed: saved.normed, dlogits: saved.logits })
+    }
+
+    /// The second half: the gradient of the output layer accumulated.
+    pub fn backward_weight(&mut self, ctx: &Ctx, deferred: &HeadDeferred, tied: Option<&mut Param>) {
         let weight = self.weight.as_mut().or(tied).expect("an output layer, its own or tied");
-        let dnormed = column_backward(ctx, weight, &normed, &dlogits);
+        column_backward_weight(ctx, weight, &deferred.normed, &deferred.dlogits);
+    }
+
+    /// The saved logits become their gradient.
+    fn loss_backward(&self, ctx: &Ctx, batch: &MicroBatch, saved: &mut HeadSaved, tied: Option<&Param>) {
+        let Part { first_row, n_valid } = self.part(self.weight.as_ref().or(tied).expect("an output layer, its own or tied"));
+        let HeadSaved { logits, max, sum, .. } = saved;
+        ctx.device.cross_entropy_gradient(logits, max, sum, &batch.targets, &batch.weights, first_row, n_valid);
+    }
+
+    /// dx[T', H] assigned; the gradients of the norm accumulated.
+    fn norm_backward(&mut self, ctx: &Ctx, norm: &NormSaved, dnormed: &Tensor) -> ScratchTensor {
         let mut dx = ctx.take(norm.x.dims(), norm.x.dtype());
         ctx.device.fill_zero(&mut dx);
-        self.norm.backward(ctx, &norm, &dnormed, &mut dx);
+        self.norm.backward(ctx, norm, dnormed, &mut dx);
         dx
     }
 

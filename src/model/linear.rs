@@ -1,4 +1,6 @@
-//! Linear layers divided over tensor-parallel ranks (Shoeybi et al. 2019), without bias.
+//! Linear layers divided over tensor-parallel ranks (Shoeybi et al. 2019), without bias. The backward comes whole, or in its
+//! two halves for schedules that run them apart (Qi et al. 2023): the gradient of the input, which the layer before waits for,
+//! and the gradient of the weight, which nobody waits for. The halves give the bits of the whole.
 
 use super::ctx::Ctx;
 use super::param::Param;
@@ -27,6 +29,16 @@ impl ColumnParallelLinear {
     pub fn backward(&mut self, ctx: &Ctx, x: &Tensor, dy: &Tensor) -> ScratchTensor {
         column_backward(ctx, &mut self.weight, x, dy)
     }
+
+    /// The first half of `backward`: dx[T', I] assigned from dy[T, O/tp].
+    pub fn backward_input(&self, ctx: &Ctx, dy: &Tensor) -> ScratchTensor {
+        column_backward_input(ctx, &self.weight, dy)
+    }
+
+    /// The second half: the weight gradient accumulated.
+    pub fn backward_weight(&mut self, ctx: &Ctx, x: &Tensor, dy: &Tensor) {
+        column_backward_weight(ctx, &mut self.weight, x, dy);
+    }
 }
 
 /// `ColumnParallelLinear::forward` for a weight that lives elsewhere (a tied embedding).
@@ -39,20 +51,32 @@ pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
 
 /// `ColumnParallelLinear::backward` for a weight that lives elsewhere.
 pub fn column_backward(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) -> ScratchTensor {
-    let mut dx_partial = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
     if !ctx.is_sharded() {
-        ctx.device.gemm(&mut dx_partial, dy, &weight.weight(), Gemm::NN); // dx = dy W, summed over tp below
-        ctx.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate()); // dW += dy^T x
+        let dx_partial = input_gradient(ctx, weight, dy); // summed over tp below
+        weight_gradient(ctx, weight, x, dy);
         return ctx.sum_rows(dx_partial); // tp: all-reduce
     }
-    let (mut all_x, mut dx) = (ctx.take(dx_partial.dims(), x.dtype()), ctx.take(x.dims(), dy.dtype()));
+    let mut all_x = ctx.take(&[dy.n_rows(), x.row_len()], x.dtype());
     let gather = ctx.tp.start_all_gather(x, &mut all_x); // tp: gathered again rather than kept; overlaps the next line
-    ctx.device.gemm(&mut dx_partial, dy, &weight.weight(), Gemm::NN); // dx = dy W, summed over tp next
+    let dx_partial = input_gradient(ctx, weight, dy); // summed over tp next
     gather.wait();
+    let mut dx = ctx.take(x.dims(), dy.dtype());
     let scatter = ctx.tp.start_reduce_scatter(&dx_partial, &mut dx); // tp: overlaps the next line
-    ctx.device.gemm(&mut weight.dweight(), dy, &all_x, Gemm::TN.accumulate()); // dW += dy^T x
+    weight_gradient(ctx, weight, &all_x, dy);
     scatter.wait();
     dx
+}
+
+/// `ColumnParallelLinear::backward_input` for a weight that lives elsewhere.
+pub fn column_backward_input(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
+    let dx_partial = input_gradient(ctx, weight, dy);
+    ctx.sum_rows(dx_partial) // tp: reduce-scatter or all-reduce
+}
+
+/// `ColumnParallelLinear::backward_weight` for a weight that lives elsewhere.
+pub fn column_backward_weight(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) {
+    let x = ctx.gather_rows(x); // tp: [T', I] -> [T, I], gathered again rather than kept
+    weight_gradient(ctx, weight, &x, dy);
 }
 
 impl RowParallelLinear {
@@ -66,9 +90,32 @@ impl RowParallelLinear {
     /// dx[T, I/tp] assigned; the weight gradient accumulated. `x` is the input of the forward, dy[T', O].
     pub fn backward(&mut self, ctx: &Ctx, x: &Tensor, dy: &Tensor) -> ScratchTensor {
         let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O]
-        let mut dx = ctx.take(&[x.n_rows(), x.row_len()], x.dtype());
-        ctx.device.gemm(&mut dx, &dy, &self.weight.weight(), Gemm::NN); // dx = dy W
-        ctx.device.gemm(&mut self.weight.dweight(), &dy, x, Gemm::TN.accumulate()); // dW += dy^T x
+        let dx = input_gradient(ctx, &self.weight, &dy);
+        weight_gradient(ctx, &mut self.weight, x, &dy);
         dx
     }
+
+    /// The first half of `backward`: dx[T, I/tp] assigned from dy[T', O].
+    pub fn backward_input(&self, ctx: &Ctx, dy: &Tensor) -> ScratchTensor {
+        let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O]
+        input_gradient(ctx, &self.weight, &dy)
+    }
+
+    /// The second half: the weight gradient accumulated.
+    pub fn backward_weight(&mut self, ctx: &Ctx, x: &Tensor, dy: &Tensor) {
+        let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O], gathered again rather than kept
+        weight_gradient(ctx, &mut self.weight, x, &dy);
+    }
+}
+
+/// dx[T, in] = dy[T, out] W.
+fn input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
+    let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
+    ctx.device.gemm(&mut dx, dy, &weight.weight(), Gemm::NN);
+    dx
+}
+
+/// dW[out, in] += dy[T, out]^T x[T, in].
+fn weight_gradient(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) {
+    ctx.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate());
 }

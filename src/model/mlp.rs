@@ -18,26 +18,58 @@ pub struct Mlp {
 /// What the backward needs.
 pub struct MlpSaved {
     /// Input of the activation: [T, F/tp] or [T, 2F/tp].
-    raised: ScratchTensor,
+    pub raised: ScratchTensor,
     /// Its output: [T, F/tp].
     activated: ScratchTensor,
+}
+
+/// What the weight gradients need once the input gradient is made.
+pub struct MlpDeferred {
+    /// Input of the down projection: [T, F/tp].
+    activated: ScratchTensor,
+    /// Gradient of the up projection's output: [T, F/tp] or [T, 2F/tp].
+    draised: ScratchTensor,
 }
 
 impl Mlp {
     /// x[T', H] -> y[T', H].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> (ScratchTensor, MlpSaved) {
-        let raised = self.up.forward(ctx, x);
+        let saved = self.activate(ctx, self.up.forward(ctx, x));
+        let y = self.down.forward(ctx, &saved.activated);
+        (y, saved)
+    }
+
+    /// The part without weights, from the up projection's output: all that the backward needs.
+    pub fn activate(&self, ctx: &Ctx, raised: ScratchTensor) -> MlpSaved {
         let mut activated = ctx.take(&[raised.n_rows(), raised.row_len() / self.activation.inputs_per_output()], raised.dtype());
         ctx.device.activation(&mut activated, &raised, self.activation);
-        let y = self.down.forward(ctx, &activated);
-        (y, MlpSaved { raised, activated })
+        MlpSaved { raised, activated }
     }
 
     /// dx[T', H] assigned from dy[T', H]; weight gradients accumulated.
     pub fn backward(&mut self, ctx: &Ctx, x: &Tensor, saved: &MlpSaved, dy: &Tensor) -> ScratchTensor {
         let dactivated = self.down.backward(ctx, &saved.activated, dy);
-        let mut draised = ctx.take(saved.raised.dims(), saved.raised.dtype());
-        ctx.device.activation_backward(&mut draised, &dactivated, &saved.raised, self.activation);
+        let draised = self.activate_backward(ctx, saved, &dactivated);
         self.up.backward(ctx, x, &draised)
+    }
+
+    /// The first half of `backward`: dx[T', H] assigned from dy[T', H].
+    pub fn backward_input(&self, ctx: &Ctx, saved: MlpSaved, dy: &Tensor) -> (ScratchTensor, MlpDeferred) {
+        let dactivated = self.down.backward_input(ctx, dy);
+        let draised = self.activate_backward(ctx, &saved, &dactivated);
+        (self.up.backward_input(ctx, &draised), MlpDeferred { activated: saved.activated, draised })
+    }
+
+    /// The second half: weight gradients accumulated. `x` and `dy` are those of `backward`.
+    pub fn backward_weights(&mut self, ctx: &Ctx, x: &Tensor, deferred: &MlpDeferred, dy: &Tensor) {
+        self.down.backward_weight(ctx, &deferred.activated, dy);
+        self.up.backward_weight(ctx, x, &deferred.draised);
+    }
+
+    /// draised assigned from dactivated[T, F/tp].
+    fn activate_backward(&self, ctx: &Ctx, saved: &MlpSaved, dactivated: &Tensor) -> ScratchTensor {
+        let mut draised = ctx.take(saved.raised.dims(), saved.raised.dtype());
+        ctx.device.activation_backward(&mut draised, dactivated, &saved.raised, self.activation);
+        draised
     }
 }

@@ -6,9 +6,11 @@
 
 mod check;
 mod load;
+mod recompute;
 mod strict;
 
 use crate::model::config::ModelConfig;
+pub use recompute::Recompute;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 

@@ -14,10 +14,10 @@ use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 use trireme::train::optimizer::ShardedAdamW;
 
-const SEED: u64 = 17;
+pub const SEED: u64 = 17;
 
 /// 37 pieces in 64 rows: with four ranks the third has some padding and the fourth nothing else.
-fn nemotron() -> ModelConfig {
+pub fn nemotron() -> ModelConfig {
     ModelConfig {
         n_layers: 4,
         hidden: 24,
@@ -39,12 +39,12 @@ fn nemotron() -> ModelConfig {
     }
 }
 
-fn llama_tied() -> ModelConfig {
+pub fn llama_tied() -> ModelConfig {
     ModelConfig { norm: NormKind::RmsNorm, activation: Activation::Swiglu, tied_embeddings: true, ..nemotron() }
 }
 
 /// Sequences of these lengths in one micro-batch.
-fn micro_batch(lengths: &[usize], seed: u64) -> MicroBatch {
+pub fn micro_batch(lengths: &[usize], seed: u64) -> MicroBatch {
     let n: usize = lengths.iter().sum();
     let noise = Random::new(seed, "tokens");
     let token = |i: usize| (noise.bits(i as u64) % 37) as u32;
