@@ -25,3 +25,5 @@ mod operations;
 mod oracle;
 #[path = "kernels/run.rs"]
 mod run;
+#[path = "kernels/streams.rs"]
+mod streams;

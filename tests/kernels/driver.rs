@@ -46,8 +46,24 @@ fn use_the_device() {
     assert!(error.contains("out of device memory"), "{error}");
 }
 
+/// Whether this process finds the stand-ins.
+pub fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs one test of this program again where it finds the stand-ins of a folder, and returns what they say, line by line.
+pub fn inside(folder: &Path, test: &str, environment: &[(&str, &str)]) -> Vec<String> {
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(["--exact", test, "--nocapture"]).env(INSIDE, "1");
+    again.env("LD_LIBRARY_PATH", folder).env("TRIREME_KERNEL_CACHE", folder.join("cache")).envs(environment.iter().copied());
+    let output = again.output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{environment:?}: {log}{}", String::from_utf8_lossy(&output.stdout));
+    log.lines().filter_map(|line| line.strip_prefix("stand-in: ").map(String::from)).collect()
+}
+
 /// Compiles the stand-ins into a folder; None where there is no compiler.
-fn stand_ins(folder: &Path) -> Option<()> {
+pub fn stand_ins(folder: &Path) -> Option<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/stand_in.c");
     // The first names that are looked for, so that the real ones are not found before.
     let library = folder.join("libcuda.so");
@@ -66,33 +82,30 @@ fn stand_ins(folder: &Path) -> Option<()> {
 
 /// Products come out right through cuBLASLt's column-major terms, with one choice of an algorithm a shape; the GPU is the rank's by
 /// turns; a kernel is compiled once and taken from the disk by the next process; it is allowed its shared memory once, before its
-/// first launch, and its arguments lie where the driver looks; freed memory is kept, given back when there is none left, and none
-/// is lost at the end.
+/// first launch, and its arguments lie where the driver looks; page-locked memory is taken once; no device memory is lost at the end.
 #[test]
 fn calls_are_those_a_gpu_needs() {
-    if std::env::var_os(INSIDE).is_some() {
+    if is_inside() {
         return use_the_device();
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(()) = stand_ins(folder.path()) else { return };
-    let mut logs = Vec::new();
-    for _ in 0..2 {
-        let mut again = Command::new(std::env::current_exe().unwrap());
-        again.args(["--exact", "driver::calls_are_those_a_gpu_needs", "--nocapture"]).env(INSIDE, "1");
-        again.env("LD_LIBRARY_PATH", folder.path()).env("TRIREME_KERNEL_CACHE", folder.path().join("cache"));
-        let output = again.output().unwrap();
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{log}{}", String::from_utf8_lossy(&output.stdout));
-        logs.push(log.lines().filter_map(|line| line.strip_prefix("stand-in: ").map(String::from)).collect::<Vec<_>>());
-    }
+    let logs = [(); 2].map(|()| inside(folder.path(), "driver::calls_are_those_a_gpu_needs", &[]));
     let launch = "attention_d128_bf16 on 3 x 2 x 1 of 128 x 1 x 1, shares 87040: 70 2 2 0.0883883";
     let product = "algorithm chosen"; // four transpositions, f32 and bf16; += takes the same
     let code = "loaded attention_forward.cu --gpu-architecture=sm_90a";
     let allowed = "attention_d128_bf16 may share 87040 (8)";
+    let segment = "4194304 bytes page-locked";
+    let chunk = "8388608 bytes page-locked"; // two, at the first download
     let expected = |compiled: &[&str]| {
-        let head = ["GPU 1", "pool keeps 18446744073709551615"];
-        let tail = [code, allowed, launch, launch, "pool trimmed to 0", "end with 0 pieces of memory"];
-        [&head[..], &[product; 8], compiled, &tail].concat().iter().map(|line| line.to_string()).collect::<Vec<_>>()
+        let head = ["GPU 1", "stream 0 of priority 0", "stream 1 of priority -5", "stream 2 of priority 0"];
+        let first_product = [product, chunk, chunk];
+        let tail = [code, allowed, launch, launch, "end with 0 pieces of memory"];
+        [&head[..], &[segment; 4], &first_product, &[product; 7], compiled, &tail]
+            .concat()
+            .iter()
+            .map(|line| line.to_string())
+            .collect::<Vec<_>>()
     };
     assert_eq!(logs[0], expected(&["compiled attention_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));

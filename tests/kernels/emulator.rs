@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
-use trireme::device::cuda::backend::{Arg, Backend, Grid, Kernel, Matrix};
+use trireme::device::cuda::backend::{Arg, Backend, Event, Grid, Kernel, Matrix, Stream};
 use trireme::device::{Gemm, Store};
 use trireme::tensor::DType;
 
@@ -212,7 +212,24 @@ impl Backend for Emulator {
         }
     }
 
+    // Everything is done when it was asked for, whatever the stream.
     fn finish(&self) {}
+
+    fn record(&self, _stream: Stream) -> Event {
+        Event(0)
+    }
+
+    fn wait(&self, _stream: Stream, _event: Event) {}
+
+    fn is_complete(&self, _event: Event) -> bool {
+        true
+    }
+
+    fn release(&self, _event: Event) {}
+
+    fn handle(&self, _stream: Stream) -> Option<u64> {
+        None
+    }
 }
 
 fn argument(arg: &Arg) -> Argument {

@@ -1,15 +1,18 @@
-// A stand-in for libcuda, libnvrtc and libcublasLt, as far as src/device/cuda calls them: device memory is the host's, launches
-// are only told, products are made by plain loops in cuBLASLt's column-major terms. Every call worth a look is a line of stderr.
+// A stand-in for libcuda, libnvrtc and libcublasLt, as far as src/device/cuda calls them: device memory is the host's, a stream is a
+// list of work that is done as late as the rules allow (when somebody waits for it), or at once for the streams named in STAND_IN_EAGER
+// (a mask: 1 compute, 2 communication, 4 copies): a missing wait shows as wrong bytes in one of them. Copies and products are made,
+// by plain loops, the latter in cuBLASLt's column-major terms; of other kernels the launch is told. Every call worth a look is a line
+// of stderr.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 typedef unsigned long long Address;
 #define TELL(...) fprintf(stderr, "stand-in: " __VA_ARGS__)
-enum { OUT_OF_MEMORY = 2, INVALID = 1 };
+enum { OUT_OF_MEMORY = 2, INVALID = 1, NOT_READY = 600 };
 
 // The driver: two GPUs.
-static void* current;
+static __thread void* current;
 static int live;
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
@@ -27,14 +30,63 @@ int cuCtxGetCurrent(void** context) { *context = current; return 0; }
 int cuCtxSetCurrent(void* context) { current = context; return 0; }
 int cuGetErrorName(int error, const char** text) { *text = "CUDA_ERROR"; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error"; return 0; }
-int cuStreamCreate(void** stream, unsigned flags) { *stream = &current; return 0; }
-static void upload_all(void);
-int cuStreamSynchronize(void* stream) { upload_all(); return 0; }
-int cuStreamDestroy_v2(void* stream) { return 0; }
-int cuDeviceGetDefaultMemPool(void** pool, int device) { *pool = &live; return 0; }
-int cuMemPoolSetAttribute(void* pool, int attribute, void* value) { TELL("pool keeps %llu\n", *(Address*)value); return 0; }
-int cuMemPoolTrimTo(void* pool, size_t bytes) { TELL("pool trimmed to %zu\n", bytes); return 0; }
-int cuMemAllocAsync(Address* at, size_t bytes, void* stream) {
+
+// Streams: work in the order asked, done up to `n_done`.
+typedef struct {
+    void (*run)(void* data);
+    long long data[32];
+} Work;
+typedef struct {
+    Work* work;
+    long n, n_done, room;
+    int number;
+} Stream;
+typedef struct {
+    Stream* stream;
+    long at;
+} Event;
+static Stream streams[8];
+static int n_streams;
+static void run_to(Stream* stream, long at) {
+    while (stream->n_done < at) {
+        Work next = stream->work[stream->n_done]; // the list may move
+        next.run(next.data);
+        stream->n_done++;
+    }
+}
+static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
+    if (stream->n == stream->room) stream->work = realloc(stream->work, (stream->room = 2 * stream->room + 64) * sizeof(Work));
+    Work* last = &stream->work[stream->n++];
+    last->run = run;
+    memcpy(last->data, data, bytes);
+    const char* eager = getenv("STAND_IN_EAGER");
+    if (eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->n);
+}
+static void run_all(void) { for (int i = 0; i < n_streams; i++) run_to(&streams[i], streams[i].n); }
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return 0; }
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+    streams[n_streams].number = n_streams;
+    TELL("stream %d of priority %d\n", n_streams, priority);
+    *stream = &streams[n_streams++];
+    return flags == 1 ? 0 : INVALID;
+}
+int cuStreamSynchronize(Stream* stream) { run_to(stream, stream->n); return 0; }
+int cuStreamDestroy_v2(Stream* stream) { return stream->n_done == stream->n ? 0 : INVALID; }
+int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); return 0; }
+int cuEventDestroy_v2(Event* event) { free(event); return 0; }
+int cuEventRecord(Event* event, Stream* stream) { *event = (Event){stream, stream->n}; return current ? 0 : INVALID; }
+static void wait_for(void* data) { Event* event = data; run_to(event->stream, event->at); }
+int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) { ask(stream, wait_for, event, sizeof *event); return 0; }
+int cuEventSynchronize(Event* event) { wait_for(event); return 0; }
+// Done the next time it is asked.
+int cuEventQuery(Event* event) {
+    int ready = event->stream->n_done >= event->at;
+    wait_for(event);
+    return ready ? 0 : NOT_READY;
+}
+
+// Memory.
+int cuMemAlloc_v2(Address* at, size_t bytes) {
     if (!current) return INVALID;
     if (bytes > 1ull << 40) return OUT_OF_MEMORY;
     *at = (Address)aligned_alloc(512, (bytes + 511) / 512 * 512);
@@ -42,29 +94,37 @@ int cuMemAllocAsync(Address* at, size_t bytes, void* stream) {
     live++;
     return 0;
 }
-int cuMemFreeAsync(Address at, void* stream) { upload_all(); free((void*)at); live--; return 0; }
-// Copies are made when they are waited for, or at the next other call on the stream: memory reused too early would show.
-static struct { Address to; const void* from; size_t bytes; } uploads[1 << 16];
-static int n_uploads;
-static void upload_all(void) {
-    for (int i = 0; i < n_uploads; i++) memcpy((void*)uploads[i].to, uploads[i].from, uploads[i].bytes);
-    n_uploads = 0;
-}
-int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void* stream) {
-    if (n_uploads == 1 << 16) return INVALID;
-    uploads[n_uploads].to = to;
-    uploads[n_uploads].from = from;
-    uploads[n_uploads++].bytes = bytes;
+int cuMemFree_v2(Address at) {
+    run_all();
+    free((void*)at);
+    live--;
     return 0;
 }
-int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) { *at = aligned_alloc(4096, bytes); return 0; }
+int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
+    TELL("%zu bytes page-locked\n", bytes);
+    *at = aligned_alloc(4096, bytes);
+    return 0;
+}
 int cuMemFreeHost(void* at) { free(at); return 0; }
-int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) { upload_all(); memcpy(to, (void*)from, bytes); return 0; }
-int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, void* stream) {
-    upload_all();
-    memset((void*)at, value, bytes);
+typedef struct { Address to, from; size_t bytes; } Copy;
+static void copy(void* data) { Copy* c = data; memcpy((void*)c->to, (void*)c->from, c->bytes); }
+static int ask_copy(Address to, Address from, size_t bytes, Stream* stream) {
+    Copy c = {to, from, bytes};
+    ask(stream, copy, &c, sizeof c);
+    return current ? 0 : INVALID;
+}
+int cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) { return ask_copy(to, (Address)from, bytes, stream); }
+int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) { return ask_copy((Address)to, from, bytes, stream); }
+int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) { return ask_copy(to, from, bytes, stream); }
+typedef struct { Address at; size_t bytes; int value; } Fill;
+static void fill(void* data) { Fill* f = data; memset((void*)f->at, f->value, f->bytes); }
+int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* stream) {
+    Fill f = {at, bytes, value};
+    ask(stream, fill, &f, sizeof f);
     return 0;
 }
+
+// Kernels.
 int cuModuleLoadData(void** module, const void* code) { TELL("loaded %s\n", (const char*)code); *module = &current; return 0; }
 int cuModuleUnload(void* module) { return 0; }
 int cuModuleGetFunction(void** function, void* module, const char* name) { *function = strdup(name); return 0; }
@@ -72,9 +132,17 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     TELL("%s may share %d (%d)\n", (char*)function, value, attribute);
     return 0;
 }
-// Shows arguments 4.. as three ints and a float: those of attention.
+typedef struct { float* x; long long n; float factor; } Scale;
+static void scale(void* data) { Scale* s = data; for (long long i = 0; i < s->n; i++) s->x[i] *= s->factor; }
+// Two kernels of elementwise.cu are run. Of the others arguments 4.. are shown as three ints and a float: those of attention.
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
-                   void* stream, void** args, void** extra) {
+                   Stream* stream, void** args, void** extra) {
+    if (!strcmp(function, "copy_f32_f32")) return ask_copy(*(Address*)args[0], *(Address*)args[1], 4 * *(long long*)args[2], stream);
+    if (!strcmp(function, "scale_f32")) {
+        Scale s = {*(float**)args[0], *(long long*)args[1], *(float*)args[2]};
+        ask(stream, scale, &s, sizeof s);
+        return 0;
+    }
     TELL("%s on %u x %u x %u of %u x %u x %u, shares %u: %d %d %d %g\n", (char*)function, x, y, z, threads, ty, tz, shared,
          *(int*)args[4], *(int*)args[5], *(int*)args[6], *(float*)args[7]);
     return 0;
@@ -139,17 +207,28 @@ static float element(const void* matrix, const Layout* layout, int transposed, s
     memcpy(&x, &bits, 4);
     return x;
 }
-int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
-                   const float* beta, const void* c, Layout* lc, void* d, Layout* ld, void* algorithm, void* workspace, size_t bytes, void* stream) {
-    size_t k = product->first_transposed ? la->rows : la->columns;
-    upload_all();
-    if (ld->type != 0 || c != d || !workspace || (Address)workspace % 256) return 7;
-    for (size_t i = 0; i < ld->rows; i++)
-        for (size_t j = 0; j < ld->columns; j++) {
-            float sum = 0, *to = (float*)d + i + j * ld->stride;
+typedef struct {
+    Product product;
+    Layout la, lb, ld;
+    const void *a, *b;
+    void* d;
+    float alpha, beta;
+} Gemm;
+static void gemm(void* data) {
+    Gemm* g = data;
+    size_t k = g->product.first_transposed ? g->la.rows : g->la.columns;
+    for (size_t i = 0; i < g->ld.rows; i++)
+        for (size_t j = 0; j < g->ld.columns; j++) {
+            float sum = 0, *to = (float*)g->d + i + j * g->ld.stride;
             for (size_t l = 0; l < k; l++)
-                sum += element(a, la, product->first_transposed, i, l) * element(b, lb, product->second_transposed, l, j);
-            *to = *alpha * sum + (*beta == 0 ? 0 : *beta * *to);
+                sum += element(g->a, &g->la, g->product.first_transposed, i, l) * element(g->b, &g->lb, g->product.second_transposed, l, j);
+            *to = g->alpha * sum + (g->beta == 0 ? 0 : g->beta * *to);
         }
+}
+int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
+                   const float* beta, const void* c, Layout* lc, void* d, Layout* ld, void* algorithm, void* workspace, size_t bytes, Stream* stream) {
+    if (ld->type != 0 || c != d || !workspace || (Address)workspace % 256) return 7;
+    Gemm g = {*product, *la, *lb, *ld, a, b, d, *alpha, *beta};
+    ask(stream, gemm, &g, sizeof g);
     return 0;
 }

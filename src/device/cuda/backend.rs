@@ -2,7 +2,10 @@
 //! (cudarc); the tests have another that runs the kernels' source on the CPU, so that the code above this line is the same
 //! with and without a GPU.
 //!
-//! Everything asked of a backend happens in the order asked (one stream); only `download`, `finish` and `free` wait.
+//! Everything asked of a backend happens in the order asked, as far as anybody who asks can see: kernels, products, zeros and small
+//! copies go to the compute stream, large copies to a stream of their own, ordered against it by events. Only `download`, `finish`
+//! and `is_complete` look at what is done; only the first two wait. What an owner of a stream handle asks of it himself (NCCL on the
+//! communication stream) he orders with `record` and `wait`: see `streams`.
 
 use crate::device::Gemm;
 use crate::tensor::DType;
@@ -69,15 +72,32 @@ pub struct Matrix {
     pub dtype: DType,
 }
 
+/// A queue of work. What is asked of one happens in the order asked; the queues run side by side, ordered by events only.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Stream {
+    /// Kernels, products, zeros and small copies.
+    Compute,
+    /// Collectives and messages of a library that runs on the device; before compute where both want the same processors.
+    Communication,
+    /// Large copies from and to the host.
+    Copies,
+}
+
+/// A point in the work of a stream, as its backend names it. Made by `record`, ended by `release`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Event(pub u64);
+
 /// The machine below the CUDA device.
 pub trait Backend: Send + Sync {
     /// For people: "NVIDIA H200, 132 processors".
     fn name(&self) -> String;
     /// Multiprocessors: how many blocks fill the device once.
     fn processors(&self) -> usize;
-    /// New memory, aligned to 256, contents unspecified. `None` when there is none left.
+    /// Memory, aligned to 256, contents unspecified; used before perhaps, but by no work that is asked for after this call. `None`
+    /// when there is none left.
     fn alloc(&self, bytes: usize) -> Option<u64>;
-    /// Gives memory back, after the work that was asked for before.
+    /// Gives memory back: work that was asked for before may still use it. Work on other streams than compute must have been waited
+    /// for by compute.
     fn free(&self, address: u64, bytes: usize);
     /// Host bytes to device memory; `host` may be reused at once.
     fn upload(&self, host: &[u8], to: u64);
@@ -89,6 +109,18 @@ pub trait Backend: Send + Sync {
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]);
     /// out = or += op(a) op(b), accumulated in f32; shapes agree.
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm);
-    /// Waits until everything asked for is done.
+    /// Waits until everything asked for is done, on all streams.
     fn finish(&self);
+
+    /// The end of what was asked of a stream so far.
+    fn record(&self, stream: Stream) -> Event;
+    /// What is asked of `stream` from now on begins after the event. Does not block.
+    fn wait(&self, stream: Stream, event: Event);
+    /// Whether all work before the event is done.
+    fn is_complete(&self, event: Event) -> bool;
+    /// Ends the use of an event; waits that were asked for stay.
+    fn release(&self, event: Event);
+    /// The stream as CUDA's own libraries take it (a `CUstream`), with the device made current on the calling thread. `None` on a
+    /// machine that has no CUDA below it.
+    fn handle(&self, stream: Stream) -> Option<u64>;
 }

@@ -1,13 +1,19 @@
-//! The real machine: one GPU, one stream, by the CUDA driver (cudarc). Knows nothing of operations.
+//! The real machine: one GPU by the CUDA driver (cudarc): memory, kernels, copies, streams. Knows nothing of operations.
 //!
 //! A call that fails cannot be repaired by its caller, so it panics with what was asked; only opening returns an error.
 
-use super::backend::{Arg, Backend, Grid, Kernel, Matrix};
+mod copies;
+mod queues;
+
+use super::arena::Arena;
+use super::backend::{Arg, Backend, Event, Grid, Kernel, Matrix, Stream};
 use super::blas::{self, Blas};
 use super::compile;
 use crate::device::Gemm;
 use crate::error::{Error, Kind, Result};
+use copies::Copies;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
+use queues::Queues;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::sync::{Arc, Mutex};
@@ -18,11 +24,6 @@ const CUDA_VERSION: c_int = 13_000;
 const SHARED_BYTES_UNASKED: u32 = 48 * 1024;
 const WITHOUT_GPU: &str = "run with --device cpu, or on a node with GPUs";
 
-/// Page-locked host memory that small uploads leave from, so that nothing waits for them.
-const RING_BYTES: usize = 8 << 20;
-/// Larger uploads leave from where they are, and are waited for.
-const SMALL_BYTES: usize = RING_BYTES / 8;
-
 /// A loaded kernel.
 #[derive(Clone, Copy)]
 struct Function {
@@ -31,24 +32,18 @@ struct Function {
     shared_bytes: u32,
 }
 
-/// The page-locked memory and how much of it has left since the last wait.
-struct Ring {
-    start: *mut u8,
-    used_bytes: usize,
-}
-
 /// The backend.
 pub struct Driver {
     context: Arc<CudaContext>,
-    stream: sys::CUstream,
-    pool: sys::CUmemoryPool,
+    queues: Queues,
+    copies: Copies,
+    arena: Mutex<Arena>,
     blas: Blas,
     /// For cuBLASLt.
     workspace: u64,
     name: String,
     processors: usize,
     architecture: String,
-    ring: Mutex<Ring>,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
     functions: Mutex<HashMap<Kernel, Function>>,
 }
@@ -109,46 +104,54 @@ impl Driver {
         let multiprocessors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(multiprocessors).map_err(failed)? as usize;
         let name = format!("{}, {processors} processors", context.name().map_err(failed)?);
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
-        // SAFETY: the context's own device.
-        let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map_err(failed)?;
-        let mut keep = u64::MAX;
-        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        // SAFETY: the attribute is 64 bits. Freed memory stays with the process, so an allocation after the first steps is a list
-        // operation.
-        unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut keep).cast()) }.map_err(failed)?;
-        // SAFETY: a live stream.
-        let workspace = unsafe { result::malloc_async(stream, blas::WORKSPACE_BYTES) }.map_err(failed)?;
+        let queues = Queues::open().map_err(failed)?;
+        let copies = Copies::new().map_err(failed)?;
         // SAFETY: the context is current; freed when the driver is dropped.
-        let start = unsafe { result::malloc_host(RING_BYTES, 0) }.map_err(failed)?.cast::<u8>();
-        let ring = Mutex::new(Ring { start, used_bytes: 0 });
+        let workspace = unsafe { result::malloc_sync(blas::WORKSPACE_BYTES) }.map_err(failed)?;
         let blas = Blas::new()?;
         let architecture = architecture(capability);
         Ok(Driver {
             context,
-            stream,
-            pool,
+            queues,
+            copies,
+            arena: Mutex::default(),
             blas,
             workspace,
             name,
             processors,
             architecture,
-            ring,
             modules: Mutex::default(),
             functions: Mutex::default(),
         })
     }
 
     /// Makes the context current on this thread and panics with `what` when the driver refused something.
-    fn call(&self, what: &dyn Fn() -> String, call: impl FnOnce() -> std::result::Result<(), DriverError>) {
-        if let Err(error) = self.context.bind_to_thread().and_then(|()| call()) {
-            panic!("{} on {}: {}", what(), self.name, described(error));
-        }
+    fn call<T>(&self, what: &dyn Fn() -> String, call: impl FnOnce() -> std::result::Result<T, DriverError>) -> T {
+        let done = self.context.bind_to_thread().and_then(|()| call());
+        done.unwrap_or_else(|error| panic!("{} on {}: {}", what(), self.name, described(error)))
     }
 
-    fn wait(&self, what: &str) {
-        // SAFETY: a live stream.
-        self.call(&|| what.to_string(), || unsafe { result::stream::synchronize(self.stream) });
+    /// Memory of the driver; `None` when it has none left.
+    fn ask(&self, bytes: usize) -> Option<u64> {
+        self.call(&|| format!("allocating {bytes} bytes"), || {
+            // SAFETY: only asks for memory.
+            match unsafe { result::malloc_sync(bytes) } {
+                Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+                answer => answer.map(Some),
+            }
+        })
+    }
+
+    /// Gives memory that is not in use back to the driver. Returns how much there was.
+    fn give_back_unused(&self, arena: &mut Arena) -> usize {
+        let unused = arena.drain();
+        self.call(&|| format!("giving back {} pieces of memory", unused.len()), || {
+            // Work asked for before may still use it.
+            self.queues.synchronize()?;
+            // SAFETY: memory of the driver that nobody has any more.
+            unused.iter().try_for_each(|address| unsafe { result::free_sync(*address) })
+        });
+        unused.len()
     }
 
     /// The module of a file of kernels, compiled at first use.
@@ -201,18 +204,19 @@ impl Drop for Driver {
     fn drop(&mut self) {
         // Errors at the end of a process have nobody to go to.
         let _ = self.context.bind_to_thread();
-        // SAFETY: the last user of these handles; nothing of the stream is under way after the wait.
+        let _ = self.queues.synchronize();
+        let unused = self.arena.get_mut().map(Arena::drain).unwrap_or_default();
+        // SAFETY: the last user of these handles; nothing is under way after the wait, and all tensors are gone, for they hold the driver.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
-            let _ = result::free_async(self.workspace, self.stream);
-            if let Ok(ring) = self.ring.get_mut() {
-                let _ = result::free_host(ring.start.cast());
-            }
-            let _ = result::stream::destroy(self.stream);
+            unused.into_iter().chain([self.workspace]).for_each(|address| {
+                let _ = result::free_sync(address);
+            });
             for module in self.modules.get_mut().map(std::mem::take).unwrap_or_default().into_values() {
                 let _ = result::module::unload(module);
             }
         }
+        self.copies.destroy();
+        self.queues.destroy();
     }
 }
 
@@ -237,70 +241,37 @@ impl Backend for Driver {
     }
 
     fn alloc(&self, bytes: usize) -> Option<u64> {
-        let bytes = bytes.max(1);
-        self.call(&|| "allocating".into(), || Ok(()));
-        // SAFETY: a live stream, which is the only one that uses the memory.
-        let ask = || unsafe { result::malloc_async(self.stream, bytes) };
-        let is_full = |error: &DriverError| error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
-        let answer = ask().or_else(|error| {
-            if !is_full(&error) {
-                return Err(error);
-            }
-            // Freed pieces of other sizes go back first.
-            self.wait("waiting for freed memory");
-            // SAFETY: the device's own pool.
-            unsafe { result::mem_pool::trim_to(self.pool, 0) }?;
-            ask()
-        });
-        match answer {
-            Ok(address) => Some(address),
-            Err(error) if is_full(&error) => None,
-            Err(error) => panic!("allocating {bytes} bytes on {}: {}", self.name, described(error)),
-        }
+        let mut arena = self.arena.lock().expect("no panic while holding the arena");
+        // Lent again in the order of the compute stream, which is the order of these calls.
+        arena.take(bytes, |bytes| self.ask(bytes)).or_else(|| {
+            // Free pieces of other sizes go back first.
+            if self.give_back_unused(&mut arena) == 0 { None } else { arena.take(bytes, |bytes| self.ask(bytes)) }
+        })
     }
 
-    fn free(&self, address: u64, bytes: usize) {
-        if std::thread::panicking() {
-            return; // the job ends; a second panic would hide why
+    fn free(&self, address: u64, _bytes: usize) {
+        if !std::thread::panicking() {
+            // Else the job ends; a second panic would hide why.
+            self.arena.lock().expect("no panic while holding the arena").give(address);
         }
-        // SAFETY: allocated on this stream, freed once, after the work that was asked for before.
-        self.call(&|| format!("freeing {bytes} bytes"), || unsafe { result::free_async(address, self.stream) });
     }
 
     fn upload(&self, host: &[u8], to: u64) {
-        let what = || format!("copying {} bytes to the device", host.len());
-        if host.len() > SMALL_BYTES {
-            // SAFETY: the caller's memory on the device; `host` is borrowed until the wait is over.
-            return self.call(&what, || unsafe {
-                result::memcpy_htod_async(to, host, self.stream)?;
-                result::stream::synchronize(self.stream)
-            });
-        }
-        let mut ring = self.ring.lock().expect("no panic while holding the ring");
-        if ring.used_bytes + host.len() > RING_BYTES {
-            self.wait("waiting for uploads");
-            ring.used_bytes = 0;
-        }
-        // SAFETY: these bytes of the ring are in bounds, and no copy under way reads them: the last wait came after their last use.
-        let place = unsafe { std::slice::from_raw_parts_mut(ring.start.add(ring.used_bytes), host.len()) };
-        place.copy_from_slice(host);
-        ring.used_bytes += host.len().next_multiple_of(64);
-        // SAFETY: the caller's memory on the device; the bytes of the ring stay until the next wait.
-        self.call(&what, || unsafe { result::memcpy_htod_async(to, place, self.stream) });
+        // SAFETY: the caller's memory on the device.
+        self.call(&|| format!("copying {} bytes to the device", host.len()), || unsafe { self.copies.upload(&self.queues, host, to) });
     }
 
     fn download(&self, from: u64, host: &mut [u8]) {
         let n = host.len();
-        // SAFETY: the caller's memory on the device; `host` is borrowed until the wait is over.
-        self.call(&|| format!("copying {n} bytes from the device"), || unsafe {
-            result::memcpy_dtoh_async(host, from, self.stream)?;
-            result::stream::synchronize(self.stream)
-        });
+        // SAFETY: the caller's memory on the device.
+        self.call(&|| format!("copying {n} bytes from the device"), || unsafe { self.copies.download(&self.queues, from, host) });
     }
 
     fn zero(&self, at: u64, bytes: usize) {
         // SAFETY: the caller's memory on the device.
-        self.call(&|| format!("zeroing {bytes} bytes"), || unsafe { result::memset_d8_async(at, 0, bytes, self.stream) });
+        self.call(&|| format!("zeroing {bytes} bytes"), || unsafe {
+            result::memset_d8_async(at, 0, bytes, self.queues.of(Stream::Compute))
+        });
     }
 
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
@@ -311,18 +282,47 @@ impl Backend for Driver {
             let threads = (grid.threads, 1, 1);
             // SAFETY: a loaded kernel; the arguments are read during the call; that they are the kernel's, in number and type, the
             // tests see to by running every launcher over an emulator that knows the kernels' types.
-            unsafe { result::launch_kernel(function, grid.blocks, threads, grid.shared_bytes, self.stream, &mut pointers) }
+            unsafe {
+                result::launch_kernel(function, grid.blocks, threads, grid.shared_bytes, self.queues.of(Stream::Compute), &mut pointers)
+            }
         });
     }
 
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm) {
         self.call(&|| "gemm".into(), || Ok(()));
         // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
-        unsafe { self.blas.gemm(out, (a, b), how, self.workspace, self.stream.cast()) };
+        unsafe { self.blas.gemm(out, (a, b), how, self.workspace, self.queues.of(Stream::Compute).cast()) };
     }
 
     fn finish(&self) {
-        self.wait("finishing");
+        self.call(&|| "finishing".into(), || self.queues.synchronize());
+    }
+
+    fn record(&self, stream: Stream) -> Event {
+        Event(self.call(&|| format!("an event on {stream:?}"), || self.queues.record(stream)) as u64)
+    }
+
+    fn wait(&self, stream: Stream, event: Event) {
+        self.call(&|| format!("{stream:?} waiting for an event"), || self.queues.wait(stream, event.0 as sys::CUevent));
+    }
+
+    fn is_complete(&self, event: Event) -> bool {
+        self.call(&|| "looking at an event".into(), || {
+            // SAFETY: an event of `record` that was not released.
+            match unsafe { result::event::query(event.0 as sys::CUevent) } {
+                Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+                answer => answer.map(|()| true),
+            }
+        })
+    }
+
+    fn release(&self, event: Event) {
+        self.queues.release(event.0 as sys::CUevent);
+    }
+
+    fn handle(&self, stream: Stream) -> Option<u64> {
+        self.call(&|| "making the device current".into(), || Ok(()));
+        Some(self.queues.of(stream) as u64)
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod activation;
 mod adamw;
+pub mod arena;
 mod attention;
 pub mod backend;
 mod blas;
@@ -18,6 +19,7 @@ mod matmul;
 mod norm;
 mod operations;
 mod rope;
+pub mod streams;
 
 use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
