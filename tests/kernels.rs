@@ -11,6 +11,8 @@ mod check;
 mod common;
 #[path = "kernels/compile.rs"]
 mod compile;
+#[path = "kernels/decode.rs"]
+mod decode;
 #[path = "kernels/driver.rs"]
 mod driver;
 #[path = "kernels/emulator.rs"]

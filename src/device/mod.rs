@@ -217,6 +217,13 @@ pub struct MemoryUse {
     pub n_allocations: usize,
 }
 
+/// Operations recorded by [`Device::record`], on the tensors they were recorded with, all of which must live as long as it.
+pub trait Recording: Send {
+    /// Asks for them again, on what the tensors hold now. The caches are used at `spans`: as many as at the recording, each of one new
+    /// token in the same row, in any slot and of any length that fits.
+    fn replay(&self, spans: &[CacheSpan]);
+}
+
 /// The operations. See the head of this file for letters and precision.
 pub trait Device: Send + Sync {
     /// For people: "cpu, 2 threads, avx512 avx512bf16".
@@ -232,6 +239,12 @@ pub trait Device: Send + Sync {
     fn memory(&self) -> MemoryUse;
     /// Waits until everything asked for is done.
     fn finish(&self);
+    /// Records the operations that `work` asks for without doing them; they must have been done before, once, on tensors of the same
+    /// shapes. They may neither move bytes between host and device nor return a number. `None` where this brings nothing or cannot be
+    /// done: then ask for them each time.
+    fn record(&self, _work: &mut dyn FnMut()) -> Option<Box<dyn Recording>> {
+        None
+    }
 
     /// x = 0
     fn fill_zero(&self, x: &mut Tensor);

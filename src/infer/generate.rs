@@ -1,6 +1,7 @@
 //! Batch generation: requests in, responses out, in request order. Slots of a KV cache are refilled as responses end
 //! (continuous batching). Replicas share out the requests; the ranks of one replica work in lockstep.
 
+use super::decode::{Decoder, NewTokens};
 use super::request::{FinishReason, Request, Response};
 use super::sampler::{self, Choice};
 use crate::comm::{Communicator, Groups, Recv, Send};
@@ -35,6 +36,15 @@ pub struct Generator<'a> {
     pub stop: &'a dyn Fn() -> bool,
 }
 
+/// What passes of one run keep.
+#[derive(Default)]
+struct Memory {
+    /// Decode steps of a model that is whole on this rank.
+    decoder: Decoder,
+    /// Temporaries of decode steps of a part of a model.
+    decode: Scratch,
+}
+
 /// A response under way in a slot.
 struct Active {
     request_idx: usize,
@@ -59,7 +69,7 @@ impl Generator<'_> {
         let mut caches = self.chunk.new_caches(self.device, n_slots, longest)?;
         let mut free: Vec<usize> = (0..n_slots).rev().collect();
         let (mut active, mut done) = (Vec::new(), Vec::new());
-        let scratch = Scratch::new();
+        let mut memory = Memory::default();
         loop {
             self.admit(requests, &mut waiting, &mut free, &mut active, &mut done);
             if active.is_empty() {
@@ -68,7 +78,7 @@ impl Generator<'_> {
             if (self.stop)() {
                 return Err(Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again"));
             }
-            let choices = self.pass(&scratch, &mut caches, &mut active, requests);
+            let choices = self.pass(&mut memory, &mut caches, &mut active, requests);
             let before = done.len();
             self.advance(requests, &choices, (&mut active, &mut free, &mut done));
             if let Some(progress) = &mut progress {
@@ -115,7 +125,7 @@ impl Generator<'_> {
     }
 
     /// One forward pass over all active slots; the next token of each, in the order of `active`.
-    fn pass(&self, scratch: &Scratch, caches: &mut [KvCache], active: &mut [Active], requests: &[Request]) -> Vec<Choice> {
+    fn pass(&self, memory: &mut Memory, caches: &mut [KvCache], active: &mut [Active], requests: &[Request]) -> Vec<Choice> {
         let (mut spans, mut tokens, mut positions, mut last_rows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for one in active.iter_mut() {
             let first = tokens.len();
@@ -125,9 +135,18 @@ impl Generator<'_> {
             one.past += tokens.len() - first;
             last_rows.push(tokens.len() - 1);
         }
+        let is_decode = spans.iter().all(|span| span.rows.len() == 1);
+        // Prompts come in all lengths: their temporaries are not kept.
+        let prefill = Scratch::new();
+        let scratch = if is_decode { &memory.decode } else { &prefill };
+        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated };
+        if is_decode && self.groups.layout.tp * self.groups.layout.pp == 1 {
+            let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
+            let logits = memory.decoder.logits(&ctx, self.chunk, &new, caches);
+            return self.sample(logits, active, requests);
+        }
         let tokens = self.upload_u32(scratch, &tokens);
         let positions = self.upload_u32(scratch, &positions);
-        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated };
         let (stage, last_stage) = (self.groups.at.pp, self.groups.layout.pp - 1);
         let received = (stage > 0).then(|| self.receive_hidden(scratch, tokens.n_rows()));
         let input = match &received {

@@ -120,6 +120,9 @@ impl OutputHead {
     pub fn logits(&self, ctx: &Ctx, residual: Residual, rows: &[usize], tied: Option<&Param>) -> ScratchTensor {
         let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
         let (normed, _) = self.norm.forward(ctx, residual);
+        if rows.iter().copied().eq(0..normed.n_rows()) {
+            return column_forward(ctx, weight, &normed); // a decode step wants them all
+        }
         let mut wanted = ctx.take(&[rows.len(), normed.row_len()], normed.dtype());
         for (to, &from) in rows.iter().enumerate() {
             ctx.device.copy(&mut wanted.rows_mut(to..to + 1), &normed.rows(from..from + 1));

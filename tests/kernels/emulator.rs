@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
-use trireme::device::cuda::backend::{Arg, Backend, Event, Grid, Kernel, Matrix, Stream};
+use std::thread::ThreadId;
+use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
 use trireme::device::{Gemm, Store};
 use trireme::tensor::DType;
 
@@ -48,16 +50,29 @@ struct Library {
 type Memory = BTreeMap<u64, usize>;
 
 /// The backend. One for all devices of a test program, so that a file is compiled once.
+#[derive(Default)]
 pub struct Emulator {
     // A launch holds the lock: the state of kernels/emulate.h is one a library.
     libraries: Mutex<HashMap<&'static str, Arc<Mutex<Library>>>>,
     memory: Mutex<Memory>,
+    /// What threads are recording, and what was recorded.
+    tapes: Mutex<HashMap<ThreadId, Vec<Call>>>,
+    graphs: Mutex<HashMap<u64, Vec<Call>>>,
+    n_graphs: AtomicU64,
+}
+
+/// A call that is recorded.
+#[derive(Clone)]
+enum Call {
+    Launch(Kernel, Grid, Vec<Arg>),
+    Gemm(Matrix, Matrix, Matrix, Gemm),
+    Zero(u64, usize),
 }
 
 /// The one, or None (with the reason printed) where g++ does not start.
 pub fn emulator() -> Option<Arc<Emulator>> {
     static ONE: LazyLock<Option<Arc<Emulator>>> = LazyLock::new(|| match Command::new("g++").arg("--version").output() {
-        Ok(_) => Some(Arc::new(Emulator { libraries: Mutex::default(), memory: Mutex::default() })),
+        Ok(_) => Some(Arc::new(Emulator::default())),
         Err(error) => {
             println!("skipped: g++ does not start ({error})");
             None
@@ -88,6 +103,18 @@ impl Emulator {
             let hit = guard.iter().position(|byte| *byte != POISON);
             assert!(hit.is_none(), "{}: wrote {name} memory of {bytes} bytes, byte {hit:?} of the guard", who());
         }
+    }
+
+    /// Whether this thread records; then the call is kept.
+    fn is_kept(&self, call: impl FnOnce() -> Call) -> bool {
+        let mut tapes = self.tapes.lock().expect("no panic while holding the tapes");
+        tapes.get_mut(&std::thread::current().id()).map(|tape| tape.push(call())).is_some()
+    }
+
+    /// Panics when this thread records: what is asked for would not be.
+    fn refuse(&self, what: &str) {
+        let tapes = self.tapes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        assert!(!tapes.contains_key(&std::thread::current().id()), "{what} while work is recorded");
     }
 
     /// Panics unless `bytes` bytes from the address are memory of the device.
@@ -138,24 +165,32 @@ impl Backend for Emulator {
     }
 
     fn upload(&self, host: &[u8], to: u64) {
+        self.refuse("an upload");
         self.check_range(to, host.len(), "upload");
         // SAFETY: in memory of the device (checked), which is host memory apart from `host`.
         unsafe { std::ptr::copy_nonoverlapping(host.as_ptr(), to as *mut u8, host.len()) };
     }
 
     fn download(&self, from: u64, host: &mut [u8]) {
+        self.refuse("a download");
         self.check_range(from, host.len(), "download");
         // SAFETY: as in `upload`.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, host.as_mut_ptr(), host.len()) };
     }
 
     fn zero(&self, at: u64, bytes: usize) {
+        if self.is_kept(|| Call::Zero(at, bytes)) {
+            return;
+        }
         self.check_range(at, bytes, "zero");
         // SAFETY: in memory of the device (checked).
         unsafe { (at as *mut u8).write_bytes(0, bytes) };
     }
 
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
+        if self.is_kept(|| Call::Launch(kernel.clone(), grid, args.to_vec())) {
+            return;
+        }
         let library = self.library(kernel.file);
         let who = || format!("kernels/{}.cu, {}", kernel.file, kernel.name);
         let blocks = [grid.blocks.0, grid.blocks.1, grid.blocks.2];
@@ -190,6 +225,9 @@ impl Backend for Emulator {
     }
 
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm) {
+        if self.is_kept(|| Call::Gemm(out, a, b, how)) {
+            return;
+        }
         for matrix in [&out, &a, &b] {
             self.check_range(matrix.address, matrix.rows * matrix.columns * matrix.dtype.bytes(), "gemm");
         }
@@ -213,7 +251,9 @@ impl Backend for Emulator {
     }
 
     // Everything is done when it was asked for, whatever the stream.
-    fn finish(&self) {}
+    fn finish(&self) {
+        self.refuse("waiting");
+    }
 
     fn record(&self, _stream: Stream) -> Event {
         Event(0)
@@ -229,6 +269,34 @@ impl Backend for Emulator {
 
     fn handle(&self, _stream: Stream) -> Option<u64> {
         None
+    }
+
+    fn begin_recording(&self) -> bool {
+        self.refuse("recording");
+        self.tapes.lock().expect("no panic while holding the tapes").insert(std::thread::current().id(), Vec::new());
+        true
+    }
+
+    fn end_recording(&self) -> Option<Graph> {
+        let tape = self.tapes.lock().expect("no panic while holding the tapes").remove(&std::thread::current().id());
+        let number = self.n_graphs.fetch_add(1, Ordering::Relaxed);
+        self.graphs.lock().expect("no panic while holding the graphs").insert(number, tape.expect("begun on this thread"));
+        Some(Graph(number))
+    }
+
+    fn replay(&self, graph: Graph) {
+        let calls = self.graphs.lock().expect("no panic while holding the graphs")[&graph.0].clone();
+        for call in calls {
+            match call {
+                Call::Launch(kernel, grid, args) => self.launch(&kernel, grid, &args),
+                Call::Gemm(out, a, b, how) => self.gemm(out, a, b, how),
+                Call::Zero(at, bytes) => self.zero(at, bytes),
+            }
+        }
+    }
+
+    fn forget(&self, graph: Graph) {
+        assert!(self.graphs.lock().expect("no panic while holding the graphs").remove(&graph.0).is_some());
     }
 }
 

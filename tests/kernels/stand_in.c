@@ -39,6 +39,10 @@ typedef struct {
 typedef struct {
     Work* work;
     long n, n_done, room;
+} List;
+typedef struct {
+    List list;
+    List* recorded; // instead, while it is captured
     int number;
 } Stream;
 typedef struct {
@@ -48,21 +52,25 @@ typedef struct {
 static Stream streams[8];
 static int n_streams;
 static void run_to(Stream* stream, long at) {
-    while (stream->n_done < at) {
-        Work next = stream->work[stream->n_done]; // the list may move
+    List* list = &stream->list;
+    while (list->n_done < at) {
+        Work next = list->work[list->n_done]; // the list may move
         next.run(next.data);
-        stream->n_done++;
+        list->n_done++;
     }
 }
-static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
-    if (stream->n == stream->room) stream->work = realloc(stream->work, (stream->room = 2 * stream->room + 64) * sizeof(Work));
-    Work* last = &stream->work[stream->n++];
-    last->run = run;
-    memcpy(last->data, data, bytes);
-    const char* eager = getenv("STAND_IN_EAGER");
-    if (eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->n);
+static void append(List* list, Work work) {
+    if (list->n == list->room) list->work = realloc(list->work, (list->room = 2 * list->room + 64) * sizeof(Work));
+    list->work[list->n++] = work;
 }
-static void run_all(void) { for (int i = 0; i < n_streams; i++) run_to(&streams[i], streams[i].n); }
+static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
+    Work work = {run};
+    memcpy(work.data, data, bytes);
+    append(stream->recorded ? stream->recorded : &stream->list, work);
+    const char* eager = getenv("STAND_IN_EAGER");
+    if (!stream->recorded && eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->list.n);
+}
+static void run_all(void) { for (int i = 0; i < n_streams; i++) run_to(&streams[i], streams[i].list.n); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return 0; }
 int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     streams[n_streams].number = n_streams;
@@ -70,19 +78,40 @@ int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     *stream = &streams[n_streams++];
     return flags == 1 ? 0 : INVALID;
 }
-int cuStreamSynchronize(Stream* stream) { run_to(stream, stream->n); return 0; }
-int cuStreamDestroy_v2(Stream* stream) { return stream->n_done == stream->n ? 0 : INVALID; }
+int cuStreamSynchronize(Stream* stream) { run_to(stream, stream->list.n); return stream->recorded ? INVALID : 0; }
+int cuStreamDestroy_v2(Stream* stream) { return stream->list.n_done == stream->list.n ? 0 : INVALID; }
 int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); return 0; }
 int cuEventDestroy_v2(Event* event) { free(event); return 0; }
-int cuEventRecord(Event* event, Stream* stream) { *event = (Event){stream, stream->n}; return current ? 0 : INVALID; }
+int cuEventRecord(Event* event, Stream* stream) { *event = (Event){stream, stream->list.n}; return current ? 0 : INVALID; }
 static void wait_for(void* data) { Event* event = data; run_to(event->stream, event->at); }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) { ask(stream, wait_for, event, sizeof *event); return 0; }
 int cuEventSynchronize(Event* event) { wait_for(event); return 0; }
 // Done the next time it is asked.
 int cuEventQuery(Event* event) {
-    int ready = event->stream->n_done >= event->at;
+    int ready = event->stream->list.n_done >= event->at;
     wait_for(event);
     return ready ? 0 : NOT_READY;
+}
+
+// Graphs: lists of work.
+int cuStreamBeginCapture_v2(Stream* stream, int mode) { stream->recorded = calloc(1, sizeof(List)); return mode == 2 ? 0 : INVALID; }
+int cuStreamEndCapture(Stream* stream, List** graph) {
+    *graph = stream->recorded;
+    stream->recorded = 0;
+    TELL("graph of %ld calls\n", (*graph)->n);
+    return 0;
+}
+int cuGraphInstantiateWithFlags(List** executable, List* graph, unsigned long long flags) {
+    *executable = malloc(sizeof(List));
+    **executable = *graph;
+    return flags == 0 ? 0 : INVALID;
+}
+int cuGraphDestroy(List* graph) { free(graph); return 0; }
+int cuGraphExecDestroy(List* executable) { TELL("graph ended\n"); free(executable->work); free(executable); return 0; }
+int cuGraphLaunch(List* executable, Stream* stream) {
+    TELL("graph launched\n");
+    for (long i = 0; i < executable->n; i++) ask(stream, executable->work[i].run, executable->work[i].data, sizeof executable->work[i].data);
+    return 0;
 }
 
 // Memory.

@@ -4,26 +4,24 @@
 
 use super::backend::{Arg, Grid, Kernel};
 use super::{Cuda, assert_rows, assert_sequences};
-use crate::device::{CacheSpan, Heads, KvCache};
+use crate::device::Heads;
 use crate::tensor::{DType, Tensor};
 
 /// Threads of a block, but for the combining kernel and the tensor-core form of `dkv`.
-const THREADS: u32 = 128;
-/// Keys of a tile: shares of the keys end at whole tiles.
-const KEYS: usize = 64;
+pub(super) const THREADS: u32 = 128;
 
 /// `Item` of kernels/attention_tile.cuh: up to a tile of rows over a range of keys.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Item {
-    first_token: i32,
-    n_tokens: i32,
-    past: i32,
-    first_row: i32,
-    key_begin: i32,
-    key_end: i32,
-    key_row: i32,
-    partial_row: i32,
+pub(super) struct Item {
+    pub(super) first_token: i32,
+    pub(super) n_tokens: i32,
+    pub(super) past: i32,
+    pub(super) first_row: i32,
+    pub(super) key_begin: i32,
+    pub(super) key_end: i32,
+    pub(super) key_row: i32,
+    pub(super) partial_row: i32,
 }
 
 /// `Tile` of kernels/attention_backward.cu: up to a tile of rows of a sequence.
@@ -35,48 +33,37 @@ struct Tile {
     first_row: i32,
 }
 
-/// `Combined` of kernels/attention_cached.cu: a row whose keys were shared out.
-#[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Combined {
-    first_token: i32,
-    row: i32,
-    partial_row: i32,
-    step: i32,
-    n_shares: i32,
-}
-
 /// How a call runs: the kernels' form and its sizes.
 #[derive(Clone, Copy)]
-struct Form {
-    dtype: DType,
+pub(super) struct Form {
+    pub(super) dtype: DType,
     dim: usize,
     /// Tensor cores; else FMA.
     mma: bool,
 }
 
-fn int(x: usize) -> i32 {
+pub(super) fn int(x: usize) -> i32 {
     i32::try_from(x).unwrap_or_else(|_| panic!("attention over {x} rows: more than 2^31"))
 }
 
-fn blocks(n: usize) -> u32 {
+pub(super) fn blocks(n: usize) -> u32 {
     u32::try_from(n).expect("fewer than 2^32 blocks")
 }
 
 impl Form {
-    fn of(dtype: DType, heads: Heads) -> Form {
+    pub(super) fn of(dtype: DType, heads: Heads) -> Form {
         let (per_kv, dim) = (heads.queries_per_kv(), heads.dim);
         assert!(per_kv * heads.kv == heads.query && (1..=256).contains(&dim), "attention of {heads:?}");
         Form { dtype, dim, mma: dtype == DType::BF16 && [64, 128, 192].contains(&dim) }
     }
 
     /// Rows of a tile.
-    fn rows(self) -> usize {
+    pub(super) fn rows(self) -> usize {
         if self.mma { 64 } else { 16 }
     }
 
     /// The kernel that runs `operation` in this form.
-    fn kernel(self, file: &'static str, operation: &str) -> Kernel {
+    pub(super) fn kernel(self, file: &'static str, operation: &str) -> Kernel {
         if self.mma { Kernel::of(file, &format!("{operation}_d{}", self.dim), self.dtype) } else { Kernel::of(file, operation, self.dtype) }
     }
 
@@ -86,7 +73,7 @@ impl Form {
     }
 
     /// Shared memory of a block of queries over keys.
-    fn attend_bytes(self) -> usize {
+    pub(super) fn attend_bytes(self) -> usize {
         if self.mma { self.tiles_bytes(5) } else { (16 * self.dim + 32 * (self.dim + 1) + 32 * self.dim) * 4 }
     }
 
@@ -100,7 +87,7 @@ impl Form {
     }
 
     /// The last arguments of a kernel: the dim where it is not in the name, then the scale.
-    fn last_args(self) -> Vec<Arg> {
+    pub(super) fn last_args(self) -> Vec<Arg> {
         let scale = Arg::Float(1.0 / (self.dim as f32).sqrt());
         if self.mma { vec![scale] } else { vec![Arg::Int(int(self.dim)), scale] }
     }
@@ -133,69 +120,6 @@ fn tiles(starts: &[usize], rows: usize) -> Vec<Tile> {
         (0..n.div_ceil(rows)).map(move |block| Tile { first_token, n_tokens: int(n), first_row: int(block * rows) })
     };
     starts.windows(2).flat_map(of).collect()
-}
-
-/// The work of a cached call.
-#[derive(Default)]
-struct CachedWork {
-    /// (row of qkv, row of the cache) of each new token.
-    tokens: Vec<[i32; 2]>,
-    items: Vec<Item>,
-    /// Rows whose keys were shared out.
-    combined: Vec<Combined>,
-    /// Rows of partial results of a group.
-    n_partial: usize,
-}
-
-impl CachedWork {
-    /// Keys are shared out so that there are about `wanted` blocks, in shares of whole tiles and at least four.
-    fn new(spans: &[CacheSpan], max_tokens: usize, (heads, rows): (Heads, usize), wanted: usize) -> CachedWork {
-        let per_kv = heads.queries_per_kv();
-        let n_blocks = |span: &CacheSpan| (span.rows.len() * per_kv).div_ceil(rows);
-        let n_whole = spans.iter().map(n_blocks).sum::<usize>() * heads.kv;
-        let most_shares = wanted.div_ceil(n_whole.max(1));
-        let mut work = CachedWork::default();
-        for span in spans {
-            let first_cache_row = span.slot * max_tokens;
-            work.tokens.extend(span.rows.clone().enumerate().map(|(i, row)| [int(row), int(first_cache_row + span.past + i)]));
-            for block in 0..n_blocks(span) {
-                work.push_block(span, block * rows, (per_kv, rows), (first_cache_row, most_shares));
-            }
-        }
-        work
-    }
-
-    fn push_block(&mut self, span: &CacheSpan, first_row: usize, (per_kv, rows): (usize, usize), (key_row, most_shares): (usize, usize)) {
-        let n_rows = rows.min(span.rows.len() * per_kv - first_row);
-        let n_keys = span.past + (first_row + n_rows - 1) / per_kv + 1;
-        let share = n_keys.div_ceil(most_shares).next_multiple_of(KEYS).max(4 * KEYS);
-        let n_shares = n_keys.div_ceil(share);
-        let first_token = int(span.rows.start);
-        for i in 0..n_shares {
-            let partial_row = if n_shares > 1 { int(self.n_partial + i * n_rows) } else { -1 };
-            self.items.push(Item {
-                first_token,
-                n_tokens: int(span.rows.len()),
-                past: int(span.past),
-                first_row: int(first_row),
-                key_begin: int(i * share),
-                key_end: int(((i + 1) * share).min(n_keys)),
-                key_row: int(key_row),
-                partial_row,
-            });
-        }
-        if n_shares > 1 {
-            let partial = self.n_partial;
-            self.combined.extend((0..n_rows).map(|i| Combined {
-                first_token,
-                row: int(first_row + i),
-                partial_row: int(partial + i),
-                step: int(n_rows),
-                n_shares: int(n_shares),
-            }));
-            self.n_partial += n_shares * n_rows;
-        }
-    }
 }
 
 impl Cuda {
@@ -260,47 +184,5 @@ impl Cuda {
         self.backend.launch(&form.kernel(file, "attention_dq"), grid(heads.query, THREADS, form.dq_bytes()), &args);
         let threads = if form.mma { 2 * THREADS } else { THREADS };
         self.backend.launch(&form.kernel(file, "attention_dkv"), grid(heads.kv, threads, form.dkv_bytes()), &args);
-    }
-
-    /// See `Device::attention_cached`.
-    pub(super) fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
-        let dims = cache.keys.dims().to_vec();
-        assert!(dims.len() == 3 && dims[2] == heads.kv * heads.dim && cache.values.dims() == dims, "attention_cached: cache {dims:?}");
-        assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
-        assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
-        for span in spans {
-            let fits = span.slot < dims[0] && span.past + span.rows.len() <= dims[1] && span.rows.end <= qkv.n_rows();
-            assert!(fits, "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
-        }
-        let form = Form::of(qkv.dtype(), heads);
-        let work = CachedWork::new(spans, dims[1], (heads, form.rows()), 2 * self.backend.processors());
-        if work.tokens.is_empty() {
-            return;
-        }
-        let file = "attention_cached";
-        let group_sizes = [heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n)));
-        let dim = Arg::Int(int(heads.dim));
-        let (keys, values) = (Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values));
-        let tokens = self.table(&work.tokens);
-        let args = [&[keys, values, Cuda::arg(qkv), tokens.arg()], &group_sizes[..], &[dim]].concat();
-        self.backend.launch(&Kernel::of(file, "attention_append", form.dtype), Grid::line(work.tokens.len(), THREADS), &args);
-
-        let partial = self.workspace(heads.kv * work.n_partial * heads.dim * 4);
-        let partial_lse = self.workspace(heads.kv * work.n_partial * 4);
-        let items = self.table(&work.items);
-        let n_partial = Arg::Int(int(work.n_partial));
-        let mut args = vec![Cuda::arg_mut(out), partial.arg(), partial_lse.arg(), Cuda::arg(qkv), keys, values, items.arg(), n_partial];
-        args.extend(group_sizes);
-        args.extend(form.last_args());
-        let shared_bytes = form.attend_bytes() as u32;
-        let grid = Grid { blocks: (blocks(work.items.len()), blocks(heads.kv), 1), threads: THREADS, shared_bytes };
-        self.backend.launch(&form.kernel(file, "attention_cached"), grid, &args);
-        if work.combined.is_empty() {
-            return;
-        }
-        let rows = self.table(&work.combined);
-        let args = [&[Cuda::arg_mut(out), partial.arg(), partial_lse.arg(), rows.arg(), n_partial], &group_sizes[..], &[dim]].concat();
-        let grid = Grid { blocks: (blocks(work.combined.len()), blocks(heads.kv), 1), threads: 32, shared_bytes: 0 };
-        self.backend.launch(&Kernel::of(file, "attention_combine", form.dtype), grid, &args);
     }
 }

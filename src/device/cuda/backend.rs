@@ -87,6 +87,10 @@ pub enum Stream {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Event(pub u64);
 
+/// Work that was recorded, as its backend names it. Made by `end_recording`, ended by `forget`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Graph(pub u64);
+
 /// The machine below the CUDA device.
 pub trait Backend: Send + Sync {
     /// For people: "NVIDIA H200, 132 processors".
@@ -123,4 +127,14 @@ pub trait Backend: Send + Sync {
     /// The stream as CUDA's own libraries take it (a `CUstream`), with the device made current on the calling thread. `None` on a
     /// machine that has no CUDA below it.
     fn handle(&self, stream: Stream) -> Option<u64>;
+
+    /// From now on kernels, products and zeros that this thread asks for are recorded instead of done; nothing else may be asked for.
+    /// False where this cannot be done.
+    fn begin_recording(&self) -> bool;
+    /// Ends it. `None` when something that was asked for cannot be recorded.
+    fn end_recording(&self) -> Option<Graph>;
+    /// Asks for all of the recorded work again, with the arguments of its time. The memory that it uses must be there still.
+    fn replay(&self, graph: Graph);
+    /// Ends the use of recorded work.
+    fn forget(&self, graph: Graph);
 }

@@ -3,16 +3,18 @@
 //! A call that fails cannot be repaired by its caller, so it panics with what was asked; only opening returns an error.
 
 mod copies;
+mod graphs;
 mod queues;
 
 use super::arena::Arena;
-use super::backend::{Arg, Backend, Event, Grid, Kernel, Matrix, Stream};
+use super::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
 use super::blas::{self, Blas};
 use super::compile;
 use crate::device::Gemm;
 use crate::error::{Error, Kind, Result};
 use copies::Copies;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
+use graphs::Capture;
 use queues::Queues;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -37,6 +39,7 @@ pub struct Driver {
     context: Arc<CudaContext>,
     queues: Queues,
     copies: Copies,
+    capture: Capture,
     arena: Mutex<Arena>,
     blas: Blas,
     /// For cuBLASLt.
@@ -114,6 +117,7 @@ impl Driver {
             context,
             queues,
             copies,
+            capture: Capture::default(),
             arena: Mutex::default(),
             blas,
             workspace,
@@ -257,11 +261,13 @@ impl Backend for Driver {
     }
 
     fn upload(&self, host: &[u8], to: u64) {
+        self.capture.refuse("an upload");
         // SAFETY: the caller's memory on the device.
         self.call(&|| format!("copying {} bytes to the device", host.len()), || unsafe { self.copies.upload(&self.queues, host, to) });
     }
 
     fn download(&self, from: u64, host: &mut [u8]) {
+        self.capture.refuse("a download");
         let n = host.len();
         // SAFETY: the caller's memory on the device.
         self.call(&|| format!("copying {n} bytes from the device"), || unsafe { self.copies.download(&self.queues, from, host) });
@@ -295,6 +301,7 @@ impl Backend for Driver {
     }
 
     fn finish(&self) {
+        self.capture.refuse("waiting");
         self.call(&|| "finishing".into(), || self.queues.synchronize());
     }
 
@@ -323,6 +330,33 @@ impl Backend for Driver {
     fn handle(&self, stream: Stream) -> Option<u64> {
         self.call(&|| "making the device current".into(), || Ok(()));
         Some(self.queues.of(stream) as u64)
+    }
+
+    fn begin_recording(&self) -> bool {
+        let compute = self.queues.of(Stream::Compute);
+        self.call(&|| "recording".into(), || {
+            let begun = self.capture.begin(compute);
+            Ok(begun.inspect_err(|error| log::debug!("work is not recorded: {}", described(*error))).is_ok())
+        })
+    }
+
+    fn end_recording(&self) -> Option<Graph> {
+        let compute = self.queues.of(Stream::Compute);
+        self.call(&|| "ending a recording".into(), || {
+            let ended = self.capture.end(compute);
+            Ok(ended.inspect_err(|error| log::debug!("work is not recorded: {}", described(*error))).ok())
+        })
+        .map(|executable| Graph(executable as u64))
+    }
+
+    fn replay(&self, graph: Graph) {
+        self.capture.refuse("a recording");
+        let compute = self.queues.of(Stream::Compute);
+        self.call(&|| "launching recorded work".into(), || graphs::launch(graph.0 as sys::CUgraphExec, compute));
+    }
+
+    fn forget(&self, graph: Graph) {
+        self.call(&|| "ending recorded work".into(), || graphs::forget(graph.0 as sys::CUgraphExec));
     }
 }
 

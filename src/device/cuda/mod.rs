@@ -7,6 +7,7 @@ mod activation;
 mod adamw;
 pub mod arena;
 mod attention;
+mod attention_cached;
 pub mod backend;
 mod blas;
 mod compile;
@@ -18,19 +19,26 @@ mod grid;
 mod matmul;
 mod norm;
 mod operations;
+mod recording;
 mod rope;
 pub mod streams;
 
 use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
+use attention_cached::Tables;
 use backend::{Arg, Backend};
-use std::sync::Arc;
+use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// The device.
 pub struct Cuda {
     backend: Arc<dyn Backend>,
     use_of_memory: Arc<Use>,
+    /// Of the last call of attention over a cache.
+    last_tables: Mutex<Option<Arc<Tables>>>,
+    /// While work is recorded.
+    tape: Mutex<Option<Tape>>,
 }
 
 /// Live and peak memory.
@@ -46,7 +54,8 @@ struct Memory {
     address: u64,
     bytes: usize,
     backend: Arc<dyn Backend>,
-    counted_in: Arc<Use>,
+    /// None for what the device keeps for itself.
+    counted_in: Option<Arc<Use>>,
 }
 
 impl Memory {
@@ -54,7 +63,7 @@ impl Memory {
         let address = cuda.backend.alloc(bytes)?;
         let live = cuda.use_of_memory.live_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         cuda.use_of_memory.peak_bytes.fetch_max(live, Ordering::Relaxed);
-        Some(Memory { address, bytes, backend: Arc::clone(&cuda.backend), counted_in: Arc::clone(&cuda.use_of_memory) })
+        Some(Memory { address, bytes, backend: Arc::clone(&cuda.backend), counted_in: Some(Arc::clone(&cuda.use_of_memory)) })
     }
 }
 
@@ -72,13 +81,16 @@ impl ForeignMemory for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.counted_in.live_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        if let Some(counted) = &self.counted_in {
+            counted.live_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
         self.backend.free(self.address, self.bytes);
     }
 }
 
 /// Device memory of one call, free again after the work that uses it.
-pub(crate) struct Workspace(Memory);
+#[derive(Clone)]
+pub(crate) struct Workspace(Arc<Memory>);
 
 impl Workspace {
     /// Its address.
@@ -124,7 +136,7 @@ impl Cuda {
 
     /// The device over a machine.
     pub fn with_backend(backend: Arc<dyn Backend>) -> Cuda {
-        Cuda { backend, use_of_memory: Arc::default() }
+        Cuda::over(backend, Arc::default())
     }
 
     /// The first element of a tensor that this device made.
@@ -145,12 +157,23 @@ impl Cuda {
 
     /// Memory for one call. Panics when there is none left.
     pub(crate) fn workspace(&self, bytes: usize) -> Workspace {
-        let memory = Memory::new(self, bytes);
-        Workspace(memory.unwrap_or_else(|| panic!("no {bytes} bytes of device memory for a workspace")))
+        let memory = Memory::new(self, bytes).unwrap_or_else(|| panic!("no {bytes} bytes of device memory for a workspace"));
+        let workspace = Workspace(Arc::new(memory));
+        if let Some(tape) = &mut *self.tape.lock().expect("no panic while holding the tape") {
+            tape.kept.push(workspace.clone());
+        }
+        workspace
+    }
+
+    /// Memory that the device keeps from one call to the next, which is not counted as in use. Panics when there is none left.
+    fn own_memory(&self, bytes: usize) -> Workspace {
+        let address = self.backend.alloc(bytes).unwrap_or_else(|| panic!("no {bytes} bytes of device memory for tables"));
+        Workspace(Arc::new(Memory { address, bytes, backend: Arc::clone(&self.backend), counted_in: None }))
     }
 
     /// A table for one call, in device memory.
     pub(crate) fn table<T: bytemuck::NoUninit>(&self, rows: &[T]) -> Workspace {
+        assert!(!self.is_recording(), "a table of one call would be recorded with what it holds now");
         let bytes: &[u8] = bytemuck::cast_slice(rows);
         let table = self.workspace(bytes.len());
         self.backend.upload(bytes, table.0.address);

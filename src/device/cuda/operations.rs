@@ -2,7 +2,7 @@
 //! of their noun.
 
 use super::{Cuda, Memory};
-use crate::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
+use crate::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use std::sync::atomic::Ordering;
@@ -48,6 +48,10 @@ impl Device for Cuda {
 
     fn finish(&self) {
         self.backend.finish();
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Option<Box<dyn Recording>> {
+        self.record_work(work)
     }
 
     fn fill_zero(&self, x: &mut Tensor) {
