@@ -48,7 +48,7 @@ fn recipe(size: &Size, precision: Precision, shards: &Path) -> Pretrain {
     (model.head_dim, model.ffn_hidden, model.vocab_size, model.max_tokens) = (head_dim, ffn, vocab, size.seq_len);
     (model.vocab_divisor, model.init_std) = (128, 0.02);
     (recipe.batch.seq_len, recipe.batch.micro, recipe.batch.global) = (size.seq_len, size.micro, size.micro);
-    (recipe.train.steps, recipe.train.precision) = (STEPS, precision);
+    (recipe.train.samples, recipe.train.precision) = (STEPS * size.micro as u64, precision);
     recipe
 }
 
@@ -66,6 +66,7 @@ fn ours(device: &dyn Device, size: &Size, precision: Precision) -> (f64, f64) {
         device,
         out: &out,
         stop_after: None,
+        accepted: &[],
         stop: &|| false,
         ceiling: &|dtype| ceiling::measure(device, dtype),
     };

@@ -17,7 +17,8 @@ source slurm/env.sh
 OUT=${QUICKSTART_OUT:-runs/quickstart}
 BUDGET_BYTES=${QUICKSTART_BYTES:-12000000}
 RECIPE=slurm/recipes/quickstart.toml
-STEPS=${QUICKSTART_STEPS:-$(sed -n 's/^steps = //p' $RECIPE)}
+BATCH=$(sed -n 's/^global = //p' $RECIPE)
+STEPS=${QUICKSTART_STEPS:-$(awk -v batch="$BATCH" '/^\[/ { at = $1 } at == "[train]" && $1 == "samples" { print $3 / batch }' $RECIPE)}
 VOCAB_SIZE=$(sed -n 's/^vocab_size = //p' $RECIPE)
 RANKS=2
 # Where the processor multiplies bfloat16 itself that is the faster form; elsewhere it would only be converted.
@@ -261,7 +262,8 @@ logged tokenize mpi "$TRIREME_BIN/trireme-tokenize" --input "$OUT/text" --tokeni
 end
 
 pretrain() {
-  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.steps="$STEPS" --set optimizer.warmup_steps=$((STEPS / 10)) \
+  mpi "$TRIREME_BIN/trireme-pretrain" --recipe $RECIPE --set train.samples=$((STEPS * BATCH)) \
+    --set optimizer.warmup_samples=$((STEPS / 10 * BATCH)) \
     --set train.precision=$PRECISION \
     --set data.train.0.shards="$OUT/tokens" --set validation.shards="$OUT/tokens" --out "$OUT/run" "$@"
 }

@@ -9,10 +9,12 @@
 //! ```
 
 mod file;
+mod lines;
 mod lock;
 mod manifest;
 
 pub use file::{FileEntry, HashingFile, checksum, checksum_as, sync_dir, verify_file};
+pub use lines::{LineWriter, whole_lines};
 pub use lock::{RunLock, host_name, job_id};
 pub use manifest::{FORMAT, Input, MANIFEST, Manifest, input};
 

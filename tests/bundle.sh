@@ -40,8 +40,8 @@ train_and_generate() {
   "$bin"/trireme-train-tokenizer --input text --vocab-size 600 --out tokenizer
   mkdir -p runs/quickstart
   "$bin"/trireme-tokenize --input text --tokenizer tokenizer --out runs/quickstart/tokens --validation-share 0.4
-  "$bin"/mpirun -q -n 2 --bind-to none "$bin"/trireme-pretrain --recipe quickstart.toml --out run --set train.steps=2 \
-    --set optimizer.warmup_steps=1 --set model.vocab_size=600 --set model.n_layers=1 --set validation.samples=8
+  "$bin"/mpirun -q -n 2 --bind-to none "$bin"/trireme-pretrain --recipe quickstart.toml --out run --set train.samples=32 \
+    --set optimizer.warmup_samples=16 --set model.vocab_size=600 --set model.n_layers=1 --set validation.samples=8
   echo '{"id": "a", "prompt": "Every stage", "max_new_tokens": 4}' >requests.jsonl
   "$bin"/trireme-generate --checkpoint run --requests requests.jsonl --out answers
   "$bin"/trireme-inspect run >/dev/null

@@ -76,7 +76,7 @@ runs() {
   for i in $(seq 40); do { echo "$i"; cat "$repository"/README.md "$repository"/src/device/*.rs; } >"text/$i.txt"; done
   "$bin/trireme-train-tokenizer" --input text --vocab-size 2048 --out tokenizer | tail -n 1
   "$bin/trireme-tokenize" --input text --tokenizer tokenizer --out runs/quickstart/tokens --validation-share 0.2 | tail -n 2
-  local -a train=("$bin/trireme-pretrain" --recipe "$bin/../recipes/quickstart.toml" --set train.steps=10 --set optimizer.warmup_steps=3
+  local -a train=("$bin/trireme-pretrain" --recipe "$bin/../recipes/quickstart.toml" --set train.samples=160 --set optimizer.warmup_samples=48
     --set model.vocab_size=2048 --set validation.every_steps=5 --set checkpoint.every_steps=5)
   "${train[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --device cpu --out cpu 2>&1 | tail -n 2
   "${train[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --device cuda --out gpu 2>&1 | tail -n 2

@@ -20,7 +20,7 @@ fn trained(dir: &Path) -> std::path::PathBuf {
     let shards = dir.join("shards");
     write_megatron(&shards, "train", &counting_documents(60, 61, 1));
     let mut recipe = tiny_recipe(&shards);
-    recipe.train.steps = 20;
+    recipe.train.samples = 20 * 8;
     let run = dir.join("run");
     train(&recipe, &run, None).unwrap();
     run

@@ -188,7 +188,7 @@ fn a_run_is_drawn_while_it_runs() {
     let dir = tempfile::tempdir().expect("a directory");
     let run = dir.path().join("run");
     std::fs::create_dir(&run).expect("new");
-    std::fs::write(run.join("recipe.toml"), "[train]\nsteps = 100\n").expect("writable");
+    std::fs::write(run.join("recipe.toml"), "[train]\nsamples = 800\n").expect("writable");
     assert!(complaint(dir.path(), &["plot", "run"]).contains("metrics.jsonl"));
     let mut writer = MetricsWriter::open(&run.join("metrics.jsonl")).expect("new");
     assert!(complaint(dir.path(), &["plot", "run"]).contains("no step"));
@@ -224,7 +224,7 @@ fn a_run_is_drawn_while_it_runs() {
         "loss 4.0000",
         "61 % of the GEMM ceiling",
         "held-out loss 4.2000, 1.4000 bits a byte at step 40",
-        "train.steps = 100",
+        "train.samples = 800",
     ] {
         assert!(text.contains(expected), "{expected:?} is not in\n{text}");
     }

@@ -6,7 +6,8 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train, Validation,
+    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage, ScheduleKind,
+    Source, Start, Train, Validation, Wsd,
 };
 
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
@@ -32,12 +33,12 @@ fn sound() -> Pretrain {
             init_std: 0.02,
         },
         parallel: Parallel { tp: 2, pp: 2, dp: None, vp: 1, schedule: ScheduleKind::OneFOneB, sequence_parallel: true },
-        batch: Batch { seq_len: 32, micro: 2, global: 16 },
-        train: Train { steps: 100, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0 },
+        batch: Batch { seq_len: 32, micro: 2, global: 16, ramp: vec![] },
+        train: Train { samples: 1600, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0 },
         optimizer: Optimizer {
             lr: 1e-3,
             min_lr: 1e-4,
-            warmup_steps: 10,
+            warmup_samples: 160,
             decay: LrDecay::Cosine,
             beta1: 0.9,
             beta2: 0.95,
@@ -50,7 +51,21 @@ fn sound() -> Pretrain {
         },
         validation: Some(Validation { shards: "data/a".into(), every_steps: 10, samples: 32 }),
         checkpoint: Checkpoint { every_steps: 50 },
+        health: Health::default(),
+        start: None,
+        phase: vec![],
     }
+}
+
+/// Stages of a ramp: (until_sample, global).
+fn ramp(stages: &[(u64, usize)]) -> Vec<RampStage> {
+    stages.iter().map(|&(until_sample, global)| RampStage { until_sample, global }).collect()
+}
+
+/// A phase after the main one.
+fn added_phase(lr: f64) -> Phase {
+    let data = Data { train: vec![Source { shards: "data/c".into(), weight: 1.0 }], seed: 8 };
+    Phase { name: "final".into(), samples: 320, lr, min_lr: 0.0, warmup_samples: 0, decay: LrDecay::Linear, data }
 }
 
 fn parse(text: &str, sets: &[&str]) -> Result<Pretrain, String> {
@@ -80,7 +95,7 @@ fn table_of(recipe: &Pretrain) -> Value {
 
 fn any_recipe() -> impl Strategy<Value = Pretrain> {
     let model = (1..200usize, 1..20000usize, 1..100usize, 1e-9..1f32, any::<bool>(), 0..3u8, 0.0..1.0f64, proptest::option::of(1..9usize));
-    let optimizer = (1e-12..1f64, 1e-12..1f64, any::<u32>(), 0..3u8, 0.0..1f64, 0.0..1f64);
+    let optimizer = (1e-12..1f64, 1e-12..1f64, any::<u32>(), 0..5u8, 0.0..1f64, 0.0..1f64);
     let data = proptest::collection::vec(("[a-z0-9_./ \"'\\\\\u{e9}-]{1,20}", 1e-6..1e6f64), 0..4);
     (model, optimizer, data, proptest::option::of(1..64usize), proptest::option::of(("[a-z/]{1,9}", 1..1000u64)), 0..u64::MAX / 2).prop_map(
         |(model, optimizer, data, dp, validation, seed)| {
@@ -98,8 +113,15 @@ fn any_recipe() -> impl Strategy<Value = Pretrain> {
             recipe.parallel.dp = dp;
             recipe.optimizer.lr = optimizer.0;
             recipe.optimizer.min_lr = optimizer.1;
-            recipe.optimizer.warmup_steps = optimizer.2.into();
-            recipe.optimizer.decay = [LrDecay::Constant, LrDecay::Linear, LrDecay::Cosine][optimizer.3 as usize];
+            recipe.optimizer.warmup_samples = optimizer.2.into();
+            let wsd = LrDecay::Wsd(Wsd { samples: optimizer.2.into(), shape: DecayShape::MinusSqrt });
+            recipe.optimizer.decay = [LrDecay::Constant, LrDecay::Linear, LrDecay::Cosine, LrDecay::InverseSqrt, wsd][optimizer.3 as usize];
+            if optimizer.3 > 2 {
+                recipe.batch.ramp = vec![RampStage { until_sample: optimizer.2.into(), global: 8 }];
+                recipe.phase = vec![added_phase(optimizer.0)];
+                recipe.start = Some(Start { checkpoint: "runs/a".into(), moments: Moments::Reset });
+                recipe.health.max_grad_norm = Some(optimizer.1);
+            }
             recipe.optimizer.beta1 = optimizer.4;
             recipe.optimizer.beta2 = optimizer.5;
             recipe.data.train = data.into_iter().map(|(shards, weight)| Source { shards: shards.into(), weight }).collect();
@@ -215,7 +237,8 @@ fn missing_keys_are_named() {
             Err(line) => assert!(line.contains(&format!("{parent} misses the key {key};")), "{path}: {line}"),
         }
     }
-    assert_eq!(optional, ["checkpoint.every_steps"]);
+    let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
+    assert_eq!(optional, [&["checkpoint.every_steps".to_string()], &defaults[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
     let line = parse("", &[]).expect_err("empty");
@@ -229,8 +252,8 @@ fn missing_keys_are_named() {
 fn wrong_types_name_both() {
     let text = sound().to_toml();
     let cases = [
-        ("train.steps=many", "--set train.steps: train.steps is the text \"many\", expected a whole number"),
-        ("train.steps=1.5", "train.steps is the number 1.5, expected a whole number"),
+        ("train.samples=many", "--set train.samples: train.samples is the text \"many\", expected a whole number"),
+        ("train.samples=1.5", "train.samples is the number 1.5, expected a whole number"),
         ("batch.micro=-1", "batch.micro is the whole number -1, expected a whole number that is not negative"),
         ("optimizer.lr=\"x\"", "optimizer.lr is the text \"x\", expected a number"),
         ("model.tied_embeddings=1", "model.tied_embeddings is the whole number 1, expected true or false"),
@@ -240,22 +263,28 @@ fn wrong_types_name_both() {
         ("data.train.0.weight=[1]", "data.train.0.weight is a list, expected a number"),
         ("data.train.0.wieght=1", "--set data.train.0.wieght: data.train.0.wieght is an unknown key; did you mean data.train.0.weight?"),
         ("model=1", "model is the whole number 1, expected a table"),
-        ("train.steps.x=1", "steps is a single value (100)"),
+        ("train.samples.x=1", "samples is a single value (1600)"),
+        ("train.steps=1", "train.steps is an unknown key; did you mean train.samples, which is steps x batch.global?"),
+        ("optimizer.warmup_steps=1", "did you mean optimizer.warmup_samples, which is steps x batch.global?"),
+        ("optimizer.decay=wds", "did you mean \"wsd\"?"),
+        ("optimizer.decay={ wsd = { sample = 1 } }", "optimizer.decay.wsd.sample is an unknown key; did you mean optimizer.decay.wsd.samples?"),
+        ("optimizer.decay=wsd", "is \"wsd\" alone, expected a value for it"),
+        ("health.loss_zz=1", "did you mean health.loss_z?"),
         ("data.train.5.weight=1", "item 5 of a list of 2"),
         ("data.train.first.weight=1", "first is not a number"),
         ("steps", "has no ="),
         (".a=1", "has an empty key"),
-        ("trian.steps=1", "--set trian.steps: trian is an unknown key; did you mean train?"),
+        ("trian.samples=1", "--set trian.samples: trian is an unknown key; did you mean train?"),
     ];
     for (set, expected) in cases {
         let line = parse(&text, &[set]).expect_err(set);
         assert!(line.contains(expected), "{set}: {line}");
     }
-    let line = parse(&text.replace("steps = 100", "steps = \"many\""), &[]).expect_err("a text");
-    let n = 1 + text.lines().position(|line| line == "steps = 100").expect("the line");
+    let line = parse(&text.replacen("samples = 1600", "samples = \"many\"", 1), &[]).expect_err("a text");
+    let n = 1 + text.lines().position(|line| line == "samples = 1600").expect("the line");
     assert_eq!(
         line,
-        format!("r.toml:{n}: train.steps is the text \"many\", expected a whole number that is not negative; correct the value")
+        format!("r.toml:{n}: train.samples is the text \"many\", expected a whole number that is not negative; correct the value")
     );
     let line = parse("[model]\nn_layers = = 3\n", &[]).expect_err("no TOML");
     assert!(line.starts_with("r.toml:2: not TOML: "), "{line}");
@@ -266,11 +295,11 @@ fn wrong_types_name_both() {
 fn overrides_apply() {
     let text = sound().to_toml();
     let sets =
-        ["train.steps=7", "train.steps = 8", "train.precision=bf16", "parallel.schedule=1f1b", "data.train.0.weight=0.25", "parallel.dp=3"];
+        ["train.samples=7", "train.samples = 8", "train.precision=bf16", "parallel.schedule=1f1b", "data.train.0.weight=0.25", "parallel.dp=3"];
     let more = ["data.train.2.shards=/x/y=z", "data.train.2.weight=3", "validation.shards=runs/1", "model.head={ reward = 5 }"];
     let read = parse(&text, &[&sets[..], &more[..]].concat()).expect("known keys");
     let mut expected = sound();
-    expected.train.steps = 8;
+    expected.train.samples = 8;
     expected.train.precision = Precision::Bf16;
     expected.data.train[0].weight = 0.25;
     expected.parallel.dp = Some(3);
@@ -325,13 +354,47 @@ fn mismatches_offer_values_that_work() {
         (|r| r.batch.seq_len = 128, 8, "batch.seq_len = 128 is more than model.max_tokens = 64; set batch.seq_len to at most 64"),
         (|r| r.batch.micro = 0, 8, "batch.micro is 0"),
         (|r| r.parallel.tp = 0, 8, "parallel.tp is 0"),
-        (|r| r.train.steps = 0, 8, "train.steps is 0"),
+        (|r| r.train.samples = 0, 8, "train.samples is 0"),
         (|r| r.checkpoint.every_steps = 0, 8, "checkpoint.every_steps is 0"),
         (|r| r.optimizer.lr = -1e-3, 8, "optimizer.lr = -0.001"),
         (|r| r.optimizer.lr = f64::NAN, 8, "optimizer.lr = NaN"),
         (|r| r.optimizer.min_lr = 1.0, 8, "optimizer.min_lr = 1 is above optimizer.lr = 0.001"),
         (|r| r.optimizer.beta2 = 1.0, 8, "optimizer.beta2 = 1 is outside of 0 <= beta < 1"),
-        (|r| r.optimizer.warmup_steps = 101, 8, "optimizer.warmup_steps = 101 is more than train.steps = 100"),
+        (|r| r.optimizer.warmup_samples = 1601, 8, "optimizer.warmup_samples = 1601 is more than train.samples = 1600"),
+        (
+            |r| (r.optimizer.decay, r.optimizer.warmup_samples) = (LrDecay::InverseSqrt, 0),
+            8,
+            "optimizer.decay = \"inverse_sqrt\" with optimizer.warmup_samples = 0",
+        ),
+        (
+            |r| r.optimizer.decay = LrDecay::Wsd(Wsd { samples: 1441, shape: DecayShape::Linear }),
+            8,
+            "optimizer.decay.wsd.samples = 1441, warm-up leaves 1440 of train.samples = 1600; give at least 1 and at most 1440",
+        ),
+        (|r| r.batch.ramp = ramp(&[(100, 8), (100, 12)]), 8, "batch.ramp.1.until_sample = 100 is not above 100"),
+        (|r| r.batch.ramp = ramp(&[(0, 8)]), 8, "batch.ramp.0.until_sample = 0 is not above 0"),
+        (|r| r.batch.ramp = ramp(&[(100, 0)]), 8, "batch.ramp.0.global is 0"),
+        (|r| (r.batch.ramp, r.batch.global) = (ramp(&[(100, 6)]), 18), 8, "batch.global = 18 is not a multiple of dp x batch.micro"),
+        (|r| r.phase = vec![Phase { samples: 0, ..added_phase(1.0) }], 8, "phase.0.samples is 0"),
+        (|r| r.phase = vec![Phase { min_lr: 2.0, ..added_phase(1.0) }], 8, "phase.0.min_lr = 2 is above phase.0.lr = 1"),
+        (|r| r.phase = vec![added_phase(1.0), added_phase(1.0)], 8, "phase.1.name = \"final\", which is empty or the name of another phase"),
+        (|r| r.phase = vec![Phase { name: "main".into(), ..added_phase(1.0) }], 8, "phase.0.name = \"main\""),
+        (
+            |r| {
+                r.phase = vec![added_phase(1.0)];
+                r.phase[0].data.train[0].weight = -1.0;
+            },
+            8,
+            "phase.0.data.train.0.weight = -1",
+        ),
+        (|r| r.health.window = 0, 8, "health.window is 0"),
+        (|r| r.health.loss_z = f64::INFINITY, 8, "health.loss_z = inf"),
+        (|r| r.health.max_grad_norm = Some(0.0), 8, "health.max_grad_norm = 0"),
+        (
+            |r| r.start = Some(Start { checkpoint: "".into(), moments: Moments::Keep }),
+            8,
+            "start.checkpoint is empty",
+        ),
         (|r| r.data.train[1].weight = 0.0, 8, "data.train.1.weight = 0"),
         (|r| r.data.train.clear(), 8, "data.train is empty"),
         (|r| r.validation.as_mut().expect("has one").samples = 0, 8, "validation.samples is 0"),
@@ -374,37 +437,6 @@ fn offered_values_pass() {
     }
 }
 
-/// Warm-up, plateau, line and half cosine are the closed forms, with the last update made at min_lr and no jump where warm-up ends.
-#[test]
-fn learning_rates_are_the_closed_forms() {
-    let with = |decay| Optimizer { decay, ..sound().optimizer };
-    let (lr, min_lr, warmup, total) = (1e-3, 1e-4, 10u64, 110u64);
-    for decay in [LrDecay::Constant, LrDecay::Linear, LrDecay::Cosine] {
-        let optimizer = with(decay);
-        for step in 0..warmup {
-            assert!((optimizer.lr_at(step, total) - 1e-4 * (step + 1) as f64).abs() < 1e-18, "{decay:?} {step}");
-        }
-        assert_eq!(optimizer.lr_at(warmup - 1, total), lr);
-        for step in warmup..total {
-            let t = (step + 1 - warmup) as f64 / 100.0;
-            let expected = match decay {
-                LrDecay::Constant => lr,
-                LrDecay::Linear => lr * (1.0 - t) + min_lr * t,
-                // cos^2(pi t / 2): another form of the same half cosine.
-                LrDecay::Cosine => min_lr + (lr - min_lr) * (std::f64::consts::FRAC_PI_2 * t).cos().powi(2),
-            };
-            assert!((optimizer.lr_at(step, total) - expected).abs() < 1e-15, "{decay:?} {step} {expected}");
-        }
-        let last = if decay == LrDecay::Constant { lr } else { min_lr };
-        assert!((optimizer.lr_at(total - 1, total) - last).abs() < 1e-18);
-        assert!((optimizer.lr_at(total + 5, total) - last).abs() < 1e-18, "past the end");
-    }
-    let no_warmup = Optimizer { warmup_steps: 0, ..with(LrDecay::Linear) };
-    assert!((no_warmup.lr_at(0, 9) - (lr - (lr - min_lr) / 9.0)).abs() < 1e-18);
-    let only_warmup = Optimizer { warmup_steps: 5, ..with(LrDecay::Cosine) };
-    assert_eq!(only_warmup.lr_at(4, 5), lr, "a run of warm-up alone ends at the peak");
-}
-
 /// Every recipe that ships reads and fits the ranks it is for; the 340B one has the report's numbers.
 #[test]
 fn shipped_recipes_are_sound() {
@@ -421,8 +453,19 @@ fn shipped_recipes_are_sound() {
     let layout = recipe.check(6144).expect("6144 GPUs");
     assert_eq!((layout.tp, layout.pp, layout.dp), (8, 12, 64));
     assert_eq!(recipe.model.n_params(), (9_437_184_000, 331_592_011_776));
-    let tokens = recipe.train.steps as f64 * (recipe.batch.global * recipe.batch.seq_len) as f64;
-    assert!((tokens / 7.6e12 - 1.0).abs() < 1e-6, "{tokens}");
+    // Table 2: steps and tokens of each batch size, to the step that crosses the border.
+    let found: Vec<(usize, u64)> = recipe.plan().stretches().iter().map(|stretch| (stretch.global, stretch.n_steps)).collect();
+    assert_eq!(found, [(768, 63_579), (1536, 31_789), (2304, 805_325)]);
+    assert_eq!(recipe.train.samples * 4096, 8_000_000_000_000);
+    for (dp, world) in [(16, 1536), (32, 3072), (64, 6144)] {
+        let at_size = Pretrain::load(&folder.join("nemotron4_340b_6144xh100.toml"), &[format!("parallel.dp={dp}")]).expect("just read");
+        at_size.check(world).expect("Table 2's layouts");
+        [768, 1536, 2304].iter().for_each(|&global| at_size.check_batch_size(dp, global).expect("every batch at every layout"));
+    }
+    let continued = Pretrain::load(&folder.join("nemotron4_340b_continued_6144xh100.toml"), &[]).expect("just read");
+    assert_eq!(continued.model, recipe.model);
+    let lengths: Vec<f64> = continued.phases().iter().map(|phase| phase.lr.samples as f64 * 4096.0 / 1e12).collect();
+    assert!(lengths.len() == 2 && (lengths[0] - 0.9).abs() < 1e-6 && (lengths[1] - 0.1).abs() < 1e-6, "{lengths:?}");
     let body = |name: &str| Pretrain::load(&folder.join(name), &[]).expect("just read").model.n_params().1;
     assert_eq!(body("nemotron4_15b_2304xh100.toml"), 12_483_047_424);
     assert_eq!(body("minitron_8b_64xh100.toml"), 6_174_547_968);

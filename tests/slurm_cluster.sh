@@ -104,14 +104,14 @@ seq_len = 32
 micro = 2
 global = 8
 [train]
-steps = 12
+samples = 96
 seed = 1
 precision = "f32"
 clip_grad_norm = 1.0
 [optimizer]
 lr = 1e-3
 min_lr = 1e-4
-warmup_steps = 2
+warmup_samples = 16
 decay = "cosine"
 beta1 = 0.9
 beta2 = 0.95
@@ -181,7 +181,7 @@ chain_again() {
 
 # Started first, looked at last: SLURM lets a requeued job wait for some seconds.
 requeue_begin() {
-  requeued=$(pretrain requeued --set train.steps=300)
+  requeued=$(pretrain requeued --set train.samples=2400)
   wait_for 30 has_rows "$WORK/requeued/metrics.jsonl" 3 || true
   scancel --signal=USR1 "$requeued"
 }
@@ -218,7 +218,7 @@ wrong_input() {
 
 rank_killed() {
   local job pid
-  job=$(SLURM_WAIT=5 pretrain killed --set train.steps=1000000)
+  job=$(SLURM_WAIT=5 pretrain killed --set train.samples=8000000)
   wait_for 30 has_rows "$WORK/killed/metrics.jsonl" 3 || true
   # The last rank's process: its environment says which.
   for pid in $(pgrep -x trireme-pretrai || true); do

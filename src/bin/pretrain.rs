@@ -9,6 +9,7 @@ use trireme::device::ceiling;
 use trireme::error::Result;
 use trireme::recipe::Pretrain;
 use trireme::runtime::{DeviceKind, Runtime};
+use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
 
 /// Pretrain a decoder on token shards, on one rank or many.
@@ -25,7 +26,7 @@ struct Args {
     /// Recipe in TOML: model, parallel, batch, train, optimizer, data
     #[arg(long)]
     recipe: PathBuf,
-    /// Override of one key of the recipe, e.g. train.steps=100 (may be given again)
+    /// Override of one key of the recipe, e.g. train.samples=1000 (may be given again)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
     /// Run directory: checkpoints, metrics.jsonl, and a manifest when finished
@@ -34,6 +35,10 @@ struct Args {
     /// Where to compute: cpu or cuda (one GPU a rank)
     #[arg(long, default_value = "cpu")]
     device: DeviceKind,
+    /// What has changed on purpose since the newest checkpoint: data, tokenizer, model or recipe (may be given again); the run's
+    /// lineage keeps it
+    #[arg(long = "accept-changed", value_name = "WHAT")]
+    accepted: Vec<Changed>,
     /// Save and leave after this step, to be continued by the same command
     #[arg(long, value_name = "STEP")]
     stop_after: Option<u64>,
@@ -63,6 +68,7 @@ fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
         device,
         out: &args.out,
         stop_after: args.stop_after,
+        accepted: &args.accepted,
         stop: &stop,
         ceiling: &|dtype| ceiling::measure(device, dtype),
     };

@@ -37,6 +37,8 @@ pub struct Meta {
     pub data_fingerprint: String,
     /// The SentencePiece model, byte for byte, when known.
     pub tokenizer: Option<Vec<u8>>,
+    /// What the trainer that wrote it keeps for the one that goes on; null for imported weights.
+    pub trainer: serde_json::Value,
 }
 
 /// What the manifest of a checkpoint keeps as its recipe.
@@ -46,6 +48,8 @@ pub(super) struct Settings {
     pub layout: ParallelLayout,
     pub data_fingerprint: String,
     pub recipe: serde_json::Value,
+    #[serde(default)]
+    pub trainer: serde_json::Value,
 }
 
 impl Meta {
@@ -55,6 +59,7 @@ impl Meta {
             layout: self.layout,
             data_fingerprint: self.data_fingerprint.clone(),
             recipe: self.recipe.clone(),
+            trainer: self.trainer.clone(),
         };
         serde_json::to_value(settings).expect("plain data")
     }

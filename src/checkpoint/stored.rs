@@ -272,6 +272,7 @@ fn read_meta(dir: &Path, manifest: &Manifest) -> Result<Meta> {
         recipe: settings.recipe,
         data_fingerprint: settings.data_fingerprint,
         tokenizer,
+        trainer: settings.trainer,
     })
 }
 

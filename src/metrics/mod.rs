@@ -2,8 +2,7 @@
 //! drawn as a curve in the terminal (`terminal`) or as SVG (`svg`). This module knows nothing of what is measured.
 //!
 //! A line is a [`Row`] or `{"resumed_from": step}`: a run that was resumed from an older checkpoint says so, and the rows
-//! after that step are superseded by what follows. Each line is one `write`, so a killed process leaves whole lines and at
-//! most one cut-off line at the end, which readers leave out and the next writer removes.
+//! after that step are superseded by what follows. The file survives a kill at any byte (`artifact::LineWriter`).
 
 mod plot;
 mod svg;
@@ -11,12 +10,11 @@ mod terminal;
 
 pub use plot::{Curve, Plot};
 
+use crate::artifact::{LineWriter, whole_lines};
 use crate::error::{Error, IoContext, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// One optimizer step. A number that is not finite is written as null and read as NaN.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -68,19 +66,13 @@ struct Resumed {
 
 /// Appends to the metrics of a run; one process of a job has it.
 pub struct MetricsWriter {
-    path: PathBuf,
-    file: File,
+    lines: LineWriter,
 }
 
 impl MetricsWriter {
     /// Opens or creates the file. A line that was cut off by a kill is removed.
     pub fn open(path: &Path) -> Result<MetricsWriter> {
-        let mut file = File::options().read(true).append(true).create(true).open(path).at(path)?;
-        let whole_bytes = whole_lines_bytes(&mut file).at(path)?;
-        if whole_bytes < file.metadata().at(path)?.len() {
-            file.set_len(whole_bytes).at(path)?;
-        }
-        Ok(MetricsWriter { path: path.into(), file })
+        Ok(MetricsWriter { lines: LineWriter::open(path)? })
     }
 
     /// Appends a row with one write.
@@ -94,41 +86,23 @@ impl MetricsWriter {
     }
 
     fn write_line(&mut self, line: &str) -> Result<()> {
-        self.file.write_all(format!("{line}\n").as_bytes()).at(&self.path).map_err(|error| error.doing("writing the metrics"))
+        self.lines.append(line).map_err(|error| error.doing("writing the metrics"))
     }
-}
-
-/// Bytes up to and with the last newline. Reads backwards, so that a long file opens at once.
-fn whole_lines_bytes(file: &mut File) -> std::io::Result<u64> {
-    let mut end = file.metadata()?.len();
-    let mut block = vec![0; 4096];
-    while end > 0 {
-        let start = end.saturating_sub(block.len() as u64);
-        let here = &mut block[..(end - start) as usize];
-        file.seek(SeekFrom::Start(start))?;
-        file.read_exact(here)?;
-        if let Some(i) = here.iter().rposition(|&byte| byte == b'\n') {
-            return Ok(start + i as u64 + 1);
-        }
-        end = start;
-    }
-    Ok(0)
 }
 
 /// The rows that count, by ascending step: of each step the last, without those that a resumption superseded. A cut-off last
 /// line is left out. Errors: the file cannot be read, or a line is neither a row nor a resumption (with its number).
 pub fn read(path: &Path) -> Result<Vec<Row>> {
     let bytes = std::fs::read(path).at(path)?;
-    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |i| i + 1);
     let mut rows: BTreeMap<u64, Row> = BTreeMap::new();
-    for (i, line) in bytes[..whole].split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+    for (number, line) in whole_lines(&bytes) {
         if let Ok(resumed) = serde_json::from_slice::<Resumed>(line) {
             rows.split_off(&(resumed.resumed_from + 1));
             continue;
         }
         let row: Row = serde_json::from_slice(line).map_err(|error| {
             let remedy = "the file was damaged: correct or remove that line";
-            Error::file(path, format!("line {} is not a row of metrics: {error}", i + 1)).remedy(remedy)
+            Error::file(path, format!("line {number} is not a row of metrics: {error}")).remedy(remedy)
         })?;
         rows.insert(row.step, row);
     }
@@ -149,6 +123,8 @@ pub fn loss_plot(title: &str, rows: &[Row]) -> Plot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::io::Write;
 
     fn row(step: u64, loss: f64) -> Row {
         let validation_loss = (step % 5 == 0).then_some(loss + 0.1);

@@ -1,7 +1,7 @@
 //! The numbers of a recipe against each other and against the number of ranks. Each error has both values and names the
 //! nearest value that works.
 
-use super::{Pretrain, ScheduleKind};
+use super::{Data, LrDecay, LrSchedule, Pretrain, ScheduleKind};
 use crate::error::{Error, Result};
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::schedule::MAX_CHUNKS;
@@ -11,7 +11,10 @@ impl Pretrain {
     pub fn check(&self, world: usize) -> Result<ParallelLayout> {
         self.model.check()?;
         self.check_numbers()?;
-        self.check_data()?;
+        self.check_ramp()?;
+        self.check_phases()?;
+        self.check_health()?;
+        self.check_validation()?;
         let tokens = self.batch.micro * self.batch.seq_len;
         let tp = self.parallel.tp;
         self.check_tensor_parallel(tokens)?;
@@ -31,33 +34,24 @@ impl Pretrain {
             ("batch.seq_len", batch.seq_len as u64),
             ("batch.micro", batch.micro as u64),
             ("batch.global", batch.global as u64),
-            ("train.steps", train.steps),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
         ];
         for (key, value) in counts {
             require(value > 0, || (format!("{key} is 0"), "give a positive number".into()))?;
         }
-        let positive = [("train.clip_grad_norm", train.clip_grad_norm), ("optimizer.lr", optimizer.lr), ("optimizer.eps", optimizer.eps)];
+        let positive = [("train.clip_grad_norm", train.clip_grad_norm), ("optimizer.eps", optimizer.eps)];
         for (key, value) in positive {
             require(value > 0.0 && value.is_finite(), || (format!("{key} = {value}"), "give a positive number".into()))?;
         }
-        for (key, value) in [("optimizer.min_lr", optimizer.min_lr), ("optimizer.weight_decay", optimizer.weight_decay)] {
-            require(value >= 0.0 && value.is_finite(), || (format!("{key} = {value}"), "give 0 or a positive number".into()))?;
-        }
+        let decay = optimizer.weight_decay;
+        require(decay >= 0.0 && decay.is_finite(), || {
+            (format!("optimizer.weight_decay = {decay}"), "give 0 or a positive number".into())
+        })?;
         for (key, value) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
             require((0.0..1.0).contains(&value), || {
                 (format!("{key} = {value} is outside of 0 <= beta < 1"), "the usual are 0.9 and 0.95".into())
             })?;
         }
-        let (lr, min_lr) = (optimizer.lr, optimizer.min_lr);
-        require(min_lr <= lr, || {
-            (format!("optimizer.min_lr = {min_lr} is above optimizer.lr = {lr}"), format!("set optimizer.min_lr to at most {lr}"))
-        })?;
-        let (warmup, steps) = (optimizer.warmup_steps, train.steps);
-        require(warmup <= steps, || {
-            let wrong = format!("optimizer.warmup_steps = {warmup} is more than train.steps = {steps}");
-            (wrong, format!("set optimizer.warmup_steps to at most {steps}"))
-        })?;
         let (seq_len, max_tokens) = (batch.seq_len, self.model.max_tokens);
         require(seq_len <= max_tokens, || {
             let wrong = format!("batch.seq_len = {seq_len} is more than model.max_tokens = {max_tokens}");
@@ -65,15 +59,58 @@ impl Pretrain {
         })
     }
 
-    fn check_data(&self) -> Result<()> {
-        require(!self.data.train.is_empty(), || ("data.train is empty".into(), "name at least one set of token shards".into()))?;
-        for (i, source) in self.data.train.iter().enumerate() {
-            let weight = source.weight;
-            require(weight > 0.0 && weight.is_finite(), || {
-                (format!("data.train.{i}.weight = {weight}"), "give a positive number, or leave the source out".into())
+    fn check_ramp(&self) -> Result<()> {
+        let mut before = 0;
+        for (i, stage) in self.batch.ramp.iter().enumerate() {
+            require(stage.global > 0, || (format!("batch.ramp.{i}.global is 0"), "give a positive number".into()))?;
+            require(stage.until_sample > before, || {
+                let wrong = format!("batch.ramp.{i}.until_sample = {} is not above {before}, where it begins", stage.until_sample);
+                (wrong, format!("set batch.ramp.{i}.until_sample above {before}, or leave that stage out"))
             })?;
-            require(!source.shards.as_os_str().is_empty(), || (format!("data.train.{i}.shards is empty"), "name a directory".into()))?;
+            before = stage.until_sample;
         }
+        Ok(())
+    }
+
+    /// Each phase: the main one goes by [train], [optimizer] and [data], the others by `phase.N`.
+    fn check_phases(&self) -> Result<()> {
+        let mut names: Vec<&str> = Vec::new();
+        for (i, phase) in self.phases().iter().enumerate() {
+            let (length, rate, data) = match i.checked_sub(1) {
+                None => ("train".into(), "optimizer".into(), "data".into()),
+                Some(i) => (format!("phase.{i}"), format!("phase.{i}"), format!("phase.{i}.data")),
+            };
+            require(phase.lr.samples > 0, || (format!("{length}.samples is 0"), "give a positive number".into()))?;
+            require(!phase.name.is_empty() && !names.contains(&phase.name), || {
+                let wrong = format!("{length}.name = \"{}\", which is empty or the name of another phase", phase.name);
+                (wrong, format!("give it a name of its own, other than \"{}\"", names.join("\", \"")))
+            })?;
+            names.push(phase.name);
+            check_rate(&phase.lr, &length, &rate)?;
+            check_data(phase.data, &data)?;
+        }
+        if let Some(start) = &self.start {
+            require(!start.checkpoint.as_os_str().is_empty(), || {
+                ("start.checkpoint is empty".into(), "name a checkpoint or a run".into())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn check_health(&self) -> Result<()> {
+        let health = &self.health;
+        for (key, value) in [("window", health.window), ("max_skips_in_window", health.max_skips_in_window)] {
+            require(value > 0, || (format!("health.{key} is 0"), "give a positive number".into()))?;
+        }
+        let z = health.loss_z;
+        require(z >= 0.0 && z.is_finite(), || (format!("health.loss_z = {z}"), "give a positive number, or 0 for never".into()))?;
+        let norm = health.max_grad_norm.unwrap_or(1.0);
+        require(norm > 0.0 && norm.is_finite(), || {
+            (format!("health.max_grad_norm = {norm}"), "give a positive number, or leave it out for never".into())
+        })
+    }
+
+    fn check_validation(&self) -> Result<()> {
         if let Some(validation) = &self.validation {
             require(validation.every_steps > 0, || {
                 ("validation.every_steps is 0".into(), "give a positive number, or leave [validation] out".into())
@@ -154,23 +191,72 @@ impl Pretrain {
         Ok(world / one)
     }
 
+    /// A ramp may have batches that another number of replicas is for: one that fits is enough here. Those that a job meets are
+    /// checked when it is known where it begins, by [`Pretrain::check_batch_size`].
     fn check_batch(&self, dp: usize) -> Result<()> {
-        let (micro, global, pp) = (self.batch.micro, self.batch.global, self.parallel.pp);
+        let fits = self.batch.ramp.iter().any(|stage| self.check_batch_size(dp, stage.global).is_ok());
+        if fits { Ok(()) } else { self.check_batch_size(dp, self.batch.global) }
+    }
+
+    /// Whether a batch of the recipe divides over `dp` replicas and their pipelines.
+    pub fn check_batch_size(&self, dp: usize, global: usize) -> Result<()> {
+        let stage = self.batch.ramp.iter().position(|stage| stage.global == global);
+        let key = stage.map_or("batch.global".into(), |i| format!("batch.ramp.{i}.global"));
+        let (micro, pp) = (self.batch.micro, self.parallel.pp);
         let round = dp * micro;
         require(global % round == 0, || {
-            let wrong = format!("batch.global = {global} is not a multiple of dp x batch.micro = {dp} x {micro} = {round}");
-            (wrong, format!("set batch.global = {}", multiples(global, round)))
+            let wrong = format!("{key} = {global} is not a multiple of dp x batch.micro = {dp} x {micro} = {round}");
+            (wrong, format!("set {key} = {}", multiples(global, round)))
         })?;
         let n_micro = global / round;
         let interleaves = self.parallel.schedule == ScheduleKind::Interleaved;
         require(!interleaves || n_micro % pp == 0, || {
             let wrong = format!(
-                "batch.global = {global} is {n_micro} micro-batches on each of {dp} replicas, not a multiple of parallel.pp = {pp}, which the \
+                "{key} = {global} is {n_micro} micro-batches on each of {dp} replicas, not a multiple of parallel.pp = {pp}, which the \
                  interleaved schedule needs"
             );
-            (wrong, format!("set batch.global = {}, or parallel.schedule = \"1f1b\" and parallel.vp = 1", multiples(global, round * pp)))
+            (wrong, format!("set {key} = {}, or parallel.schedule = \"1f1b\" and parallel.vp = 1", multiples(global, round * pp)))
         })
     }
+}
+
+/// The learning rate of a phase. `length` is the table of its samples, `rate` that of the other keys.
+fn check_rate(schedule: &LrSchedule, length: &str, rate: &str) -> Result<()> {
+    let &LrSchedule { lr, min_lr, warmup_samples: warmup, decay, samples } = schedule;
+    require(lr > 0.0 && lr.is_finite(), || (format!("{rate}.lr = {lr}"), "give a positive number".into()))?;
+    require(min_lr >= 0.0 && min_lr.is_finite(), || (format!("{rate}.min_lr = {min_lr}"), "give 0 or a positive number".into()))?;
+    require(min_lr <= lr, || {
+        (format!("{rate}.min_lr = {min_lr} is above {rate}.lr = {lr}"), format!("set {rate}.min_lr to at most {lr}"))
+    })?;
+    require(warmup <= samples, || {
+        let wrong = format!("{rate}.warmup_samples = {warmup} is more than {length}.samples = {samples}");
+        (wrong, format!("set {rate}.warmup_samples to at most {samples}"))
+    })?;
+    match decay {
+        LrDecay::InverseSqrt => require(warmup > 0, || {
+            let wrong = format!("{rate}.decay = \"inverse_sqrt\" with {rate}.warmup_samples = 0, from which it is measured");
+            (wrong, format!("set {rate}.warmup_samples to at least 1"))
+        }),
+        LrDecay::Wsd(wsd) => require((1..=samples - warmup).contains(&wsd.samples), || {
+            let room = samples - warmup;
+            let wrong = format!("{rate}.decay.wsd.samples = {}, warm-up leaves {room} of {length}.samples = {samples}", wsd.samples);
+            (wrong, format!("give at least 1 and at most {room}"))
+        }),
+        LrDecay::Constant | LrDecay::Linear | LrDecay::Cosine => Ok(()),
+    }
+}
+
+/// The blend at the table `at`.
+fn check_data(data: &Data, at: &str) -> Result<()> {
+    require(!data.train.is_empty(), || (format!("{at}.train is empty"), "name at least one set of token shards".into()))?;
+    for (i, source) in data.train.iter().enumerate() {
+        let weight = source.weight;
+        require(weight > 0.0 && weight.is_finite(), || {
+            (format!("{at}.train.{i}.weight = {weight}"), "give a positive number, or leave the source out".into())
+        })?;
+        require(!source.shards.as_os_str().is_empty(), || (format!("{at}.train.{i}.shards is empty"), "name a directory".into()))?;
+    }
+    Ok(())
 }
 
 fn require(holds: bool, complaint: impl FnOnce() -> (String, String)) -> Result<()> {

@@ -2,15 +2,23 @@
 //! Scientific numbers have no defaults; paths and cadence may. Relative paths are relative to the current directory.
 //!
 //! [`Pretrain::load`] reads and overrides (`load`, over the strict reader in `strict`); [`Pretrain::check`] compares the
-//! numbers with each other and with the number of ranks (`check`). This file knows nothing of what the numbers are used for.
+//! numbers with each other and with the number of ranks (`check`). Lengths are in samples: `schedule` has the learning rate as
+//! their function, `phases` the steps. This file knows nothing of what the numbers are used for.
 
 mod check;
+mod health;
 mod load;
+mod phases;
 mod recompute;
+mod schedule;
 mod strict;
 
-use crate::model::config::ModelConfig;
+pub use health::Health;
+pub use phases::{MAIN_PHASE, Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
 pub use recompute::Recompute;
+pub use schedule::{DecayShape, LrDecay, LrSchedule, Wsd};
+
+use crate::model::config::ModelConfig;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -24,7 +32,7 @@ pub struct Pretrain {
     pub parallel: Parallel,
     /// Samples a step.
     pub batch: Batch,
-    /// Steps, precision, seed.
+    /// Length, precision, seed.
     pub train: Train,
     /// AdamW and its learning-rate schedule.
     pub optimizer: Optimizer,
@@ -35,6 +43,14 @@ pub struct Pretrain {
     /// When to save.
     #[serde(default)]
     pub checkpoint: Checkpoint,
+    /// Which steps to skip, and when to give up.
+    #[serde(default)]
+    pub health: Health,
+    /// The checkpoint to begin with, instead of new weights.
+    pub start: Option<Start>,
+    /// What follows the main phase.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub phase: Vec<Phase>,
 }
 
 /// Layout and schedule.
@@ -77,16 +93,19 @@ pub struct Batch {
     pub seq_len: usize,
     /// Samples a micro-batch.
     pub micro: usize,
-    /// Samples a step, over all replicas.
+    /// Samples a step, over all replicas; with a ramp, after its last stage.
     pub global: usize,
+    /// Batch sizes before that, by ascending sample.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ramp: Vec<RampStage>,
 }
 
 /// The loop.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Train {
-    /// Optimizer steps.
-    pub steps: u64,
+    /// Samples of the main phase. It ends with the step that reaches them.
+    pub samples: u64,
     /// Seed of the initial weights.
     pub seed: u64,
     /// Storage of weights and activations.
@@ -113,8 +132,8 @@ pub struct Optimizer {
     pub lr: f64,
     /// Learning rate at the end.
     pub min_lr: f64,
-    /// Steps of linear warm-up.
-    pub warmup_steps: u64,
+    /// Samples of linear warm-up.
+    pub warmup_samples: u64,
     /// Shape of the decay after warm-up.
     pub decay: LrDecay,
     /// Decay of the first moment.
@@ -125,44 +144,6 @@ pub struct Optimizer {
     pub eps: f64,
     /// Decoupled weight decay of matrices.
     pub weight_decay: f64,
-}
-
-impl Optimizer {
-    /// Learning rate of the update that takes the model from `step` to `step + 1` (the first is step 0) of `total_steps`.
-    ///
-    /// With n = step + 1, w = warmup_steps, r = (n - w) / (total_steps - w):
-    /// n <= w: lr n / w; then constant: lr; linear: min_lr + (lr - min_lr) (1 - r);
-    /// cosine: min_lr + (lr - min_lr) (1 + cos(pi r)) / 2; past the end: min_lr (constant: lr).
-    ///
-    /// These are Megatron-LM's formulas (OptimizerParamScheduler.get_lr with init_lr = 0) one update earlier: Megatron makes
-    /// its first update with n = 0, so with a rate of 0; here the first update already moves and the last one, n =
-    /// total_steps, is made with min_lr.
-    pub fn lr_at(&self, step: u64, total_steps: u64) -> f64 {
-        let n = step + 1;
-        if n <= self.warmup_steps {
-            return self.lr * n as f64 / self.warmup_steps as f64;
-        }
-        let past = (n - self.warmup_steps) as f64;
-        let ratio = if n >= total_steps { 1.0 } else { past / (total_steps - self.warmup_steps) as f64 };
-        let share = match self.decay {
-            LrDecay::Constant => 1.0,
-            LrDecay::Linear => 1.0 - ratio,
-            LrDecay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * ratio).cos()),
-        };
-        self.min_lr + (self.lr - self.min_lr) * share
-    }
-}
-
-/// Shape of the learning rate after warm-up.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LrDecay {
-    /// Stays at the peak.
-    Constant,
-    /// Straight line to min_lr at the last step.
-    Linear,
-    /// Half a cosine to min_lr at the last step.
-    Cosine,
 }
 
 /// Where the samples come from.

@@ -92,9 +92,17 @@ pub(super) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     known.iter().copied().min_by_key(|name| strsim::damerau_levenshtein(&found.to_lowercase(), name))
 }
 
+/// Lengths that other trainers count in steps.
+const IN_SAMPLES: [(&str, &str); 2] = [("steps", "samples"), ("warmup_steps", "warmup_samples")];
+
 /// The fault of a key that is not among `fields`.
 fn unknown_key(table: &str, key: &str, fields: &'static [&'static str]) -> Fault {
     let path = Node::child(table, key);
+    if let Some((_, name)) = IN_SAMPLES.iter().find(|(steps, samples)| *steps == key && fields.contains(samples)) {
+        let mut fault = Fault::new("is an unknown key").at(&path);
+        fault.remedy = Some(format!("did you mean {}, which is steps x batch.global?", Node::child(table, name)));
+        return fault;
+    }
     let name = nearest(key, fields).expect("a table has keys");
     let offer = Node::child(table, name);
     let mut fault = Fault::new("is an unknown key").at(&path);

@@ -37,7 +37,7 @@ pub struct ShardedAdamW {
 /// Step number, learning rate and clipping of one update.
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
-    /// From 1.
+    /// Number of the update, from 1.
     pub step: u64,
     /// Learning rate.
     pub lr: f64,
@@ -135,6 +135,13 @@ impl ShardedAdamW {
                 };
                 update_one(device, scratch, (param, shard), groups, adamw);
             }
+        }
+    }
+
+    /// Zeroes the gradients of a step whose update is not made. Weights and moments stay as they are.
+    pub fn discard_gradients(&self, device: &dyn Device, chunks: &mut [Chunk]) {
+        for param in chunks.iter_mut().flat_map(Chunk::params_mut) {
+            device.fill_zero(param.grad_mut());
         }
     }
 

@@ -9,13 +9,16 @@ use crate::model::chunk::{Chunk, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::param::{self, Param};
 use crate::parallel::slice::Slice;
+use crate::recipe::Moments;
 use crate::tensor::DType;
 use std::path::Path;
 
 /// The state of one rank.
 pub struct TrainState {
-    /// Optimizer steps done.
+    /// Steps done.
     pub step: u64,
+    /// Updates made: steps without those that were skipped.
+    pub updates: u64,
     /// Samples consumed by them.
     pub consumed_samples: u64,
     /// This stage's chunks.
@@ -34,6 +37,8 @@ pub struct SavedAs<'a> {
     pub tokenizer: Option<Vec<u8>>,
     /// The function.
     pub model: &'a ModelConfig,
+    /// What the trainer keeps besides.
+    pub trainer: serde_json::Value,
 }
 
 impl TrainState {
@@ -43,7 +48,7 @@ impl TrainState {
         let chunk = |chunk| Chunk::new(device, model, &layout, at, chunk, dtype, Purpose::Training);
         let chunks = (0..layout.vp).map(chunk).collect::<Result<Vec<Chunk>>>()?;
         let optimizer = ShardedAdamW::new(device, &chunks, &layout, at)?;
-        Ok(TrainState { step: 0, consumed_samples: 0, chunks, optimizer })
+        Ok(TrainState { step: 0, updates: 0, consumed_samples: 0, chunks, optimizer })
     }
 
     /// Step 0: master weights by seed, name and global index, whatever the layout.
@@ -60,8 +65,10 @@ impl TrainState {
         self.optimizer.publish_weights(device, scratch, &mut self.chunks, groups);
     }
 
-    /// Reads weights and optimizer state saved under any layout. Collective over the data-parallel group.
-    pub fn load(&mut self, device: &dyn Device, scratch: &Scratch, groups: &Groups, from: &Stored) -> Result<()> {
+    /// Reads weights, and unless the moments are to be reset optimizer state, saved under any layout. Counters are the caller's.
+    /// Collective over the data-parallel group.
+    pub fn load(&mut self, device: &dyn Device, scratch: &Scratch, groups: &Groups, what: (&Stored, Moments)) -> Result<()> {
+        let (from, moments) = what;
         let mut wanted = Vec::new();
         for (chunk, shards) in self.chunks.iter().zip(&mut self.optimizer.shards) {
             for (param, shard) in chunk.params().into_iter().zip(shards) {
@@ -71,6 +78,9 @@ impl TrainState {
                 let (name, rows) = (&param.spec.name, 0..shard.slice.shape[0]);
                 let master = if from.tensors().contains_key(&format!("master/{name}")) { "master" } else { "weights" };
                 for (kind, tensor) in [(master, &mut shard.master), ("adam_m", &mut shard.m), ("adam_v", &mut shard.v)] {
+                    if kind != master && moments == Moments::Reset {
+                        continue;
+                    }
                     wanted.push((format!("{kind}/{name}"), shard.slice.clone(), tensor.rows_mut(rows.clone())));
                 }
             }
@@ -80,8 +90,6 @@ impl TrainState {
         from.read(&mut requests).doing(|| format!("resuming from {}", from.dir().display()))?;
         drop(requests);
         drop(wanted);
-        self.step = from.meta().step;
-        self.consumed_samples = from.meta().consumed_samples;
         self.optimizer.publish_weights(device, scratch, &mut self.chunks, groups);
         Ok(())
     }
@@ -96,6 +104,7 @@ impl TrainState {
             recipe: what.recipe,
             data_fingerprint: what.data_fingerprint,
             tokenizer: what.tokenizer,
+            trainer: what.trainer,
         };
         // Views of the owned rows live here while the pieces borrow them.
         let mut views = Vec::new();

@@ -8,7 +8,7 @@ use trireme::device::cpu::Cpu;
 use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
 use trireme::model::config::{HeadKind, ModelConfig};
-use trireme::recipe::{Batch, Checkpoint, Data, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train};
+use trireme::recipe::{Batch, Checkpoint, Data, Health, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train};
 use trireme::rng::Random;
 use trireme::train::pretrain::{self, Ended, Job};
 
@@ -82,12 +82,12 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
     Pretrain {
         model: tiny_model(),
         parallel: Parallel { tp: 1, pp: 1, dp: None, vp: 1, schedule: ScheduleKind::OneFOneB, sequence_parallel: true },
-        batch: Batch { seq_len: 16, micro: 1, global: 8 },
-        train: Train { steps: 3, seed: 5, precision: Precision::F32, clip_grad_norm: 1.0 },
+        batch: Batch { seq_len: 16, micro: 1, global: 8, ramp: vec![] },
+        train: Train { samples: 3 * 8, seed: 5, precision: Precision::F32, clip_grad_norm: 1.0 },
         optimizer: Optimizer {
             lr: 1e-2,
             min_lr: 1e-3,
-            warmup_steps: 1,
+            warmup_samples: 8,
             decay: LrDecay::Cosine,
             beta1: 0.9,
             beta2: 0.95,
@@ -97,6 +97,9 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
         data: Data { train: vec![Source { shards: shards.into(), weight: 1.0 }], seed: 9 },
         validation: None,
         checkpoint: Checkpoint { every_steps: 1000 },
+        health: Health::default(),
+        start: None,
+        phase: vec![],
     }
 }
 
@@ -113,7 +116,7 @@ pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrai
         let groups = Groups::new(world, layout);
         let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
-        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, stop: &|| false, ceiling: &ceiling })
+        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted: &[], stop: &|| false, ceiling: &ceiling })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");

@@ -164,7 +164,7 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
     let settings = Optimizer {
         lr: 1e-2,
         min_lr: 1e-2,
-        warmup_steps: 0,
+        warmup_samples: 0,
         decay: LrDecay::Constant,
         beta1: 0.9,
         beta2: 0.95,

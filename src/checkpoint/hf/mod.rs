@@ -69,6 +69,7 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
         recipe: json!({ HF_CONFIG: hf_config }),
         data_fingerprint: String::new(),
         tokenizer,
+        trainer: serde_json::Value::Null,
     };
     let dtypes: Vec<DType> = planned.iter().map(|planned| planned.dtype).collect();
     match Streamed::begin(out, meta, inputs, planned)? {

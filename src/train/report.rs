@@ -1,0 +1,126 @@
+//! What a run tells: the resolved plan before step 0, phases and batch sizes as they begin, a line and a row of metrics a step.
+
+use super::trainer::{StepResult, Trainer, dtype_of};
+use crate::comm::{Communicator, agree};
+use crate::error::Result;
+use crate::metrics::Row;
+
+impl Trainer<'_> {
+    /// The resolved plan as a table, before step 0.
+    pub fn print_plan(&self) {
+        let (recipe, layout) = (self.job.recipe, self.job.groups.layout);
+        let (embeddings, body) = recipe.model.n_params();
+        let memory = self.job.device.memory();
+        log::info!("device      {}", self.job.device.name());
+        log::info!(
+            "model       {:.1} M parameters ({:.1} M in embeddings), {} layers x {} wide, {}",
+            (embeddings + body) as f64 / 1e6,
+            embeddings as f64 / 1e6,
+            recipe.model.n_layers,
+            recipe.model.hidden,
+            dtype_of(recipe).name()
+        );
+        log::info!(
+            "layout      {} ranks = tp {} x pp {} (vp {}) x dp {}; sequence parallel {}",
+            layout.world(),
+            layout.tp,
+            layout.pp,
+            layout.vp,
+            layout.dp,
+            if recipe.parallel.sequence_parallel { "on" } else { "off" }
+        );
+        for stretch in self.plan.stretches() {
+            let batch = self.batch(stretch.global);
+            log::info!(
+                "steps       {}..{} of phase {}: {} samples x {} tokens, {} micro-batches of {} on each replica",
+                stretch.first_step + 1,
+                stretch.first_step + stretch.n_steps,
+                self.data.phases[stretch.phase].name,
+                batch.global,
+                batch.seq_len,
+                batch.n_micro(),
+                batch.micro
+            );
+        }
+        for phase in &self.data.phases {
+            log::info!("data        phase {}: {} tokens a pass, order {}", phase.name, phase.order.n_tokens(), phase.order.fingerprint());
+        }
+        log::info!(
+            "memory      {:.1} MiB of weights, gradients and optimizer state on this rank",
+            memory.live_bytes as f64 / (1 << 20) as f64
+        );
+        log::info!("ceiling     {:.0} GFLOP/s of matrix product over all ranks, measured now", self.ceiling.gemm_flops_per_s / 1e9);
+    }
+
+    /// Says when the next step is the first of another phase or batch size.
+    pub fn announce(&self) {
+        let stretches = self.plan.stretches();
+        let next = self.state.step;
+        let Some(at) = stretches.iter().position(|stretch| stretch.first_step == next).filter(|&at| at > 0) else { return };
+        let (before, now) = (&stretches[at - 1], &stretches[at]);
+        if before.phase != now.phase {
+            let phase = &self.job.recipe.phases()[now.phase];
+            let from = &self.data.phases[before.phase].name;
+            let rate = phase.lr.at(now.global as u64);
+            log::info!(
+                "step {}: phase {} follows phase {from}: {} samples, learning rate from {rate:.2e} to {:.2e}, order {}",
+                next + 1,
+                phase.name,
+                phase.lr.samples,
+                phase.lr.at(phase.lr.samples),
+                self.data.phases[now.phase].order.fingerprint()
+            );
+        }
+        if before.global != now.global {
+            log::info!("step {}: {} samples a step from here, {} before", next + 1, now.global, before.global);
+        }
+    }
+
+    /// A line and a row. Collective.
+    pub fn report(&mut self, result: &StepResult, held_out_loss: Option<f64>) -> Result<()> {
+        let world = &*self.job.groups.world;
+        let recipe = self.job.recipe;
+        let step_s = slowest(world, result.step_s);
+        let peak_bytes = world.gather_f64(self.job.device.memory().peak_bytes as f64).into_iter().fold(0.0, f64::max);
+        let flops_per_s = recipe.model.train_flops(result.n_tokens, recipe.batch.seq_len) / step_s;
+        let bytes_per_token = self.data.validation.as_ref().and_then(|held_out| held_out.bytes_per_token);
+        let bits_per_byte = held_out_loss.zip(bytes_per_token).map(|(loss, bytes)| loss / std::f64::consts::LN_2 / bytes);
+        let row = Row {
+            step: self.state.step,
+            consumed_tokens: self.state.consumed_samples * recipe.batch.seq_len as u64,
+            loss: result.loss,
+            grad_norm: result.grad_norm,
+            lr: result.lr,
+            step_s,
+            tokens_per_s: result.n_tokens as f64 / step_s,
+            tflops: flops_per_s / 1e12,
+            share_of_gemm_ceiling: flops_per_s / self.ceiling.gemm_flops_per_s,
+            memory_peak_bytes: peak_bytes as u64,
+            validation_loss: held_out_loss,
+            validation_bits_per_byte: bits_per_byte,
+        };
+        let held_out = held_out_loss.map_or(String::new(), |loss| format!(", held-out loss {loss:.4}"));
+        log::info!(
+            "step {:>6}/{} loss {:.4} grad norm {:.3} lr {:.2e} {:.0} tokens/s, {:.0} % of GEMM ceiling{held_out}",
+            row.step,
+            self.plan.n_steps(),
+            row.loss,
+            row.grad_norm,
+            row.lr,
+            row.tokens_per_s,
+            100.0 * row.share_of_gemm_ceiling
+        );
+        if let Some(reason) = &result.skipped {
+            let taken = self.plan.step(self.state.step - 1);
+            let (first, name) = (taken.first_in_phase, &self.data.phases[taken.phase].name);
+            let end = first + taken.global as u64;
+            log::warn!("step {} skipped, weights are as before it: {reason}; samples {first}..{end} of phase {name}", row.step);
+        }
+        let written = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.append(&row));
+        agree(world, written)
+    }
+}
+
+fn slowest(world: &dyn Communicator, seconds: f64) -> f64 {
+    world.gather_f64(seconds).into_iter().fold(0.0, f64::max)
+}

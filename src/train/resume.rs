@@ -1,0 +1,199 @@
+//! Where a job begins, and what it leaves for the next one: new weights, another run's checkpoint, or the run's own newest; and
+//! the saving of one. A checkpoint of other data, another tokenizer, another model or another recipe is refused with both
+//! values, unless the user accepts the change; then the lineage has it.
+
+use super::health::{Health, History};
+use super::identity::{self, Accepted, Changed, Difference};
+use super::ledger;
+use super::pretrain::recipe_value;
+use super::run_data::{PhaseData, RunData, tokenizer_fingerprint};
+use super::run_dir;
+use super::state::SavedAs;
+use super::trainer::Trainer;
+use crate::artifact::{self, Input};
+use crate::checkpoint::{self, Stored};
+use crate::comm::agree;
+use crate::error::{Context, Error, Result};
+use crate::model::config::ModelConfig;
+use crate::recipe::{Moments, Pretrain, Start};
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// Where weights came from besides steps.
+#[derive(Clone, Debug)]
+pub(super) struct Lineage {
+    /// Changes that the user accepted, oldest first.
+    pub accepted: Vec<Accepted>,
+    /// The checkpoint of another run that this one began with.
+    pub started_from: Option<Input>,
+    /// The SentencePiece model, of the shards or, where they know none, of the checkpoint.
+    pub tokenizer: Option<Vec<u8>>,
+}
+
+impl Lineage {
+    /// Of a run that begins with new weights.
+    pub fn new(data: &RunData) -> Lineage {
+        Lineage { accepted: Vec::new(), started_from: None, tokenizer: data.tokenizer.clone() }
+    }
+}
+
+/// What a checkpoint keeps of the trainer besides tensors, step and samples.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    /// Updates made: steps without those that were skipped, with those of the run it started from.
+    updates: u64,
+    health: History,
+    accepted_changes: Vec<Accepted>,
+    started_from: Option<Input>,
+}
+
+/// xxh3-128 over every number of a model.
+fn model_fingerprint(model: &ModelConfig) -> String {
+    let content = serde_json::to_vec(model).expect("plain data");
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&content))
+}
+
+impl Trainer<'_> {
+    /// Goes on from the run's newest checkpoint, or begins. Collective.
+    pub fn start_or_resume(&mut self) -> Result<()> {
+        let world = &*self.job.groups.world;
+        match agree(world, checkpoint::latest(self.job.out))? {
+            Some(path) => {
+                let stored = agree(world, checkpoint::open(&path))?;
+                self.resume(&stored)?;
+            }
+            None => match &self.job.recipe.start {
+                Some(start) => self.start_from(start)?,
+                None => self.initialise(),
+            },
+        }
+        Ok(())
+    }
+
+    /// Says in metrics and ledger where this job begins, once it is sure that it does. Rank 0 has them.
+    pub fn open_records(&mut self) -> Result<()> {
+        let from_step = self.state.step;
+        if from_step > 0 && let Some(metrics) = &mut self.metrics {
+            metrics.resumed_from(from_step)?;
+        }
+        let Some(ledger) = &mut self.ledger else { return Ok(()) };
+        let order = |phase: &PhaseData| ledger::PhaseOrder { name: phase.name.clone(), order: phase.order.fingerprint() };
+        let phases = self.data.phases.iter().map(order).collect();
+        ledger.job(ledger::Job { from_step, ranks: self.job.groups.world.size(), phases })
+    }
+
+    fn resume(&mut self, stored: &Stored) -> Result<()> {
+        let meta = stored.meta();
+        let place = stored.dir().display().to_string();
+        let mut differences = self.model_and_tokenizer_differences(stored);
+        let (was, is) = (meta.data_fingerprint.clone(), self.data.fingerprint());
+        if was != is {
+            differences.push(Difference { what: Changed::Data, was, is, detail: String::new() });
+        }
+        // Data and model are compared by their fingerprints above; other keys of the recipe one by one.
+        let old = serde_json::from_value::<Pretrain>(meta.recipe.clone());
+        let old = old.map_err(|error| Error::file(stored.dir(), format!("its recipe cannot be read: {error}")));
+        let old = old.map_err(|error| error.remedy("use the program that wrote it, or start a new run from its weights by [start]"))?;
+        let others = identity::recipe_differences(&old.to_toml(), &self.job.recipe.to_toml());
+        differences.extend(others.into_iter().filter(|difference| difference.what == Changed::Recipe));
+        let accepted = identity::accept(&place, differences, self.job.accepted, meta.step)?;
+        if self.plan.steps_before(meta.consumed_samples) != Some(meta.step) {
+            let wrong = format!("stands at step {}, {} samples; no step of this recipe ends there", meta.step, meta.consumed_samples);
+            return Err(Error::file(stored.dir(), wrong).remedy("go back to that batch size and ramp, or start a new run from it by [start]"));
+        }
+        self.load(stored, Moments::Keep)?;
+        (self.state.step, self.state.consumed_samples, self.state.updates) = (meta.step, meta.consumed_samples, meta.step);
+        if let Some(kept) = kept(stored)? {
+            self.state.updates = kept.updates;
+            self.health = Health::new(&self.job.recipe.health, kept.health);
+            (self.lineage.accepted, self.lineage.started_from) = (kept.accepted_changes, kept.started_from);
+        }
+        for change in &accepted {
+            log::warn!("{} changed at step {} from {} to {}, as accepted", change.what.name(), change.at_step, change.was, change.is);
+        }
+        self.lineage.accepted.extend(accepted);
+        self.lineage.tokenizer = self.lineage.tokenizer.take().or(meta.tokenizer.clone());
+        log::info!("resumed from {place} at step {}", self.state.step);
+        Ok(())
+    }
+
+    /// Step 0 of this run with the weights of another.
+    fn start_from(&mut self, start: &Start) -> Result<()> {
+        let world = &*self.job.groups.world;
+        let stored = agree(world, checkpoint::open(&start.checkpoint).doing(|| "opening start.checkpoint".into()))?;
+        let place = stored.dir().display().to_string();
+        let accepted = identity::accept(&place, self.model_and_tokenizer_differences(&stored), self.job.accepted, 0)?;
+        if start.moments == Moments::Keep && !stored.has_optimizer_state() {
+            let wrong = "start.moments = \"keep\", but it holds weights only";
+            return Err(Error::file(stored.dir(), wrong).remedy("set start.moments = \"reset\""));
+        }
+        self.load(&stored, start.moments)?;
+        if start.moments == Moments::Keep {
+            self.state.updates = kept(&stored)?.map_or(stored.meta().step, |kept| kept.updates);
+        }
+        let fingerprint = stored.manifest().fingerprint.clone();
+        self.lineage.started_from = Some(Input { role: "start".into(), path: stored.dir().into(), fingerprint });
+        self.lineage.accepted = accepted;
+        self.lineage.tokenizer = self.lineage.tokenizer.take().or(stored.meta().tokenizer.clone());
+        log::info!("started from {place} (step {}), moments: {:?}", stored.meta().step, start.moments);
+        Ok(())
+    }
+
+    fn model_and_tokenizer_differences(&self, stored: &Stored) -> Vec<Difference> {
+        let (ours, theirs) = (&self.job.recipe.model, &stored.meta().model);
+        let mut differences = Vec::new();
+        if ours != theirs {
+            let (was, is) = (model_fingerprint(theirs), model_fingerprint(ours));
+            differences.push(Difference { what: Changed::Model, was, is, detail: first_difference(theirs, ours) });
+        }
+        if let (Some(was), Some(is)) = (&stored.meta().tokenizer, &self.data.tokenizer)
+            && was != is
+        {
+            let (was, is) = (tokenizer_fingerprint(was), tokenizer_fingerprint(is));
+            differences.push(Difference { what: Changed::Tokenizer, was, is, detail: String::new() });
+        }
+        differences
+    }
+
+    /// Saves the state as it is now, unless that was done. The ledger is on the disk before. Collective.
+    pub fn save(&mut self) -> Result<()> {
+        let path = run_dir::checkpoint_path(self.job.out, self.state.step);
+        if path.join(artifact::MANIFEST).exists() {
+            return Ok(()); // stopped right after the regular save of this step
+        }
+        let started = Instant::now();
+        agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
+        let Lineage { accepted, started_from, tokenizer } = self.lineage.clone();
+        let kept =
+            Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };
+        let what = SavedAs {
+            recipe: recipe_value(self.job.recipe),
+            data_fingerprint: self.data.fingerprint(),
+            tokenizer,
+            model: &self.job.recipe.model,
+            trainer: serde_json::to_value(kept).expect("plain data"),
+        };
+        self.state.save(&path, self.job.groups, what).doing(|| format!("saving step {}", self.state.step))?;
+        log::info!("saved {} in {:.1} s", path.display(), started.elapsed().as_secs_f64());
+        Ok(())
+    }
+}
+
+/// What the trainer that wrote a checkpoint kept in it; None of imported weights.
+fn kept(stored: &Stored) -> Result<Option<Kept>> {
+    let value = stored.meta().trainer.clone();
+    serde_json::from_value(value).map_err(|error| {
+        let wrong = format!("what it keeps of its trainer cannot be read: {error}");
+        Error::file(stored.dir(), wrong).remedy("use the program that wrote it, or start a new run from its weights by [start]")
+    })
+}
+
+/// The first number in which two models differ: `rope_base = 10000.0, here 500000.0`.
+fn first_difference(theirs: &ModelConfig, ours: &ModelConfig) -> String {
+    let value = |model: &ModelConfig| serde_json::to_value(model).expect("plain data");
+    let (theirs, ours) = (value(theirs), value(ours));
+    let keys = ours.as_object().map(|table| table.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
+    let differs = keys.into_iter().find(|key| ours[key] != theirs[key]);
+    differs.map_or(String::new(), |key| format!("model.{key} = {} there, {} here", theirs[&key], ours[&key]))
+}

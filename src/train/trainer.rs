@@ -1,0 +1,216 @@
+//! One rank's moving parts and its step: the samples of the plan -> micro-batches -> schedule -> loss and norm -> verdict ->
+//! clip -> AdamW. What is written to the run directory stands in `report` and `resume`.
+
+use super::batch::{BatchShape, Samples, micro_batch};
+use super::executor::{self, Keep};
+use super::health::{Health, History, Verdict};
+use super::ledger::{self, LedgerWriter};
+use super::optimizer::Update;
+use super::pretrain::Job;
+use super::resume::Lineage;
+use super::run_data::RunData;
+use super::run_dir;
+use super::state::TrainState;
+use crate::comm::{Groups, agree};
+use crate::device::Scratch;
+use crate::device::ceiling::Ceiling;
+use crate::error::{Context, Result};
+use crate::metrics::MetricsWriter;
+use crate::model::chunk::MicroBatch;
+use crate::model::ctx::{Ctx, SequenceMode};
+use crate::parallel::schedule::{self, PipelineShape, Schedule};
+use crate::recipe::{LrSchedule, Precision, Pretrain, StepPlan};
+use crate::tensor::DType;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// One rank's moving parts.
+pub(super) struct Trainer<'a> {
+    pub job: &'a Job<'a>,
+    pub data: &'a RunData,
+    pub state: TrainState,
+    pub plan: StepPlan,
+    pub health: Health,
+    pub lineage: Lineage,
+    pub ceiling: Ceiling,
+    /// On rank 0.
+    pub metrics: Option<MetricsWriter>,
+    /// On rank 0.
+    pub ledger: Option<LedgerWriter>,
+    /// Of each phase.
+    rates: Vec<LrSchedule>,
+    scratch: Scratch,
+    /// By the number of micro-batches, one for each batch size of the plan.
+    schedules: BTreeMap<usize, Schedule>,
+}
+
+/// What a step measured.
+pub(super) struct StepResult {
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub step_s: f64,
+    /// Tokens it consumed.
+    pub n_tokens: usize,
+    /// Why the update was not made.
+    pub skipped: Option<String>,
+}
+
+/// What weights and activations are stored as.
+pub(super) fn dtype_of(recipe: &Pretrain) -> DType {
+    match recipe.train.precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    }
+}
+
+impl<'a> Trainer<'a> {
+    /// Memory for everything, and the schedules. Collective.
+    pub fn new(job: &'a Job<'a>, data: &'a RunData) -> Result<Trainer<'a>> {
+        let (recipe, groups) = (job.recipe, job.groups);
+        let world = &*groups.world;
+        let dtype = dtype_of(recipe);
+        let plan = recipe.plan();
+        let state = agree(world, TrainState::new(job.device, &recipe.model, groups, dtype))?;
+        // All ranks measure at once, as they will compute at once.
+        world.barrier();
+        let mine = (job.ceiling)(dtype);
+        let ceiling =
+            Ceiling { gemm_flops_per_s: world.sum_f64(mine.gemm_flops_per_s), copy_bytes_per_s: world.sum_f64(mine.copy_bytes_per_s) };
+        let is_first = world.rank() == 0;
+        let metrics = if is_first { MetricsWriter::open(&run_dir::metrics_path(job.out)).map(Some) } else { Ok(None) };
+        let metrics = agree(world, metrics)?;
+        let ledger = if is_first { LedgerWriter::open(&run_dir::ledger_path(job.out)).map(Some) } else { Ok(None) };
+        let ledger = agree(world, ledger)?;
+        let rates = recipe.phases().iter().map(|phase| phase.lr).collect();
+        let health = Health::new(&recipe.health, History::default());
+        let (scratch, lineage, schedules) = (Scratch::new(), Lineage::new(data), BTreeMap::new());
+        Ok(Trainer { job, data, state, plan, health, lineage, ceiling, metrics, ledger, rates, scratch, schedules })
+    }
+
+    /// Steps of the run after this job, as planned.
+    pub fn last_step(&self) -> u64 {
+        self.job.stop_after.unwrap_or(u64::MAX).min(self.plan.n_steps())
+    }
+
+    /// A checked schedule for each batch size from here to the job's last step. The same on every rank. Errors: a batch that this
+    /// layout cannot divide.
+    pub fn make_schedules(&mut self) -> Result<()> {
+        let (recipe, layout) = (self.job.recipe, self.job.groups.layout);
+        for stretch in self.plan.stretches() {
+            let (first, end) = (stretch.first_step, stretch.first_step + stretch.n_steps);
+            if end <= self.state.step || first >= self.last_step() {
+                continue;
+            }
+            let doing = || format!("planning steps {}..{end}", first + 1);
+            recipe.check_batch_size(layout.dp, stretch.global).doing(doing)?;
+            let n_micro = stretch.global / (layout.dp * recipe.batch.micro);
+            let schedule = schedule::training(recipe.parallel.schedule, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro })?;
+            schedule.check().unwrap_or_else(|problem| panic!("the generated schedule is wrong: {problem}"));
+            self.schedules.insert(n_micro, schedule);
+        }
+        Ok(())
+    }
+
+    /// Makes the weights of step 0 by seed.
+    pub fn initialise(&mut self) {
+        self.state.initialise(self.job.device, &self.scratch, self.job.groups, self.job.recipe.train.seed);
+    }
+
+    /// Loads this rank's part of a checkpoint. Collective.
+    pub fn load(&mut self, from: &crate::checkpoint::Stored, moments: crate::recipe::Moments) -> Result<()> {
+        let loaded = self.state.load(self.job.device, &self.scratch, self.job.groups, (from, moments));
+        agree(&*self.job.groups.world, loaded)
+    }
+
+    /// How a step of `global` samples is divided.
+    pub fn batch(&self, global: usize) -> BatchShape {
+        let batch = &self.job.recipe.batch;
+        BatchShape { seq_len: batch.seq_len, micro: batch.micro, global, dp: self.job.groups.layout.dp }
+    }
+
+    fn sequence_mode(&self) -> SequenceMode {
+        if self.job.recipe.parallel.sequence_parallel { SequenceMode::Sharded } else { SequenceMode::Replicated }
+    }
+
+    /// The next step of the plan.
+    pub fn step(&mut self) -> Result<StepResult> {
+        let started = Instant::now();
+        let (job, recipe) = (self.job, self.job.recipe);
+        let (device, groups) = (job.device, job.groups);
+        let planned = self.plan.step(self.state.step);
+        let batch = self.batch(planned.global);
+        let n_tokens = batch.global_tokens();
+        if planned.first_in_phase == 0 {
+            self.health.begin_phase();
+        }
+        let batches = self.read_batches(&self.data.phases[planned.phase].order, &batch, planned.first_in_phase);
+        let batches = agree(&*groups.world, batches)?;
+        let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
+        let TrainState { chunks, optimizer, .. } = &mut self.state;
+        let schedule = &self.schedules[&batch.n_micro()];
+        let passed = executor::run(schedule, chunks, &ctx, groups, (&batches, Keep::Saved), |chunks, chunk| {
+            chunks[chunk].finish_gradients(&ctx);
+            optimizer.reduce_chunk(chunks, chunk, groups);
+        });
+        optimizer.reduce_tied(device, &self.scratch, chunks, groups);
+        let loss = mean_loss(&passed.token_losses, groups, n_tokens);
+        let grad_norm = optimizer.grad_norm(device, chunks, groups);
+        let step = self.state.step + 1;
+        let lr = self.rates[planned.phase].at(planned.first_in_phase + planned.global as u64);
+        let skipped = match self.health.judge(step, loss, grad_norm) {
+            Verdict::Sound => {
+                // Bias correction counts the updates that were made.
+                self.state.updates += 1;
+                let grad_scale = (recipe.train.clip_grad_norm / (grad_norm + 1e-6)).min(1.0);
+                let update = Update { step: self.state.updates, lr, grad_scale };
+                optimizer.update(device, &self.scratch, chunks, groups, (&recipe.optimizer, update));
+                None
+            }
+            Verdict::Skip(reason) => {
+                optimizer.discard_gradients(device, chunks);
+                Some(reason)
+            }
+        };
+        device.finish();
+        self.state.step = step;
+        self.state.consumed_samples += planned.global as u64;
+        let entry =
+            ledger::Step { step, phase: planned.phase, first: planned.first_in_phase, n: planned.global as u64, skipped: skipped.clone() };
+        agree(&*groups.world, self.ledger.as_mut().map_or(Ok(()), |ledger| ledger.step(entry)))?;
+        Ok(StepResult { loss, grad_norm, lr, step_s: started.elapsed().as_secs_f64(), n_tokens, skipped })
+    }
+
+    /// This replica's micro-batches of the step that begins at sample `first` of an order.
+    fn read_batches(&self, source: &dyn Samples, batch: &BatchShape, first: u64) -> Result<Vec<MicroBatch>> {
+        let weight = 1.0 / batch.global_tokens() as f32;
+        (0..batch.n_micro())
+            .map(|micro| micro_batch(self.job.device, source, batch.samples(first, self.job.groups.at.dp, micro), batch.seq_len, weight))
+            .collect()
+    }
+
+    /// Mean loss over the held-out samples, in nats a token. Collective.
+    pub fn held_out_loss(&mut self) -> Result<f64> {
+        let held_out = self.data.validation.as_ref().expect("asked for only when there is some");
+        let (groups, batch) = (self.job.groups, &self.job.recipe.batch);
+        let (dp, micro_samples, seq_len) = (groups.layout.dp, batch.micro, batch.seq_len);
+        let n_micro = held_out.n_samples / (dp * micro_samples);
+        let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro });
+        let first = |micro: usize| ((micro * dp + groups.at.dp) * micro_samples) as u64;
+        let read = |micro| {
+            let samples = first(micro)..first(micro) + micro_samples as u64;
+            micro_batch(self.job.device, &held_out.samples, samples, seq_len, 0.0)
+        };
+        let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
+        let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
+        let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), |_, _| {});
+        Ok(mean_loss(&passed.token_losses, groups, held_out.n_samples * seq_len))
+    }
+}
+
+/// Sum of all token losses over `n_tokens`, the same bits on every rank. The ranks of one tensor-parallel group hold the same
+/// losses, so the first counts.
+fn mean_loss(token_losses: &[Vec<f32>], groups: &Groups, n_tokens: usize) -> f64 {
+    let mine: f64 = token_losses.iter().flatten().map(|&loss| f64::from(loss)).sum();
+    groups.world.sum_f64(if groups.at.tp == 0 { mine } else { 0.0 }) / n_tokens as f64
+}
