@@ -6,8 +6,8 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage, ScheduleKind,
-    Source, Start, Train, Validation, Wsd,
+    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage,
+    ScheduleKind, Source, Start, Train, Validation, Wsd,
 };
 
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
@@ -267,7 +267,10 @@ fn wrong_types_name_both() {
         ("train.steps=1", "train.steps is an unknown key; did you mean train.samples, which is steps x batch.global?"),
         ("optimizer.warmup_steps=1", "did you mean optimizer.warmup_samples, which is steps x batch.global?"),
         ("optimizer.decay=wds", "did you mean \"wsd\"?"),
-        ("optimizer.decay={ wsd = { sample = 1 } }", "optimizer.decay.wsd.sample is an unknown key; did you mean optimizer.decay.wsd.samples?"),
+        (
+            "optimizer.decay={ wsd = { sample = 1 } }",
+            "optimizer.decay.wsd.sample is an unknown key; did you mean optimizer.decay.wsd.samples?",
+        ),
         ("optimizer.decay=wsd", "is \"wsd\" alone, expected a value for it"),
         ("health.loss_zz=1", "did you mean health.loss_z?"),
         ("data.train.5.weight=1", "item 5 of a list of 2"),
@@ -294,8 +297,14 @@ fn wrong_types_name_both() {
 #[test]
 fn overrides_apply() {
     let text = sound().to_toml();
-    let sets =
-        ["train.samples=7", "train.samples = 8", "train.precision=bf16", "parallel.schedule=1f1b", "data.train.0.weight=0.25", "parallel.dp=3"];
+    let sets = [
+        "train.samples=7",
+        "train.samples = 8",
+        "train.precision=bf16",
+        "parallel.schedule=1f1b",
+        "data.train.0.weight=0.25",
+        "parallel.dp=3",
+    ];
     let more = ["data.train.2.shards=/x/y=z", "data.train.2.weight=3", "validation.shards=runs/1", "model.head={ reward = 5 }"];
     let read = parse(&text, &[&sets[..], &more[..]].concat()).expect("known keys");
     let mut expected = sound();
@@ -377,7 +386,11 @@ fn mismatches_offer_values_that_work() {
         (|r| (r.batch.ramp, r.batch.global) = (ramp(&[(100, 6)]), 18), 8, "batch.global = 18 is not a multiple of dp x batch.micro"),
         (|r| r.phase = vec![Phase { samples: 0, ..added_phase(1.0) }], 8, "phase.0.samples is 0"),
         (|r| r.phase = vec![Phase { min_lr: 2.0, ..added_phase(1.0) }], 8, "phase.0.min_lr = 2 is above phase.0.lr = 1"),
-        (|r| r.phase = vec![added_phase(1.0), added_phase(1.0)], 8, "phase.1.name = \"final\", which is empty or the name of another phase"),
+        (
+            |r| r.phase = vec![added_phase(1.0), added_phase(1.0)],
+            8,
+            "phase.1.name = \"final\", which is empty or the name of another phase",
+        ),
         (|r| r.phase = vec![Phase { name: "main".into(), ..added_phase(1.0) }], 8, "phase.0.name = \"main\""),
         (
             |r| {
@@ -390,11 +403,7 @@ fn mismatches_offer_values_that_work() {
         (|r| r.health.window = 0, 8, "health.window is 0"),
         (|r| r.health.loss_z = f64::INFINITY, 8, "health.loss_z = inf"),
         (|r| r.health.max_grad_norm = Some(0.0), 8, "health.max_grad_norm = 0"),
-        (
-            |r| r.start = Some(Start { checkpoint: "".into(), moments: Moments::Keep }),
-            8,
-            "start.checkpoint is empty",
-        ),
+        (|r| r.start = Some(Start { checkpoint: "".into(), moments: Moments::Keep }), 8, "start.checkpoint is empty"),
         (|r| r.data.train[1].weight = 0.0, 8, "data.train.1.weight = 0"),
         (|r| r.data.train.clear(), 8, "data.train is empty"),
         (|r| r.validation.as_mut().expect("has one").samples = 0, 8, "validation.samples is 0"),

@@ -44,9 +44,7 @@ impl Pretrain {
             require(value > 0.0 && value.is_finite(), || (format!("{key} = {value}"), "give a positive number".into()))?;
         }
         let decay = optimizer.weight_decay;
-        require(decay >= 0.0 && decay.is_finite(), || {
-            (format!("optimizer.weight_decay = {decay}"), "give 0 or a positive number".into())
-        })?;
+        require(decay >= 0.0 && decay.is_finite(), || (format!("optimizer.weight_decay = {decay}"), "give 0 or a positive number".into()))?;
         for (key, value) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
             require((0.0..1.0).contains(&value), || {
                 (format!("{key} = {value} is outside of 0 <= beta < 1"), "the usual are 0.9 and 0.95".into())

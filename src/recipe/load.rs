@@ -62,8 +62,9 @@ fn explain(fault: Fault, text: &str, name: &str, overridden: &[String]) -> Error
 
 /// Applies one `a.b=value`; returns its path.
 fn apply(table: &mut Table, set: &str) -> Result<String> {
-    let fail =
-        |wrong: String| Error::recipe(format!("--set {set}: {wrong}")).remedy("write --set section.key=value, e.g. --set train.samples=1000");
+    let fail = |wrong: String| {
+        Error::recipe(format!("--set {set}: {wrong}")).remedy("write --set section.key=value, e.g. --set train.samples=1000")
+    };
     let Some((path, text)) = set.split_once('=') else { return Err(fail("has no =".into())) };
     let path = path.trim();
     let keys: Vec<&str> = path.split('.').map(str::trim).collect();

@@ -137,7 +137,7 @@ impl StepPlan {
     /// The plan of phases of so many samples. Ramp stages ascend, as `Pretrain::check` requires.
     pub fn new(batch: &Batch, phase_samples: &[u64]) -> StepPlan {
         let (mut stretches, mut phase_starts) = (Vec::new(), Vec::new());
-        let (mut step, mut sample) = (0, 0);
+        let (mut step, mut sample) = (0u64, 0u64);
         for (phase, &n_samples) in phase_samples.iter().enumerate() {
             phase_starts.push(sample);
             let phase_end = sample.saturating_add(n_samples);

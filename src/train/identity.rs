@@ -112,9 +112,8 @@ fn identity(recipe_toml: &str) -> Vec<(String, String)> {
     let table: toml::Table = recipe_toml.parse().unwrap_or_default();
     let mut lines = Vec::new();
     flatten("", &toml::Value::Table(table), &mut lines);
-    let is_free = |key: &str| {
-        key.starts_with("parallel.") || key.starts_with("checkpoint.") || key == "batch.micro" || key.ends_with(".shards")
-    };
+    let is_free =
+        |key: &str| key.starts_with("parallel.") || key.starts_with("checkpoint.") || key == "batch.micro" || key.ends_with(".shards");
     lines.retain(|(key, _)| !is_free(key));
     lines
 }
@@ -136,7 +135,8 @@ mod tests {
     #[test]
     fn keys_belong_to_what_changed() {
         let was = "[model]\nhidden = 1\n[parallel]\ntp = 1\n[batch]\nmicro = 1\nglobal = 8\n[data]\nseed = 1\n[[data.train]]\nshards = 'a'\nweight = 1.0\n";
-        let is = was.replace(" 1\n", " 2\n").replace("'a'", "'b'").replace("1.0", "2.0") + "[[phase]]\nname = 'x'\n[phase.data]\nseed = 3\n";
+        let is =
+            was.replace(" 1\n", " 2\n").replace("'a'", "'b'").replace("1.0", "2.0") + "[[phase]]\nname = 'x'\n[phase.data]\nseed = 3\n";
         let found: Vec<(Changed, String)> = recipe_differences(was, &is).into_iter().map(|d| (d.what, d.is)).collect();
         let expected = [
             (Changed::Model, "`model.hidden = 2`"),
@@ -157,7 +157,10 @@ mod tests {
         let differences = || recipe_differences("[data]\nseed = 1\n[train]\nseed = 1\n", "[data]\nseed = 2\n[train]\nseed = 2\n");
         let error = accept("run", differences(), &[Changed::Data], 7).expect_err("the seed of [train]");
         let line = error.to_string();
-        assert!(line.contains("`train.seed = 1`") && line.contains("`train.seed = 2`") && line.contains("--accept-changed recipe"), "{line}");
+        assert!(
+            line.contains("`train.seed = 1`") && line.contains("`train.seed = 2`") && line.contains("--accept-changed recipe"),
+            "{line}"
+        );
         let accepted = accept("run", differences(), &[Changed::Recipe, Changed::Data], 7).expect("both accepted");
         assert_eq!(accepted.len(), 2);
         assert!(accepted.iter().all(|change| change.at_step == 7));

@@ -196,7 +196,8 @@ mod tests {
             LedgerWriter::open(&path).expect("writable").job(job(1)).expect("writable");
             assert_eq!(Ledger::read(&path).expect("readable").jobs.len(), usize::from(n_lines > 0) + 1, "cut at {cut}");
         }
-        for (text, expected) in [("{\"step\":1,\"phase\":0,\"first\":0,\"n\":8}\n", "line 1 is a step before"), ("\nx\n", "line 2 is not")] {
+        for (text, expected) in [("{\"step\":1,\"phase\":0,\"first\":0,\"n\":8}\n", "line 1 is a step before"), ("\nx\n", "line 2 is not")]
+        {
             std::fs::write(&path, text).expect("writable");
             let error = Ledger::read(&path).expect_err("no ledger");
             assert!(error.to_string().contains(expected) && error.exit_code() == 3, "{error}");

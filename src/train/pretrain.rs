@@ -4,7 +4,7 @@
 use super::identity::Changed;
 use super::resume::Lineage;
 use super::run_data::RunData;
-use super::run_dir::{self, Opened, RunDir};
+use super::run_dir::{Opened, RunDir};
 use super::trainer::{StepResult, Trainer};
 use crate::checkpoint;
 use crate::comm::{Groups, agree};
@@ -157,5 +157,6 @@ fn check_health(trainer: &Trainer, result: &StepResult) -> Result<()> {
     let reason = result.skipped.as_deref().unwrap_or("sound");
     let phase = &trainer.data.phases[taken.phase].name;
     let wrong = format!("step {}: {wrong}; the last: {reason}, samples {first}..{end} of phase {phase}; {kept}", trainer.state.step);
-    Err(Error::new(Kind::Numeric, wrong).remedy("lower the learning rate, lengthen the warm-up, or look at these samples (trireme-inspect ledger)"))
+    Err(Error::new(Kind::Numeric, wrong)
+        .remedy("lower the learning rate, lengthen the warm-up, or look at these samples (trireme-inspect ledger)"))
 }

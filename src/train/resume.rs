@@ -74,7 +74,9 @@ impl Trainer<'_> {
     /// Says in metrics and ledger where this job begins, once it is sure that it does. Rank 0 has them.
     pub fn open_records(&mut self) -> Result<()> {
         let from_step = self.state.step;
-        if from_step > 0 && let Some(metrics) = &mut self.metrics {
+        if from_step > 0
+            && let Some(metrics) = &mut self.metrics
+        {
             metrics.resumed_from(from_step)?;
         }
         let Some(ledger) = &mut self.ledger else { return Ok(()) };
@@ -100,7 +102,9 @@ impl Trainer<'_> {
         let accepted = identity::accept(&place, differences, self.job.accepted, meta.step)?;
         if self.plan.steps_before(meta.consumed_samples) != Some(meta.step) {
             let wrong = format!("stands at step {}, {} samples; no step of this recipe ends there", meta.step, meta.consumed_samples);
-            return Err(Error::file(stored.dir(), wrong).remedy("go back to that batch size and ramp, or start a new run from it by [start]"));
+            return Err(
+                Error::file(stored.dir(), wrong).remedy("go back to that batch size and ramp, or start a new run from it by [start]")
+            );
         }
         self.load(stored, Moments::Keep)?;
         (self.state.step, self.state.consumed_samples, self.state.updates) = (meta.step, meta.consumed_samples, meta.step);
@@ -165,8 +169,7 @@ impl Trainer<'_> {
         let started = Instant::now();
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
         let Lineage { accepted, started_from, tokenizer } = self.lineage.clone();
-        let kept =
-            Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };
+        let kept = Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };
         let what = SavedAs {
             recipe: recipe_value(self.job.recipe),
             data_fingerprint: self.data.fingerprint(),

@@ -113,7 +113,10 @@ mod tests {
         let run = dir.path().join("run");
         let Opened::Ours(held) = RunDir::open(&run, "a = 1\n", &[]).unwrap() else { panic!("a new run") };
         drop(held);
-        assert!(matches!(RunDir::open(&run, "a = 1\n[parallel]\ntp = 2\n", &[]).unwrap(), Opened::Ours(_)), "another layout is the same run");
+        assert!(
+            matches!(RunDir::open(&run, "a = 1\n[parallel]\ntp = 2\n", &[]).unwrap(), Opened::Ours(_)),
+            "another layout is the same run"
+        );
         let error = RunDir::open(&run, "a = 2\n", &[Changed::Data]).err().unwrap();
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("`a = 1`") && error.to_string().contains("`a = 2`"), "{error}");

@@ -138,7 +138,7 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         let (job, recipe) = (self.job, self.job.recipe);
         let (device, groups) = (job.device, job.groups);
-        let planned = self.plan.step(self.state.step);
+        let (planned, step) = (self.plan.step(self.state.step), self.state.step + 1);
         let batch = self.batch(planned.global);
         let n_tokens = batch.global_tokens();
         if planned.first_in_phase == 0 {
@@ -147,7 +147,7 @@ impl<'a> Trainer<'a> {
         let batches = self.read_batches(&self.data.phases[planned.phase].order, &batch, planned.first_in_phase);
         let batches = agree(&*groups.world, batches)?;
         let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
-        let TrainState { chunks, optimizer, .. } = &mut self.state;
+        let TrainState { chunks, optimizer, updates, .. } = &mut self.state;
         let schedule = &self.schedules[&batch.n_micro()];
         let passed = executor::run(schedule, chunks, &ctx, groups, (&batches, Keep::Saved), |chunks, chunk| {
             chunks[chunk].finish_gradients(&ctx);
@@ -156,14 +156,13 @@ impl<'a> Trainer<'a> {
         optimizer.reduce_tied(device, &self.scratch, chunks, groups);
         let loss = mean_loss(&passed.token_losses, groups, n_tokens);
         let grad_norm = optimizer.grad_norm(device, chunks, groups);
-        let step = self.state.step + 1;
         let lr = self.rates[planned.phase].at(planned.first_in_phase + planned.global as u64);
         let skipped = match self.health.judge(step, loss, grad_norm) {
             Verdict::Sound => {
                 // Bias correction counts the updates that were made.
-                self.state.updates += 1;
+                *updates += 1;
                 let grad_scale = (recipe.train.clip_grad_norm / (grad_norm + 1e-6)).min(1.0);
-                let update = Update { step: self.state.updates, lr, grad_scale };
+                let update = Update { step: *updates, lr, grad_scale };
                 optimizer.update(device, &self.scratch, chunks, groups, (&recipe.optimizer, update));
                 None
             }

@@ -116,7 +116,16 @@ pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrai
         let groups = Groups::new(world, layout);
         let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
-        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted: &[], stop: &|| false, ceiling: &ceiling })
+        pretrain::run(&Job {
+            recipe,
+            groups: &groups,
+            device: &*device,
+            out,
+            stop_after,
+            accepted: &[],
+            stop: &|| false,
+            ceiling: &ceiling,
+        })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");
