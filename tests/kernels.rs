@@ -25,6 +25,8 @@ mod model;
 mod operations;
 #[path = "operations/oracle.rs"]
 mod oracle;
+#[path = "golden_runs/reward.rs"]
+mod reward;
 #[path = "kernels/run.rs"]
 mod run;
 #[path = "kernels/streams.rs"]

@@ -407,6 +407,12 @@ fn mismatches_offer_values_that_work() {
         (|r| r.data.train[1].weight = 0.0, 8, "data.train.1.weight = 0"),
         (|r| r.data.train.clear(), 8, "data.train is empty"),
         (|r| r.validation.as_mut().expect("has one").samples = 0, 8, "validation.samples is 0"),
+        (
+            |r| r.model.head = HeadKind::Reward(5),
+            8,
+            "pretraining predicts tokens, a reward head reads 5 attributes; set model.head = \"vocabulary\"",
+        ),
+        (|r| r.model.head = HeadKind::Reward(0), 8, "model.head has 0 reward attributes"),
         (|r| r.model.n_kv_heads = 3, 8, "model.n_kv_heads = 3 does not divide model.n_heads = 8"),
     ];
     for (change, world, expected) in cases {

@@ -7,10 +7,11 @@ use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint;
 use trireme::cli;
 use trireme::comm::agree;
-use trireme::error::Result;
+use trireme::error::{Error, Result};
 use trireme::infer::generate::{self, Generator};
 use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, Response, read_requests};
+use trireme::model::config::HeadKind;
 use trireme::runtime::{DeviceKind, Runtime};
 use trireme::tensor::DType;
 use trireme::text::Tokenizer;
@@ -104,6 +105,10 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
     let stored = checkpoint::open(&args.checkpoint)?;
     let model = &stored.meta().model;
     check_layout(model, &layout)?;
+    if let HeadKind::Reward(n) = model.head {
+        let wrong = format!("a reward model of {n} attributes generates no text");
+        return Err(Error::file(&args.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
+    }
     let tokenizer = load::tokenizer(&stored)?;
     let limits = Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref() };
     let requests = read_requests(&args.requests, limits)?;

@@ -19,19 +19,44 @@ pub struct LogprobTable {
     pub sums: Vec<f64>,
 }
 
+/// Attributes of sequences.
+pub struct RewardTable {
+    /// One a sequence.
+    pub ids: Vec<String>,
+    /// [n, R], row by row.
+    pub attributes: Vec<f32>,
+}
+
 /// Writes `dir/name` with datasets ids, starts, tokens, logprobs, sums; synced to the disk.
 pub fn write_logprobs(dir: &Path, name: &str, table: &LogprobTable) -> Result<FileEntry> {
+    write(dir, name, &table.ids, |file| {
+        file.new_dataset_builder().with_data(&table.starts).create("starts")?;
+        file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
+        file.new_dataset_builder().with_data(&table.logprobs).create("logprobs")?;
+        file.new_dataset_builder().with_data(&table.sums).create("sums")?;
+        Ok(())
+    })
+}
+
+/// Writes `dir/name` with datasets ids [n] and attributes [n, R]; synced to the disk.
+pub fn write_rewards(dir: &Path, name: &str, table: &RewardTable) -> Result<FileEntry> {
+    let n_attributes = table.attributes.len() / table.ids.len().max(1);
+    write(dir, name, &table.ids, |file| {
+        let attributes = file.new_dataset::<f32>().shape((table.ids.len(), n_attributes)).create("attributes")?;
+        attributes.write_raw(&table.attributes)
+    })
+}
+
+/// A file with the dataset ids and what `more` puts beside it.
+fn write(dir: &Path, name: &str, ids: &[String], more: impl FnOnce(&hdf5::File) -> hdf5::Result<()>) -> Result<FileEntry> {
     let path = dir.join(name);
     let write = || -> hdf5::Result<()> {
         let file = hdf5::File::create(&path)?;
         // HDF5 strings end at a NUL, so one inside an id becomes U+FFFD.
         let text = |id: &String| id.replace('\0', "\u{fffd}").parse::<VarLenUnicode>().expect("no NUL is left");
-        let ids: Vec<VarLenUnicode> = table.ids.iter().map(text).collect();
+        let ids: Vec<VarLenUnicode> = ids.iter().map(text).collect();
         file.new_dataset_builder().with_data(&ids).create("ids")?;
-        file.new_dataset_builder().with_data(&table.starts).create("starts")?;
-        file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
-        file.new_dataset_builder().with_data(&table.logprobs).create("logprobs")?;
-        file.new_dataset_builder().with_data(&table.sums).create("sums")?;
+        more(&file)?;
         file.close()
     };
     write().map_err(|error| Error::file(&path, format!("writing HDF5: {error}")).remedy("check the space and the permissions"))?;

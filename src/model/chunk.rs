@@ -6,15 +6,18 @@ use super::block::{Block, BlockDeferred, BlockKept};
 use super::config::{HeadKind, ModelConfig, ParamSpec};
 use super::ctx::Ctx;
 use super::embedding::VocabParallelEmbedding;
-use super::head::{HeadDeferred, HeadSaved, OutputHead};
+use super::head::OutputHead;
+use super::heads::{Head, HeadDeferred, HeadSaved};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
 use super::norm::{Norm, Residual};
 pub use super::param::Purpose;
 use super::param::{self, Param};
+pub use super::reward::Ratings;
+use super::reward::RewardHead;
 use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::recipe::Recompute;
 use crate::tensor::{DType, Tensor};
@@ -32,6 +35,8 @@ pub struct MicroBatch {
     pub weights: Tensor,
     /// [0, .., T]: sequence i is tokens s[i]..s[i+1].
     pub sequence_starts: Vec<usize>,
+    /// What a reward model is trained on; it reads neither targets nor weights.
+    pub ratings: Option<Ratings>,
 }
 
 impl MicroBatch {
@@ -53,6 +58,7 @@ impl MicroBatch {
             positions: upload(bytemuck::cast_slice(positions), DType::U32)?,
             weights: upload(bytemuck::cast_slice(weights), DType::F32)?,
             sequence_starts,
+            ratings: None,
         })
     }
 
@@ -68,6 +74,8 @@ pub enum Output {
     Hidden(ScratchTensor),
     /// Unweighted loss of each token [T], from the last chunk.
     TokenLosses(Vec<f32>),
+    /// Attributes of each sequence [N, R], row by row, from the last chunk of a reward model.
+    Attributes(Vec<f32>),
 }
 
 /// What a chunk's backward needs.
@@ -110,7 +118,7 @@ pub struct Chunk {
     blocks: Vec<Block>,
     /// Of each block.
     recompute: Vec<Recompute>,
-    head: Option<OutputHead>,
+    head: Option<Head>,
 }
 
 /// The stream on its way through the blocks.
@@ -137,6 +145,22 @@ impl Parts {
         Norm { gain, bias, how: device::Norm { kind: config.norm, eps: config.norm_eps } }
     }
 
+    /// `first`: the chunk has the embedding too.
+    fn head(&mut self, config: &ModelConfig, first: bool) -> Head {
+        let norm = self.norm("final_norm", config);
+        match config.head {
+            HeadKind::Reward(_) => Head::Reward(RewardHead { norm, weight: self.take("reward.weight"), bias: self.take("reward.bias") }),
+            HeadKind::Vocabulary => {
+                let weight = match (config.tied_embeddings, first) {
+                    (true, true) => None,
+                    (true, false) => Some(self.take("embedding.weight")),
+                    (false, _) => Some(self.take("head.weight")),
+                };
+                Head::Vocabulary(OutputHead { norm, weight, vocab_size: config.vocab_size })
+            }
+        }
+    }
+
     fn block(&mut self, layer: usize, config: &ModelConfig, tp: usize) -> Block {
         let at = format!("layers.{layer}");
         let rope = Rope { rotary_dims: config.rotary_dims(), base: config.rope_base, direction: Direction::Forward };
@@ -159,7 +183,7 @@ impl Parts {
 }
 
 impl Chunk {
-    /// Zeroed parameters of chunk `chunk_idx` (0..vp) of stage `at.pp`. Err: out of memory, or a head this chunk cannot have.
+    /// Zeroed parameters of chunk `chunk_idx` (0..vp) of stage `at.pp`. Err: out of memory.
     pub fn new(
         device: &dyn Device,
         config: &ModelConfig,
@@ -169,10 +193,6 @@ impl Chunk {
         dtype: DType,
         purpose: Purpose,
     ) -> Result<Chunk> {
-        if config.head != HeadKind::Vocabulary {
-            let wrong = format!("model.head = {:?}: only a vocabulary head can be trained and run so far", config.head);
-            return Err(Error::recipe(wrong).remedy("set model.head = \"vocabulary\""));
-        }
         let make = |spec: ParamSpec| -> Result<(String, Param)> {
             let name = spec.name.clone();
             Ok((name, Param::new(device, spec, (layout, at), dtype, purpose)?))
@@ -184,15 +204,7 @@ impl Chunk {
         let blocks: Vec<Block> = layers.map(|layer| parts.block(layer, config, layout.tp)).collect();
         let recompute = vec![Recompute::None; blocks.len()];
         let embedding = first.then(|| VocabParallelEmbedding { weight: parts.take("embedding.weight") });
-        let head = last.then(|| OutputHead {
-            norm: parts.norm("final_norm", config),
-            weight: match (config.tied_embeddings, first) {
-                (true, true) => None,
-                (true, false) => Some(parts.take("embedding.weight")),
-                (false, _) => Some(parts.take("head.weight")),
-            },
-            vocab_size: config.vocab_size,
-        });
+        let head = last.then(|| parts.head(config, first));
         assert!(parts.params.is_empty(), "parameters without a place: {:?}", parts.params.keys());
         Ok(Chunk { config: config.clone(), dtype, embedding, blocks, recompute, head })
     }
@@ -238,8 +250,8 @@ impl Chunk {
             all.extend([&block.mlp.up.weight, &block.mlp.down.weight]);
         }
         if let Some(head) = &self.head {
-            norm(&head.norm, &mut all);
-            all.extend(&head.weight);
+            norm(head.norm(), &mut all);
+            all.extend(head.weights());
         }
         all
     }
@@ -258,15 +270,16 @@ impl Chunk {
             all.extend([&mut block.mlp.up.weight, &mut block.mlp.down.weight]);
         }
         if let Some(head) = &mut self.head {
-            norm(&mut head.norm, &mut all);
-            all.extend(&mut head.weight);
+            let (head_norm, weights) = head.parts_mut();
+            norm(head_norm, &mut all);
+            all.extend(weights);
         }
         all
     }
 
     /// Index in `params()` of a tied embedding; when the model has several chunks, the other copy is in another one.
     pub fn tied_param(&self) -> Option<usize> {
-        if !self.config.tied_embeddings {
+        if !self.config.ties_embeddings() {
             return None;
         }
         self.params().iter().position(|param| param.spec.name == "embedding.weight")
@@ -327,11 +340,11 @@ impl Chunk {
                 }
             });
         };
-        let (losses, head_saved) = head.forward(ctx, residual, batch, self.tied_weight());
+        let (output, head_saved) = head.forward(ctx, residual, batch, self.tied_weight());
         if let Some(saved) = saved {
             saved.head = Some(head_saved);
         }
-        Output::TokenLosses(losses)
+        output
     }
 
     /// doutput[T', H] from the next chunk (None for the last) -> gradient of the input (None for the first); weight gradients

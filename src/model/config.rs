@@ -140,6 +140,11 @@ impl ModelConfig {
         self.vocab_size.next_multiple_of(self.vocab_divisor)
     }
 
+    /// Whether the embedding is read at both ends of the model; a reward model has no output layer to tie.
+    pub fn ties_embeddings(&self) -> bool {
+        self.tied_embeddings && self.head == HeadKind::Vocabulary
+    }
+
     /// Rotated dims of each head: int(head_dim * fraction), the denominator of the frequencies too.
     pub fn rotary_dims(&self) -> usize {
         (self.head_dim as f64 * self.rotary_fraction) as usize
@@ -218,7 +223,7 @@ impl ModelConfig {
     pub fn chunk_specs(&self, layout: &ParallelLayout, stage: usize, chunk: usize) -> Vec<ParamSpec> {
         let layers = layout.layers(stage, chunk, self.n_layers);
         let (first, last) = (layout.is_first(stage, chunk), layout.is_last(stage, chunk));
-        let tied_copy = self.tied_embeddings && self.head == HeadKind::Vocabulary && last && !first;
+        let tied_copy = self.ties_embeddings() && last && !first;
         let here = |spec: &ParamSpec| match spec.place {
             Place::Embedding => first || tied_copy,
             Place::Layer(layer) => layers.contains(&layer),
@@ -244,6 +249,9 @@ impl ModelConfig {
             if value == 0 {
                 return Err(Error::recipe(format!("model.{key} is 0")).remedy("give a positive number"));
             }
+        }
+        if self.head == HeadKind::Reward(0) {
+            return Err(Error::recipe("model.head has 0 reward attributes").remedy("give a positive number"));
         }
         if self.n_heads % self.n_kv_heads != 0 {
             let wrong = format!("model.n_kv_heads = {} does not divide model.n_heads = {}", self.n_kv_heads, self.n_heads);
@@ -279,7 +287,7 @@ impl ModelConfig {
     pub fn train_flops(&self, n_tokens: usize, seq_len: usize) -> f64 {
         let linears: usize =
             self.param_specs().iter().filter(|s| s.shape.len() == 2 && s.name != "embedding.weight").map(ParamSpec::n_elements).sum();
-        let tied = if self.tied_embeddings && self.head == HeadKind::Vocabulary { self.padded_vocab() * self.hidden } else { 0 };
+        let tied = if self.ties_embeddings() { self.padded_vocab() * self.hidden } else { 0 };
         let attention = 2 * self.n_layers * self.n_heads * self.head_dim * seq_len;
         6.0 * n_tokens as f64 * (linears + tied + attention) as f64
     }

@@ -1,4 +1,4 @@
-//! The end of the model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds logits of the whole
+//! The end of a language model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds logits of the whole
 //! vocabulary: the softmax needs two numbers a token from the other ranks.
 
 use super::chunk::MicroBatch;

@@ -3,6 +3,7 @@
 
 use super::{Data, LrDecay, LrSchedule, Pretrain, ScheduleKind};
 use crate::error::{Error, Result};
+use crate::model::config::HeadKind;
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::schedule::MAX_CHUNKS;
 
@@ -10,6 +11,10 @@ impl Pretrain {
     /// The layout on `world` ranks, when everything fits together.
     pub fn check(&self, world: usize) -> Result<ParallelLayout> {
         self.model.check()?;
+        if let HeadKind::Reward(n) = self.model.head {
+            let wrong = format!("model.head = {{ reward = {n} }}: pretraining predicts tokens, a reward head reads {n} attributes");
+            return Err(Error::recipe(wrong).remedy("set model.head = \"vocabulary\""));
+        }
         self.check_numbers()?;
         self.check_ramp()?;
         self.check_phases()?;

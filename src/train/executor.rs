@@ -14,6 +14,8 @@ use std::collections::HashMap;
 pub struct Passed {
     /// Unweighted token losses of each micro-batch, [M][T]; only on the last stage, empty elsewhere.
     pub token_losses: Vec<Vec<f32>>,
+    /// Attributes of each micro-batch, [M][N * R]; only on the last stage of a reward model, empty elsewhere.
+    pub attributes: Vec<Vec<f32>>,
 }
 
 /// Whether activations are kept for a backward pass.
@@ -38,6 +40,7 @@ struct Stage<'a> {
     inbox: HashMap<(What, usize, usize), ScratchTensor>,
     outbox: HashMap<(What, usize, usize), ScratchTensor>,
     token_losses: Vec<Vec<f32>>,
+    attributes: Vec<Vec<f32>>,
 }
 
 /// Executes this stage's part of `schedule` on its chunks. `batches[m]` is micro-batch m (all stages hold the tokens: they
@@ -65,6 +68,7 @@ pub fn run(
         inbox: HashMap::new(),
         outbox: HashMap::new(),
         token_losses: vec![Vec::new(); batches.len()],
+        attributes: vec![Vec::new(); batches.len()],
     };
     for action in &schedule.stages[groups.at.pp] {
         match action {
@@ -75,7 +79,7 @@ pub fn run(
         }
     }
     assert!(stage.saved.is_empty() && stage.inbox.is_empty() && stage.outbox.is_empty(), "the schedule left tensors in flight");
-    Passed { token_losses: stage.token_losses }
+    Passed { token_losses: stage.token_losses, attributes: stage.attributes }
 }
 
 impl Stage<'_> {
@@ -90,6 +94,7 @@ impl Stage<'_> {
         match output {
             Output::Hidden(hidden) => self.pass_on(What::Activation, chunk, micro, hidden),
             Output::TokenLosses(losses) => self.token_losses[micro] = losses,
+            Output::Attributes(attributes) => self.attributes[micro] = attributes,
         }
     }
 

@@ -24,7 +24,7 @@ pub type Devices<'a> = &'a (dyn Fn() -> Box<dyn Device> + Sync);
 pub const VARIANTS: [&str; 5] = ["nemotron-gqa", "nemotron-head-dim", "nemotron-rotary-full", "nemotron-tied", "llama"];
 
 /// Tensors of a safetensors file as f64, with their shapes.
-fn read_safetensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
+pub fn read_safetensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let values = |view: &safetensors::tensor::TensorView| -> Vec<f64> {
@@ -194,8 +194,8 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
     losses
 }
 
-/// Saves one tensor of each parameter as if it were its weight, so that export gives it its Hugging Face name.
-fn save(chunks: &[Chunk], groups: &Groups, out: &Path, meta: &Meta, of: impl Fn(&trireme::model::param::Param) -> &Tensor) {
+/// Saves one tensor of each parameter as if it were its weight, so that export gives it its Hugging Face name. Collective.
+pub fn save(chunks: &[Chunk], groups: &Groups, out: &Path, meta: &Meta, of: impl Fn(&trireme::model::param::Param) -> &Tensor) {
     let mut pieces = Vec::new();
     for chunk in chunks {
         for (idx, param) in chunk.params().into_iter().enumerate() {

@@ -2,6 +2,7 @@
 
 use crate::emulator::emulator;
 use crate::golden_runs::{Allowed, Golden, How, VARIANTS, assert_trained_like, layouts, logits, relative, train_under};
+use crate::reward;
 use trireme::device::Device;
 use trireme::device::cuda::Cuda;
 use trireme::parallel::layout::ParallelLayout;
@@ -51,4 +52,19 @@ fn training_equals_transformers() {
         let allowed = Allowed { loss: 1.5e-2, later_losses: 1.5e-2, gradient: 6e-2, weights: None };
         assert_trained_like(&golden, &trained, &allowed, &format!("{variant} bf16"));
     }
+}
+
+/// A reward model: attributes, loss and gradients, on one rank and two; tolerances as above.
+#[test]
+fn reward_models_equal_transformers() {
+    if emulator().is_none() {
+        return;
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    for tp in [1, 2] {
+        let layout = ParallelLayout { tp, ..ParallelLayout::SINGLE };
+        reward::check(&cuda, How { layout, dtype: DType::F32 }, (5.0 * 7e-7, 1e-5), tmp.path());
+    }
+    let how = How { layout: ParallelLayout::SINGLE, dtype: DType::BF16 };
+    reward::check(&cuda, how, (3e-2, 6e-2), tmp.path());
 }

@@ -1,7 +1,7 @@
 //! What is kept between forward and backward: with recompute, and with the backward in two halves, gradients keep their bits and
 //! memory is the formula's.
 
-use super::whole::{SEED, llama_tied, micro_batch, nemotron};
+use super::whole::{SEED, llama_tied, micro_batch, nemotron, reward};
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, threads};
 use trireme::device::cpu::Cpu;
@@ -58,7 +58,7 @@ fn step(case: Case, ctx: &Ctx, chunks: &mut [Chunk], batches: &[MicroBatch]) -> 
             let mut saved = ChunkSaved::default();
             match chunk.forward(ctx, passed.as_deref(), batch, Some(&mut saved)) {
                 Output::Hidden(hidden) => passed = Some(hidden),
-                Output::TokenLosses(token_losses) => losses.extend(token_losses.into_iter().map(f32::to_bits)),
+                Output::TokenLosses(values) | Output::Attributes(values) => losses.extend(values.into_iter().map(f32::to_bits)),
             }
             saved_of_batch.push(saved);
         }
@@ -104,13 +104,13 @@ fn bits_of(case: Case) -> Vec<Bits> {
 
 /// Losses and all gradients have the bits of the step that keeps everything and runs the backward whole: for each kind of recompute
 /// and layers of several kinds, both halves apart or not, on 1, 2 and 4 ranks with and without sequence parallelism, in f32 and
-/// bf16, both families, tied embeddings, one chunk and several. An operation made again on other inputs, a gradient added twice or
+/// bf16, both families, tied embeddings, a reward head, one chunk and several. An operation made again on other inputs, a gradient added twice or
 /// in another order, or a tensor overwritten while it is still needed, changes a bit.
 #[test]
 fn recompute_and_halves_keep_the_bits() {
     use Recompute::{Full, None, Selective};
     let kinds: [&[Recompute]; 4] = [&[None], &[Selective], &[Full], &[Full, None, Selective]];
-    for config in [&nemotron(), &llama_tied()] {
+    for config in [&nemotron(), &llama_tied(), &reward()] {
         for (tp, sequence) in
             [(1, SequenceMode::Replicated), (2, SequenceMode::Sharded), (2, SequenceMode::Replicated), (4, SequenceMode::Sharded)]
         {

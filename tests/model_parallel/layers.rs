@@ -32,6 +32,7 @@ fn batch(tokens: &[u32], targets: &[u32], positions: &[u32], weights: &[f32]) ->
         positions: Tensor::from_u32(&[T], positions),
         weights: Tensor::from_f32(&[T], weights),
         sequence_starts: STARTS.to_vec(),
+        ratings: None,
     }
 }
 

@@ -15,6 +15,9 @@ pub const FILE: &str = "config.json";
 /// Embedding rows are padded to a multiple of this on import (Megatron's make_vocab_size_divisible_by).
 const VOCAB_DIVISOR: usize = 128;
 
+/// How the name of an architecture with a score layer ends.
+const CLASSIFIER: &str = "ForSequenceClassification";
+
 /// The architectures that are understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Family {
@@ -44,6 +47,7 @@ const ROTARY: &[&str] = &[
 const BASE: &[&str] = &["rope_theta", "rotary_base", "rotary_emb_base", "rope_parameters.rope_theta"];
 const TIED: &[&str] = &["tie_word_embeddings", "share_embeddings_and_output_weights"];
 const INIT_STD: &[&str] = &["initializer_range", "init_method_std"];
+const LABELS: &[&str] = &["num_labels"];
 const ACTIVATION: &[&str] = &["hidden_act", "activation"];
 
 /// Reads `dir/config.json`: the model that it describes, and the file as it is.
@@ -86,7 +90,7 @@ pub fn parse(path: &Path, config: &Value) -> Result<ModelConfig> {
         rotary_fraction: keys.number_or(ROTARY, rotary)?,
         rope_base: keys.number_or(BASE, 10000.0)?,
         tied_embeddings: keys.find(TIED)?.is_some_and(|(_, value)| value == &Value::Bool(true)),
-        head: HeadKind::Vocabulary,
+        head: keys.head()?,
         init_std: keys.number_or(INIT_STD, init_std)?,
     };
     model.check().map_err(|error| Error::file(path, error).remedy("correct config.json"))?;
@@ -107,14 +111,24 @@ impl<'a> Keys<'a> {
         let architecture = self.config["architectures"][0].as_str();
         let model_type = self.config["model_type"].as_str();
         match (architecture, model_type) {
-            (Some("NemotronForCausalLM"), _) | (None, Some("nemotron")) => Ok(Family::Nemotron),
-            (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Family::Llama),
+            (Some("NemotronForCausalLM" | "NemotronForSequenceClassification"), _) | (None, Some("nemotron")) => Ok(Family::Nemotron),
+            (Some("LlamaForCausalLM" | "LlamaForSequenceClassification"), _) | (None, Some("llama")) => Ok(Family::Llama),
             _ => {
                 let found = architecture.or(model_type).unwrap_or("none");
                 let wrong = format!("architecture {found}, expected NemotronForCausalLM or LlamaForCausalLM");
-                Err(Error::file(self.path, wrong).remedy("only these two can be imported"))
+                Err(Error::file(self.path, wrong).remedy("only these two, and their ForSequenceClassification, can be imported"))
             }
         }
+    }
+
+    /// A sequence classifier is a reward model: its score layer reads one number a label off the last token. transformers writes
+    /// the labels' names only, and two of them when nothing was said.
+    fn head(&self) -> Result<HeadKind> {
+        if !self.config["architectures"][0].as_str().is_some_and(|name| name.ends_with(CLASSIFIER)) {
+            return Ok(HeadKind::Vocabulary);
+        }
+        let named = self.config["id2label"].as_object().map_or(2, |names| names.len());
+        Ok(HeadKind::Reward(self.size_or(LABELS, named)?))
     }
 
     /// The value under one of the spellings; several must agree. null is absent.
@@ -196,23 +210,24 @@ pub struct TokenIds {
 
 /// The config.json of a model, or why transformers has none for it. `dtype` is "float32" or "bfloat16".
 pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> Result<Value> {
-    let family = match (model.norm, model.activation, model.head) {
-        (NormKind::LayerNorm1P, Activation::SquaredRelu, HeadKind::Vocabulary) => Family::Nemotron,
-        (NormKind::RmsNorm, Activation::Swiglu, HeadKind::Vocabulary) if model.rotary_fraction == 1.0 => Family::Llama,
-        (norm, activation, head) => {
-            let wrong = format!("{norm:?} with {activation:?}, rotary {} and {head:?}", model.rotary_fraction);
-            return Err(Error::file(path, wrong).remedy("transformers has NemotronForCausalLM and LlamaForCausalLM only; keep it as it is"));
+    let family = match (model.norm, model.activation) {
+        (NormKind::LayerNorm1P, Activation::SquaredRelu) => Family::Nemotron,
+        (NormKind::RmsNorm, Activation::Swiglu) if model.rotary_fraction == 1.0 => Family::Llama,
+        (norm, activation) => {
+            let wrong = format!("{norm:?} with {activation:?}, rotary {}", model.rotary_fraction);
+            return Err(Error::file(path, wrong).remedy("transformers has Nemotron and Llama models only; keep it as it is"));
         }
     };
-    let (architecture, model_type, activation, eps_key) = match family {
-        Family::Nemotron => ("NemotronForCausalLM", "nemotron", "relu2", "norm_eps"),
-        Family::Llama => ("LlamaForCausalLM", "llama", "silu", "rms_norm_eps"),
+    let (name, model_type, activation, eps_key) = match family {
+        Family::Nemotron => ("Nemotron", "nemotron", "relu2", "norm_eps"),
+        Family::Llama => ("Llama", "llama", "silu", "rms_norm_eps"),
     };
+    let ending = if model.head == HeadKind::Vocabulary { "ForCausalLM" } else { CLASSIFIER };
     // The shortest decimal of the f32, not the f64 nearest to it: 1e-5 stays 1e-5.
     let eps: f64 = model.norm_eps.to_string().parse().expect("a float prints as a float");
     let mut rope = json!({"rope_type": "default", "rope_theta": model.rope_base});
     let mut config = json!({
-        "architectures": [architecture],
+        "architectures": [format!("{name}{ending}")],
         "model_type": model_type,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn_hidden,
@@ -242,5 +257,11 @@ pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> R
         rope["partial_rotary_factor"] = json!(model.rotary_fraction);
     }
     config["rope_parameters"] = rope;
+    if let HeadKind::Reward(n) = model.head {
+        let names = |flip: fn(usize) -> (String, Value)| Value::Object((0..n).map(flip).collect());
+        config["num_labels"] = json!(n);
+        config["id2label"] = names(|idx| (idx.to_string(), json!(format!("LABEL_{idx}"))));
+        config["label2id"] = names(|idx| (format!("LABEL_{idx}"), json!(idx)));
+    }
     Ok(config)
 }

@@ -1,5 +1,5 @@
-//! The door to Hugging Face: safetensors directories of NemotronForCausalLM and LlamaForCausalLM in and out. Both ways go
-//! tensor by tensor; q, k and v become one packed tensor and the vocabulary gets its zero padding on the way in, and come
+//! The door to Hugging Face: safetensors directories of NemotronForCausalLM and LlamaForCausalLM in and out, and of reward models
+//! (their ForSequenceClassification). Both ways go tensor by tensor; q, k and v become one packed tensor and the vocabulary gets its zero padding on the way in, and come
 //! apart again on the way out. It knows nothing of how tensors are stored on either side.
 
 pub mod config;
@@ -17,7 +17,7 @@ use crate::parallel::layout::ParallelLayout;
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
 use config::TokenIds;
-use names::{Mapped, Rows, mapping};
+use names::{Mapped, Rows, SCORE_BIAS, mapping};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -52,7 +52,8 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
     }
     let (model, hf_config) = config::read(hf_dir)?;
     let weights = Weights::open(hf_dir)?;
-    let table = mapping(&model);
+    let is_here = |mapped: &Mapped| mapped.sources[0].0 != SCORE_BIAS || weights.entries().contains_key(SCORE_BIAS);
+    let table: Vec<Mapped> = mapping(&model).into_iter().map(|mapped| if is_here(&mapped) { mapped } else { mapped.absent() }).collect();
     let planned = table.iter().map(|mapped| plan(mapped, &weights)).collect::<Result<Vec<Planned>>>()?;
     refuse_unknown_tensors(hf_dir, &table, &weights)?;
     let mut inputs = vec![artifact::input("hf-config", &hf_dir.join(config::FILE))?];
@@ -223,6 +224,10 @@ fn element_of(stored: &Stored, name: &str, dtype: ExportType) -> Result<Element>
 fn plan_files(stored: &Stored, dtype: ExportType) -> Result<Vec<(String, Vec<Exported>)>> {
     let (mut files, mut bytes): (Vec<Vec<Exported>>, u64) = (vec![Vec::new()], 0);
     for mapped in mapping(&stored.meta().model) {
+        if mapped.sources[0].0 == SCORE_BIAS {
+            refuse_a_bias(stored, &mapped)?;
+            continue;
+        }
         let element = element_of(stored, &mapped.name, dtype)?;
         for (source, (name, shape)) in mapped.sources.iter().enumerate() {
             let planned = safetensors::Planned { name: name.clone(), shape: shape.clone(), element };
@@ -237,6 +242,19 @@ fn plan_files(stored: &Stored, dtype: ExportType) -> Result<Vec<(String, Vec<Exp
     let n = files.len();
     let name = |i: usize| if n == 1 { safetensors::SINGLE.into() } else { format!("model-{:05}-of-{n:05}.safetensors", i + 1) };
     Ok(files.into_iter().enumerate().map(|(i, tensors)| (name(i), tensors)).collect())
+}
+
+/// transformers would drop it and compute something else.
+fn refuse_a_bias(stored: &Stored, mapped: &Mapped) -> Result<()> {
+    let mut bias = Tensor::host(&mapped.shape, DType::F32, None).expect("memory for a few numbers");
+    stored.read(&mut [Wanted { name: weights_name(&mapped.name), slice: Slice::whole(&mapped.shape), tensor: &mut bias }])?;
+    match bias.f32().iter().find(|value| **value != 0.0) {
+        None => Ok(()),
+        Some(value) => {
+            let wrong = format!("{} is not zero ({value}), and transformers' score layer has no bias", mapped.name);
+            Err(Error::file(stored.dir(), wrong).remedy("keep it as it is; trireme-score rewards reads it"))
+        }
+    }
 }
 
 fn weight_map(files: &[(String, Vec<Exported>)]) -> Value {

@@ -1,8 +1,11 @@
 //! The one table that maps our parameters to Hugging Face tensors, in both directions: names, and which rows become which.
 //! Source: transformers' modeling_nemotron.py and modeling_llama.py for names, Megatron-LM for the interleave of qkv.
 
-use crate::model::config::{HeadKind, ModelConfig, ParamSpec};
+use crate::model::config::{ModelConfig, ParamSpec};
 use std::ops::Range;
+
+/// The bias of a reward model's last layer. transformers' own classifiers have none, NeMo-Aligner's reward models may.
+pub const SCORE_BIAS: &str = "score.bias";
 
 /// How the rows of one of our parameters are made of rows of Hugging Face tensors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,6 +18,8 @@ enum Pack {
     Qkv,
     /// Gate and up rows in turn.
     GateUp,
+    /// Nothing but zeros.
+    Absent,
 }
 
 /// A parameter and the Hugging Face tensors that it holds.
@@ -44,6 +49,7 @@ impl Mapped {
         let of = |source: usize, rows: Range<usize>| Rows::Of(source, rows);
         match self.pack {
             Pack::Same => vec![of(0, 0..self.shape[0])],
+            Pack::Absent => vec![Rows::Zero(self.shape[0])],
             Pack::Padded => {
                 let n = self.sources[0].1[0];
                 let all = vec![of(0, 0..n), Rows::Zero(self.shape[0] - n)];
@@ -57,6 +63,11 @@ impl Mapped {
             }
             Pack::GateUp => (0..config.ffn_hidden).flat_map(|row| [of(0, row..row + 1), of(1, row..row + 1)]).collect(),
         }
+    }
+
+    /// The same parameter where the Hugging Face side has no tensor for it: zeros.
+    pub fn absent(self) -> Mapped {
+        Mapped { sources: Vec::new(), pack: Pack::Absent, ..self }
     }
 
     /// For one source: (our first row, how many) in the order of the source's rows.
@@ -79,9 +90,8 @@ impl Mapped {
     }
 }
 
-/// Every parameter of a model with a vocabulary head.
+/// Every parameter of a model.
 pub fn mapping(config: &ModelConfig) -> Vec<Mapped> {
-    assert_eq!(config.head, HeadKind::Vocabulary, "only vocabulary heads have Hugging Face names");
     config.param_specs().into_iter().map(|spec| map(config, spec)).collect()
 }
 
@@ -95,6 +105,8 @@ fn map(config: &ModelConfig, spec: ParamSpec) -> Mapped {
     let (pack, sources) = match local {
         "embedding.weight" => (Pack::Padded, vec![("model.embed_tokens.weight".to_string(), vec![config.vocab_size, hidden])]),
         "head.weight" => (Pack::Padded, vec![("lm_head.weight".to_string(), vec![config.vocab_size, hidden])]),
+        "reward.weight" => same("score.weight"),
+        "reward.bias" => same(SCORE_BIAS),
         "final_norm.weight" => same("model.norm.weight"),
         "final_norm.bias" => same("model.norm.bias"),
         "attention_norm.weight" => same("input_layernorm.weight"),
