@@ -1,6 +1,8 @@
 //! `trireme-inspect`: what lies at a path, in words: any artifact, a run (finished or not), or a folder of them; where it came
-//! from, down to the raw text; and the loss curve of a run.
+//! from, down to the raw text; the loss curve of a run; and what its ranks recorded of themselves.
 
+#[path = "inspect/flight.rs"]
+mod flight;
 #[path = "inspect/lineage.rs"]
 mod lineage;
 #[path = "inspect/page.rs"]
@@ -23,6 +25,8 @@ use trireme::progress::Progress;
 ///   trireme-inspect runs/tokens --verify            read every file and compare its checksum
 ///   trireme-inspect runs/samples --lineage          what it was made from, down to the raw text
 ///   trireme-inspect plot runs/first --svg loss.svg  the loss curve, here and as a picture
+///   trireme-inspect flight runs/first               who hung or diverged first, stragglers, exposed communication
+///   trireme-inspect trace runs/first --rank 0 --out trace.json   for chrome://tracing and ui.perfetto.dev
 #[derive(Parser)]
 #[command(name = "trireme-inspect", version, verbatim_doc_comment, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
 struct Arguments {
@@ -54,12 +58,33 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
+    /// Merge the flight ledgers of all ranks: who diverged first, stragglers, exposed communication
+    Flight {
+        /// A run directory, or a folder of rings (RUN/flight, RUN/flight.previous)
+        run: PathBuf,
+    },
+    /// Write the flight ledger as a trace for chrome://tracing and Perfetto
+    Trace {
+        /// A run directory, or a folder of rings
+        run: PathBuf,
+        /// Only this rank (may be given again); without it all ranks
+        #[arg(long = "rank", value_name = "RANK")]
+        ranks: Vec<usize>,
+        /// Only these steps: 12, or 10..12 with both ends
+        #[arg(long, value_name = "STEPS", value_parser = flight::parse_steps)]
+        steps: Option<flight::Steps>,
+        /// Where to write the JSON
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::main_with(|| match (&arguments.command, &arguments.describe) {
         (Some(Command::Plot { run, svg }), _) => plot(run, svg.as_deref()),
+        (Some(Command::Flight { run }), _) => flight::report(run),
+        (Some(Command::Trace { run, ranks, steps, out }), _) => flight::trace(run, ranks, steps.clone(), out),
         (None, Some(what)) => describe(what),
         (None, None) => Err(Error::recipe("no path given").remedy("run trireme-inspect --help")),
     })
@@ -111,15 +136,21 @@ fn plot(run: &Path, svg: Option<&Path>) -> Result<()> {
     let plot = metrics::loss_plot(&format!("Loss of {}", run.display()), &rows);
     print(&plot.to_text(80, 22))?;
     if let Some(svg) = svg {
-        let tmp = svg.with_extension(format!("svg.tmp-{}", artifact::job_id()));
-        let written = std::fs::write(&tmp, plot.to_svg()).and_then(|()| std::fs::rename(&tmp, svg));
-        if written.is_err() {
-            let _ = std::fs::remove_file(&tmp); // best effort: the error below matters
-        }
-        written.at(svg)?;
+        write_whole(svg, plot.to_svg().as_bytes())?;
         print(&format!("\nAs a picture: {}\n", svg.display()))?;
     }
     Ok(())
+}
+
+/// Writes a file beside its place and renames it.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let tmp = path.with_file_name(format!("{name}.tmp-{}", artifact::job_id()));
+    let written = std::fs::write(&tmp, bytes).and_then(|()| std::fs::rename(&tmp, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&tmp); // best effort: the error below matters
+    }
+    written.at(path)
 }
 
 /// The manifest of an artifact of any kind.

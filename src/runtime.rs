@@ -8,6 +8,10 @@
 //! mpirun binds each rank to one core when there are few ranks, and then a rank has one thread: `mpirun --bind-to none` lets
 //! the ranks of a machine share out its cores.
 
+mod watchdog;
+
+pub use watchdog::{Patience, Watchdog};
+
 use crate::artifact::{ArtifactWriter, Begin, host_name};
 use crate::comm::mpi::Mpi;
 use crate::comm::solo::Solo;
@@ -16,6 +20,7 @@ use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::Cuda;
 use crate::error::{Error, Kind, Result};
+use crate::flight::Recorder;
 use crate::parallel::layout::ParallelLayout;
 use std::io::Write;
 use std::path::Path;
@@ -133,6 +138,12 @@ impl Runtime {
     /// Whether this rank got SIGTERM, SIGINT or SIGUSR1.
     pub fn stop_requested(&self) -> bool {
         STOP.load(Ordering::Relaxed)
+    }
+
+    /// Watches this rank from here on: a communication that takes longer than `patience` ends the job with a report of what all
+    /// ranks recorded. Until the ring of `flight` is opened there is nothing to watch.
+    pub fn watch(&self, flight: &Recorder, patience: Patience) -> Watchdog {
+        Watchdog::start(flight, self.world.rank(), patience, || STOP.load(Ordering::Relaxed))
     }
 
     /// Whether any rank did; the same answer everywhere. Collective.

@@ -1,14 +1,14 @@
 //! The architecture, held by reading the source: who may name whom, which files may name MPI and HDF5, and where `unsafe`
 //! may stand. The layers, lowest first; a module uses its own layer and those below:
-//! L0 error, rng, metrics, artifact, progress - L1 tensor, recipe, parallel - L2 device, comm - L3 model, data, text, checkpoint -
-//! L4 train, infer - L5 runtime, cli - L6 the binaries.
+//! L0 error, rng, metrics, artifact, progress - L1 tensor, recipe, parallel, flight - L2 device, comm - L3 model, data, text,
+//! checkpoint - L4 train, infer - L5 runtime, cli - L6 the binaries.
 
 use std::path::{Path, PathBuf};
 
 /// Top-level modules of each layer.
 const LAYERS: [&[&str]; 6] = [
     &["error", "rng", "metrics", "artifact", "progress"],
-    &["tensor", "recipe", "parallel"],
+    &["tensor", "recipe", "parallel", "flight"],
     &["device", "comm"],
     &["model", "data", "text", "checkpoint"],
     &["train", "infer"],
@@ -23,7 +23,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mpi", &["comm/mpi", "runtime"]),
     ("hdf5", &["checkpoint/h5", "data/h5"]),
     ("hdf5_sys", &["checkpoint/h5", "data/h5"]),
-    ("memmap2", &["data"]),
+    ("memmap2", &["data", "flight/ring"]),
     ("gemm", &["device"]),
     ("cudarc", CUDA),
 ];
@@ -31,9 +31,9 @@ const CRATES: &[(&str, &[&str])] = &[
 /// What calls the CUDA libraries: driver, matrix products, run-time compiler.
 const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile"];
 
-/// The only files or folders with `unsafe`: raw memory of tensors, SIMD kernels, the mmap reader, calls into C libraries, and
-/// signals with MPI_Abort.
-const UNSAFE: &[&[&str]] = &[&["tensor", "device/cpu", "data/index", "comm/mpi", "checkpoint/h5", "runtime"], CUDA];
+/// The only files or folders with `unsafe`: raw memory of tensors, SIMD kernels, the mmap reader, the mapped ring of the flight
+/// ledger, calls into C libraries, and signals with MPI_Abort.
+const UNSAFE: &[&[&str]] = &[&["tensor", "device/cpu", "data/index", "flight/ring", "comm/mpi", "checkpoint/h5", "runtime"], CUDA];
 
 /// A source file by its path without `src/` and `.rs`; a folder's own file goes by the folder: `comm/mpi`, `comm`.
 struct Source {

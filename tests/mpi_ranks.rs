@@ -3,6 +3,7 @@
 //! case; started by mpirun, it is a rank. A job that hangs is a failure.
 
 mod collective_table;
+mod hanging_ranks;
 
 use collective_table::check_all;
 use std::fs::File;
@@ -62,6 +63,12 @@ const CASES: &[Case] = &[
     // A signal to one rank stops all at the same step: a stop that one rank took alone would leave the others in a collective.
     Case { name: "sigterm", n_ranks: 3, run: |runtime| stopped(runtime, "TERM"), code: Some(0), lines: &[("stopping together", 3)] },
     Case { name: "sigusr1", n_ranks: 2, run: |runtime| stopped(runtime, "USR1"), code: Some(0), lines: &[("stopping together", 2)] },
+    // A process that stands still holds up the others for ever: they end the job, and say which rank and which operation.
+    Case { name: "stopped-still", n_ranks: 3, run: hanging_ranks::stands_still, code: Some(1), lines: hanging_ranks::STANDS_STILL },
+    // A rank that leaves out a collective waits elsewhere, in a circle with the others: it is the one that is named.
+    Case { name: "left-out", n_ranks: 3, run: hanging_ranks::leaves_out, code: Some(1), lines: hanging_ranks::LEAVES_OUT },
+    // The records of a killed rank are in the file, and tell what it was in.
+    Case { name: "killed-with-ledger", n_ranks: 3, run: hanging_ranks::is_killed, code: None, lines: &[] },
     // A message of another size than its receiver expects must not pass as data.
     Case { name: "short-message", n_ranks: 2, run: short_message, code: Some(101), lines: &[("4 bytes, expected 8", 1)] },
 ];
@@ -103,6 +110,7 @@ fn launch(case: &Case) -> std::result::Result<(), String> {
         .arg(std::env::current_exe().expect("the path of this program"))
         .arg(case.name)
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env(hanging_ranks::RUN_VARIABLE, dir.path())
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
         .env_remove("RAYON_NUM_THREADS")
         .env_remove("RUST_BACKTRACE")
@@ -142,7 +150,7 @@ fn launch(case: &Case) -> std::result::Result<(), String> {
             return Err(format!("{found} lines with {text:?}, expected {expected}; it printed\n{output}"));
         }
     }
-    Ok(())
+    hanging_ranks::check(case.name, dir.path())
 }
 
 fn be_a_rank() -> Result<()> {

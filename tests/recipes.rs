@@ -6,7 +6,7 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage,
+    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Observe, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage,
     ScheduleKind, Source, Start, Train, Validation, Wsd,
 };
 
@@ -52,6 +52,7 @@ fn sound() -> Pretrain {
         validation: Some(Validation { shards: "data/a".into(), every_steps: 10, samples: 32 }),
         checkpoint: Checkpoint { every_steps: 50 },
         health: Health::default(),
+        observe: Observe::default(),
         start: None,
         phase: vec![],
     }
@@ -238,7 +239,9 @@ fn missing_keys_are_named() {
         }
     }
     let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
-    assert_eq!(optional, [&["checkpoint.every_steps".to_string()], &defaults[..]].concat());
+    let observed =
+        ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
+    assert_eq!(optional, [&["checkpoint.every_steps".to_string()], &defaults[..], &observed[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
     let line = parse("", &[]).expect_err("empty");

@@ -8,7 +8,7 @@ use trireme::comm::agree;
 use trireme::device::ceiling;
 use trireme::error::Result;
 use trireme::recipe::Pretrain;
-use trireme::runtime::{DeviceKind, Runtime};
+use trireme::runtime::{DeviceKind, Patience, Runtime};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
 
@@ -59,6 +59,9 @@ fn run(args: &Args) -> Result<()> {
 fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
     let groups = runtime.groups(layout);
+    let limit = |seconds: f64| (seconds > 0.0).then_some(seconds);
+    let patience = Patience { step_s: limit(recipe.observe.hang_after_s), files_s: limit(recipe.observe.hang_in_files_after_s) };
+    let _watchdog = runtime.watch(&groups.flight, patience);
     let device = agree(&*groups.world, runtime.device())?;
     let device = &*device;
     let stop = || runtime.stop_agreed(&*groups.world);

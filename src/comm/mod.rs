@@ -8,12 +8,15 @@
 mod mailbox;
 pub mod mpi;
 mod ordered;
+mod recorded;
 pub mod solo;
 mod staging;
 pub mod threads;
 
+use crate::flight::{Group, Recorder};
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
 use crate::tensor::Tensor;
+pub use recorded::recorded;
 pub use staging::{Staging, StagingBuffer};
 
 /// How values of several ranks become one.
@@ -170,17 +173,19 @@ pub struct Groups {
     pub layout: ParallelLayout,
     /// This rank's coordinates.
     pub at: Coords,
+    /// What the communicators record to.
+    pub flight: Recorder,
 }
 
 impl Groups {
-    /// Splits the world by the layout. Collective; `world.size()` must be the layout's.
+    /// Splits the world by the layout; all four communicators record. Collective; `world.size()` must be the layout's.
     pub fn new(world: Box<dyn Communicator>, layout: ParallelLayout) -> Groups {
         assert_eq!(world.size(), layout.world(), "the world does not fit {layout:?}");
         let at = layout.coords(world.rank());
-        let tp = world.split(layout.colour(Axis::Tp, at));
-        let dp = world.split(layout.colour(Axis::Dp, at));
-        let pp = world.split(layout.colour(Axis::Pp, at));
-        Groups { world, tp, dp, pp, layout, at }
+        let flight = Recorder::new();
+        let part = |axis: Axis, group: Group| recorded(world.split(layout.colour(axis, at)), group, &flight);
+        let (tp, dp, pp) = (part(Axis::Tp, Group::Tp), part(Axis::Dp, Group::Dp), part(Axis::Pp, Group::Pp));
+        Groups { world: recorded(world, Group::World, &flight), tp, dp, pp, layout, at, flight }
     }
 }
 

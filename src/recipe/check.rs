@@ -19,6 +19,7 @@ impl Pretrain {
         self.check_ramp()?;
         self.check_phases()?;
         self.check_health()?;
+        self.observe.check()?;
         self.check_validation()?;
         let tokens = self.batch.micro * self.batch.seq_len;
         let tp = self.parallel.tp;

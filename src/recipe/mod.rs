@@ -8,12 +8,14 @@
 mod check;
 mod health;
 mod load;
+mod observe;
 mod phases;
 mod recompute;
 mod schedule;
 mod strict;
 
 pub use health::Health;
+pub use observe::Observe;
 pub use phases::{MAIN_PHASE, Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
 pub use recompute::Recompute;
 pub use schedule::{DecayShape, LrDecay, LrSchedule, Wsd};
@@ -46,6 +48,9 @@ pub struct Pretrain {
     /// Which steps to skip, and when to give up.
     #[serde(default)]
     pub health: Health,
+    /// What to record, when to take the job to hang.
+    #[serde(default)]
+    pub observe: Observe,
     /// The checkpoint to begin with, instead of new weights.
     pub start: Option<Start>,
     /// What follows the main phase.

@@ -1,6 +1,7 @@
 //! Runs a pipeline schedule: one `match` over the stage's list of actions. The order of work is in the list (see
 //! `parallel::schedule`), the mathematics in `model`; this file only moves activations and gradients between them.
 
+use super::spans;
 use crate::comm::{Communicator, Groups, Recv, Send};
 use crate::device::ScratchTensor;
 use crate::model::chunk::{Chunk, ChunkSaved, MicroBatch, Output};
@@ -70,7 +71,9 @@ pub fn run(
         token_losses: vec![Vec::new(); batches.len()],
         attributes: vec![Vec::new(); batches.len()],
     };
+    let _pass = spans::of_pass(&groups.flight, keep);
     for action in &schedule.stages[groups.at.pp] {
+        let _span = spans::of_action(&groups.flight, action, keep);
         match action {
             Action::Forward { chunk, micro } => stage.forward(*chunk, *micro),
             Action::Backward { chunk, micro } => stage.backward(*chunk, *micro),

@@ -1,5 +1,5 @@
 //! What makes a run the run it is, and what may change from one job to the next: the layout, the micro-batch, where the shards
-//! lie and when to save may; data, tokenizer, model and the rest of the recipe only when the user says so, which is then part
+//! lie, when to save and what to record may; data, tokenizer, model and the rest of the recipe only when the user says so, which is then part
 //! of the run's lineage.
 
 use crate::error::{Error, Result};
@@ -107,13 +107,18 @@ fn kind_of(key: &str) -> Changed {
     }
 }
 
-/// Keys and values of a recipe but for the layout, the micro-batch, the places of shards and the cadence of checkpoints.
+/// Keys and values of a recipe but for the layout, the micro-batch, the places of shards, the cadence of checkpoints and what is recorded.
 fn identity(recipe_toml: &str) -> Vec<(String, String)> {
     let table: toml::Table = recipe_toml.parse().unwrap_or_default();
     let mut lines = Vec::new();
     flatten("", &toml::Value::Table(table), &mut lines);
-    let is_free =
-        |key: &str| key.starts_with("parallel.") || key.starts_with("checkpoint.") || key == "batch.micro" || key.ends_with(".shards");
+    let is_free = |key: &str| {
+        key.starts_with("parallel.")
+            || key.starts_with("checkpoint.")
+            || key.starts_with("observe.")
+            || key == "batch.micro"
+            || key.ends_with(".shards")
+    };
     lines.retain(|(key, _)| !is_free(key));
     lines
 }

@@ -13,5 +13,6 @@ mod report;
 mod resume;
 mod run_data;
 pub mod run_dir;
+mod spans;
 pub mod state;
 mod trainer;

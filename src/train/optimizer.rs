@@ -151,6 +151,7 @@ impl ShardedAdamW {
             for (param, shard) in chunk.params_mut().into_iter().zip(shards) {
                 let mut weight = scratch.take(device, shard.master.dims(), param.value.dtype());
                 device.copy(&mut weight, &shard.master);
+                groups.flight.name(&param.spec.name);
                 groups.dp.all_gather(&weight, &mut param.value);
             }
         }
@@ -167,12 +168,16 @@ fn tied_across_stages(chunk: &Chunk, groups: &Groups) -> Option<usize> {
 
 fn reduce(param: &Param, shard: &mut Shard, groups: &Groups) {
     if let Some(grad) = &mut shard.grad {
+        groups.flight.name(&param.spec.name);
         groups.dp.reduce_scatter(param.grad(), grad);
     }
 }
 
 fn update_one(device: &dyn Device, scratch: &Scratch, of: (&mut Param, &mut Shard), groups: &Groups, how: Adamw) {
     let (param, shard) = of;
+    if shard.grad.is_some() {
+        groups.flight.name(&param.spec.name);
+    }
     let (value, full_grad) = param.value_and_grad_mut();
     match &shard.grad {
         None => {

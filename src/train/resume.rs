@@ -14,6 +14,7 @@ use crate::artifact::{self, Input};
 use crate::checkpoint::{self, Stored};
 use crate::comm::agree;
 use crate::error::{Context, Error, Result};
+use crate::flight::Phase;
 use crate::model::config::ModelConfig;
 use crate::recipe::{Moments, Pretrain, Start};
 use serde::{Deserialize, Serialize};
@@ -167,6 +168,7 @@ impl Trainer<'_> {
             return Ok(()); // stopped right after the regular save of this step
         }
         let started = Instant::now();
+        let _saving = self.job.groups.flight.span(Phase::Save);
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
         let Lineage { accepted, started_from, tokenizer } = self.lineage.clone();
         let kept = Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };

@@ -15,6 +15,7 @@ use crate::comm::{Groups, agree};
 use crate::device::Scratch;
 use crate::device::ceiling::Ceiling;
 use crate::error::{Context, Result};
+use crate::flight::Phase;
 use crate::metrics::MetricsWriter;
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
@@ -144,8 +145,11 @@ impl<'a> Trainer<'a> {
         if planned.first_in_phase == 0 {
             self.health.begin_phase();
         }
+        groups.flight.step(step);
+        let reading = groups.flight.span(Phase::Data);
         let batches = self.read_batches(&self.data.phases[planned.phase].order, &batch, planned.first_in_phase);
         let batches = agree(&*groups.world, batches)?;
+        drop(reading);
         let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
         let TrainState { chunks, optimizer, updates, .. } = &mut self.state;
         let schedule = &self.schedules[&batch.n_micro()];
@@ -153,6 +157,7 @@ impl<'a> Trainer<'a> {
             chunks[chunk].finish_gradients(&ctx);
             optimizer.reduce_chunk(chunks, chunk, groups);
         });
+        let updating = groups.flight.span(Phase::Optimizer);
         optimizer.reduce_tied(device, &self.scratch, chunks, groups);
         let loss = mean_loss(&passed.token_losses, groups, n_tokens);
         let grad_norm = optimizer.grad_norm(device, chunks, groups);
@@ -172,6 +177,7 @@ impl<'a> Trainer<'a> {
             }
         };
         device.finish();
+        drop(updating);
         self.state.step = step;
         self.state.consumed_samples += planned.global as u64;
         let entry =
@@ -200,6 +206,7 @@ impl<'a> Trainer<'a> {
             let samples = first(micro)..first(micro) + micro_samples as u64;
             micro_batch(self.job.device, &held_out.samples, samples, seq_len, 0.0)
         };
+        let _measuring = groups.flight.span(Phase::HeldOut);
         let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
         let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
         let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), |_, _| {});

@@ -8,7 +8,9 @@ use trireme::device::cpu::Cpu;
 use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
 use trireme::model::config::{HeadKind, ModelConfig};
-use trireme::recipe::{Batch, Checkpoint, Data, Health, LrDecay, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train};
+use trireme::recipe::{
+    Batch, Checkpoint, Data, Health, LrDecay, Observe, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train,
+};
 use trireme::rng::Random;
 use trireme::train::pretrain::{self, Ended, Job};
 
@@ -98,6 +100,7 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
         validation: None,
         checkpoint: Checkpoint { every_steps: 1000 },
         health: Health::default(),
+        observe: Observe::default(),
         start: None,
         phase: vec![],
     }
