@@ -25,6 +25,10 @@ mod model;
 mod operations;
 #[path = "operations/oracle.rs"]
 mod oracle;
+#[path = "kernels/pooled.rs"]
+mod pooled;
+#[path = "kernels/products.rs"]
+mod products;
 #[path = "golden_runs/reward.rs"]
 mod reward;
 #[path = "kernels/run.rs"]

@@ -113,22 +113,28 @@ pub fn train(recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<E
 
 /// The same, with these devices.
 pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<Ended> {
+    train_watched(devices, recipe, out, stop_after, &|| {})
+}
+
+/// The same; each rank calls `after_step` after each of its steps.
+pub fn train_watched(
+    devices: &(dyn Fn() -> Box<dyn Device> + Sync),
+    recipe: &Pretrain,
+    out: &Path,
+    stop_after: Option<u64>,
+    after_step: &(dyn Fn() + Sync),
+) -> Result<Ended> {
     let world = recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.dp.unwrap_or(1);
     let results = threads::run(world, |world| {
         let layout = recipe.check(world.size())?;
         let groups = Groups::new(world, layout);
         let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
-        pretrain::run(&Job {
-            recipe,
-            groups: &groups,
-            device: &*device,
-            out,
-            stop_after,
-            accepted: &[],
-            stop: &|| false,
-            ceiling: &ceiling,
-        })
+        let stop = || {
+            after_step();
+            false
+        };
+        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted: &[], stop: &stop, ceiling: &ceiling })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");

@@ -2,9 +2,11 @@
 //! whose recordings run the kernels with the arguments of their time, and on the stand-ins of the driver.
 
 use crate::driver::{inside, is_inside, stand_ins};
-use crate::emulator::emulator;
+use crate::pooled::Pooled;
+use std::sync::Arc;
 use trireme::comm::solo::Solo;
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::backend::Backend;
 use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
@@ -75,20 +77,25 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 }
 
 /// A step asked for in one call reads the tokens, positions, slots and lengths of its time, not those it was recorded with: its logits
-/// and what it adds to the caches have the bits of the same step asked for operation by operation.
+/// and what it adds to the caches have the bits of the same step asked for operation by operation. It asks for no memory.
 #[test]
 fn recorded_steps_see_new_values() {
-    let Some(emulator) = emulator() else { return };
-    let device = Cuda::with_backend(emulator);
+    let Some(backend) = Pooled::new() else { return };
+    let device = Cuda::with_backend(Arc::clone(&backend) as Arc<dyn Backend>);
     let solo = Solo::new();
     let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(&device), model_and_caches(&device));
     let scratch = Scratch::new();
     let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated };
-    let mut decoder = Decoder::default();
+    let (mut decoder, mut n_recorded) = (Decoder::default(), 0);
     for (i, spans) in steps().iter().enumerate() {
         let tokens: Vec<u32> = (0..spans.len()).map(|row| ((7 * i + 13 * row) % 61) as u32).collect();
         let positions: Vec<u32> = spans.iter().map(|span| span.past as u32).collect();
+        let before = backend.n_asked();
         let found = bits(decoder.logits(&ctx, &chunk, &NewTokens { tokens: &tokens, positions: &positions, spans }, &mut caches));
+        // Steps of a size are the first, the recorded one, and then those that are asked for in one call, without any memory.
+        let n_before = steps()[..i].iter().filter(|other| other.len() == spans.len()).count();
+        n_recorded += usize::from(n_before > 0);
+        assert!(backend.n_replays() == n_recorded && (n_before < 2 || backend.n_asked() == before), "step {i}");
         let tensor = |values: &[u32]| {
             let mut tensor = device.alloc(&[values.len()], DType::U32).unwrap();
             device.upload(bytemuck::cast_slice(values), &mut tensor);

@@ -80,7 +80,7 @@ pub fn stand_ins(folder: &Path) -> Option<()> {
     Some(())
 }
 
-/// Products come out right through cuBLASLt's column-major terms, with one choice of an algorithm a shape; the GPU is the rank's by
+/// Products come out right through cuBLASLt's column-major terms; the GPU is the rank's by
 /// turns; a kernel is compiled once and taken from the disk by the next process; it is allowed its shared memory once, before its
 /// first launch, and its arguments lie where the driver looks; page-locked memory is taken once; no device memory is lost at the end.
 #[test]
@@ -90,22 +90,20 @@ fn calls_are_those_a_gpu_needs() {
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(()) = stand_ins(folder.path()) else { return };
-    let logs = [(); 2].map(|()| inside(folder.path(), "driver::calls_are_those_a_gpu_needs", &[]));
+    let logs = [(); 2].map(|()| {
+        let mut log = inside(folder.path(), "driver::calls_are_those_a_gpu_needs", &[]);
+        log.retain(|line| !line.contains("algorithm")); // see products.rs
+        log
+    });
     let launch = "attention_d128_bf16 on 3 x 2 x 1 of 128 x 1 x 1, shares 87040: 70 2 2 0.0883883";
-    let product = "algorithm chosen"; // four transpositions, f32 and bf16; += takes the same
     let code = "loaded attention_forward.cu --gpu-architecture=sm_90a";
     let allowed = "attention_d128_bf16 may share 87040 (8)";
     let segment = "4194304 bytes page-locked";
     let chunk = "8388608 bytes page-locked"; // two, at the first download
     let expected = |compiled: &[&str]| {
         let head = ["GPU 1", "stream 0 of priority 0", "stream 1 of priority -5", "stream 2 of priority 0"];
-        let first_product = [product, chunk, chunk];
         let tail = [code, allowed, launch, launch, "end with 0 pieces of memory"];
-        [&head[..], &[segment; 4], &first_product, &[product; 7], compiled, &tail]
-            .concat()
-            .iter()
-            .map(|line| line.to_string())
-            .collect::<Vec<_>>()
+        [&head[..], &[segment; 4], &[chunk; 2], compiled, &tail].concat().iter().map(|line| line.to_string()).collect::<Vec<_>>()
     };
     assert_eq!(logs[0], expected(&["compiled attention_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));

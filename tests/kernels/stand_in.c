@@ -48,7 +48,10 @@ typedef struct {
 typedef struct {
     Stream* stream;
     long at;
+    int tells_time;
+    float time_ms;
 } Event;
+static float clock_ms;
 static Stream streams[8];
 static int n_streams;
 static void run_to(Stream* stream, long at) {
@@ -80,9 +83,16 @@ int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
 }
 int cuStreamSynchronize(Stream* stream) { run_to(stream, stream->list.n); return stream->recorded ? INVALID : 0; }
 int cuStreamDestroy_v2(Stream* stream) { return stream->list.n_done == stream->list.n ? 0 : INVALID; }
-int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); return 0; }
+int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); (*event)->tells_time = !flags; return 0; }
 int cuEventDestroy_v2(Event* event) { free(event); return 0; }
-int cuEventRecord(Event* event, Stream* stream) { *event = (Event){stream, stream->list.n}; return current ? 0 : INVALID; }
+static void stamp(void* event) { (*(Event**)event)->time_ms = clock_ms; }
+int cuEventRecord(Event* event, Stream* stream) {
+    if (event->tells_time) ask(stream, stamp, &event, sizeof event);
+    event->stream = stream;
+    event->at = stream->list.n;
+    return current ? 0 : INVALID;
+}
+int cuEventElapsedTime_v2(float* ms, Event* from, Event* to) { *ms = to->time_ms - from->time_ms; return 0; }
 static void wait_for(void* data) { Event* event = data; run_to(event->stream, event->at); }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) { ask(stream, wait_for, event, sizeof *event); return 0; }
 int cuEventSynchronize(Event* event) { wait_for(event); return 0; }
@@ -215,18 +225,29 @@ int cublasLtMatmulDescSetAttribute(Product* product, int attribute, const void* 
     *(attribute == 3 ? &product->first_transposed : &product->second_transposed) = *(int*)value;
     return bytes == 4 && (attribute == 3 || attribute == 4) ? 0 : 7;
 }
-int cublasLtMatmulPreferenceCreate(void** preference) { *preference = &live; return 0; }
-int cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const void* value, size_t bytes) {
+// Attribute 3: which ways of adding up parts of sums are allowed.
+typedef struct { unsigned schemes; } Preference;
+int cublasLtMatmulPreferenceCreate(Preference** preference) { *preference = malloc(sizeof **preference); (*preference)->schemes = 7; return 0; }
+int cublasLtMatmulPreferenceSetAttribute(Preference* preference, int attribute, const void* value, size_t bytes) {
+    if (attribute == 3) preference->schemes = *(unsigned*)value;
     return bytes == (attribute == 1 ? 8 : 4) ? 0 : 7;
 }
-int cublasLtMatmulPreferenceDestroy(void* preference) { return 0; }
-// The result is a struct of 64 bytes of algorithm, a size, a status and more: 96 bytes.
-int cublasLtMatmulAlgoGetHeuristic(void* handle, Product* product, Layout* a, Layout* b, Layout* c, Layout* d, void* preference,
-                                   int wanted, void* result, int* n) {
-    TELL("algorithm chosen\n");
-    memset(result, 0, 96);
-    *n = 1;
+int cublasLtMatmulPreferenceDestroy(Preference* preference) { free(preference); return 0; }
+size_t cublasLtGetVersion(void) { const char* version = getenv("STAND_IN_VERSION"); return version ? atoi(version) : 130000; }
+// Algorithms 1, 2 and 3 take so long; 2 adds up parts.
+static const float takes_ms[] = {0, 7, 3, 5};
+typedef struct { Address algorithm[8]; size_t workspace; int status; float waves; int reserved[4]; } Result;
+int cublasLtMatmulAlgoGetHeuristic(void* handle, Product* product, Layout* a, Layout* b, Layout* c, Layout* d, Preference* preference,
+                                   int wanted, Result* result, int* n) {
+    TELL("algorithms proposed, parts of sums %s\n", preference->schemes ? "allowed" : "not allowed");
+    *n = 0;
+    for (Address i = 1; i <= 3 && *n < wanted; i++)
+        if (i != 2 || preference->schemes) result[(*n)++] = (Result){{i}};
     return 0;
+}
+int cublasLtMatmulAlgoCheck(void* handle, Product* product, Layout* a, Layout* b, Layout* c, Layout* d, Address* algorithm, Result* result) {
+    *result = (Result){{*algorithm}};
+    return *algorithm >= 1 && *algorithm <= 3 ? 0 : 7;
 }
 static float element(const void* matrix, const Layout* layout, int transposed, size_t i, size_t j) {
     size_t at = transposed ? j + i * layout->stride : i + j * layout->stride;
@@ -241,23 +262,27 @@ typedef struct {
     Layout la, lb, ld;
     const void *a, *b;
     void* d;
+    const void* c;
     float alpha, beta;
+    int algorithm;
 } Gemm;
 static void gemm(void* data) {
     Gemm* g = data;
+    clock_ms += takes_ms[g->algorithm];
     size_t k = g->product.first_transposed ? g->la.rows : g->la.columns;
     for (size_t i = 0; i < g->ld.rows; i++)
         for (size_t j = 0; j < g->ld.columns; j++) {
-            float sum = 0, *to = (float*)g->d + i + j * g->ld.stride;
+            float sum = 0, *to = (float*)g->d + i + j * g->ld.stride, from = ((float*)g->c)[i + j * g->ld.stride];
             for (size_t l = 0; l < k; l++)
                 sum += element(g->a, &g->la, g->product.first_transposed, i, l) * element(g->b, &g->lb, g->product.second_transposed, l, j);
-            *to = g->alpha * sum + (g->beta == 0 ? 0 : g->beta * *to);
+            *to = g->alpha * sum + (g->beta == 0 ? 0 : g->beta * from);
         }
 }
 int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
-                   const float* beta, const void* c, Layout* lc, void* d, Layout* ld, void* algorithm, void* workspace, size_t bytes, Stream* stream) {
-    if (ld->type != 0 || c != d || !workspace || (Address)workspace % 256) return 7;
-    Gemm g = {*product, *la, *lb, *ld, a, b, d, *alpha, *beta};
+                   const float* beta, const void* c, Layout* lc, void* d, Layout* ld, Address* algorithm, void* workspace, size_t bytes, Stream* stream) {
+    if (c == d) TELL("product by algorithm %d\n", (int)*algorithm);
+    if (ld->type != 0 || lc != ld || !workspace || (Address)workspace % 256) return 7;
+    Gemm g = {*product, *la, *lb, *ld, a, b, d, c, *alpha, *beta, *algorithm};
     ask(stream, gemm, &g, sizeof g);
     return 0;
 }

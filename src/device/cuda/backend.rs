@@ -87,6 +87,17 @@ pub enum Stream {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Event(pub u64);
 
+/// How the algorithm of a matrix product is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Algorithms {
+    /// The fastest of the library's proposals, timed at the first use of a shape and kept on disk. Two machines, or two first starts, may
+    /// add in another order.
+    Measured,
+    /// The library's first proposal that adds each element in one run over k, without parts (no split-K); never timed. The same for the
+    /// same GPU, library and shape.
+    Fixed,
+}
+
 /// Work that was recorded, as its backend names it. Made by `end_recording`, ended by `forget`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Graph(pub u64);

@@ -1,6 +1,12 @@
 //! Matrix products by cuBLASLt: row-major operands handed over in its column-major terms, the algorithm chosen once a shape.
+//!
+//! No epilogue of the library is used. Its ReLU is not squared, and the mask it keeps holds signs, while the backward of the squared ReLU
+//! needs the values; SwiGLU multiplies neighbouring columns; linear layers have no bias; and residual sums are fused into the norm that
+//! follows, which reads the sum anyway. What is left is the sum into f32 gradients, which is beta = 1.
 
-use super::backend::Matrix;
+mod choice;
+
+use super::backend::{Algorithms, Matrix};
 use crate::device::{Gemm, Store};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
@@ -45,22 +51,28 @@ impl Product {
     }
 }
 
-/// Descriptors of a product and the algorithm for it.
+/// Descriptors of a product and the algorithm for it. Descriptors live as long as the process.
+#[derive(Clone, Copy)]
 struct Plan {
     product: sys::cublasLtMatmulDesc_t,
     first: sys::cublasLtMatrixLayout_t,
     second: sys::cublasLtMatrixLayout_t,
     out: sys::cublasLtMatrixLayout_t,
     algorithm: sys::cublasLtMatmulAlgo_t,
+    /// Whether the algorithm is the one that stays.
+    is_chosen: bool,
 }
 
 /// The library, with the plans made so far. Plans live as long as it.
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
+    algorithms: Algorithms,
+    /// GPU and library, of which a choice holds.
+    machine: String,
     plans: Mutex<HashMap<Product, Plan>>,
 }
 
-// SAFETY: a handle of cuBLASLt may be used by several threads; plans are used under the lock.
+// SAFETY: a handle of cuBLASLt may be used by several threads; descriptors are not changed after they were made.
 unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
@@ -76,49 +88,103 @@ pub fn check_present() -> Result<()> {
 }
 
 impl Blas {
-    /// Opens the library, which is present, in the context of the calling thread.
-    pub fn new() -> Result<Blas> {
+    /// Opens the library, which is present, in the context of the calling thread, on a GPU of this name.
+    pub fn new(algorithms: Algorithms, gpu: &str) -> Result<Blas> {
         let handle = result::create_handle().map_err(|error| Error::new(Kind::Other, format!("cuBLASLt does not start: {error}")))?;
-        Ok(Blas { handle, plans: Mutex::default() })
+        // SAFETY: reads a constant of the library.
+        let machine = format!("{gpu}, cuBLASLt {}", unsafe { sys::cublasLtGetVersion() });
+        Ok(Blas { handle, algorithms, machine, plans: Mutex::default() })
     }
 
-    /// out = or += op(a) op(b) on a stream, with WORKSPACE_BYTES at `workspace`.
+    /// Whether this product's algorithm is still to be measured, by [`Blas::measure`]. Until then the library's first proposal is used.
+    pub fn is_unmeasured(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm) -> bool {
+        self.algorithms == Algorithms::Measured && !self.plan(&out, &a, &b, how).is_chosen
+    }
+
+    /// Times the library's proposals for a product, writing to `spare` (as large as `out`) in the place of `out`, and keeps the fastest.
+    ///
+    /// # Safety
+    /// As of [`Blas::gemm`]; the stream is not being captured.
+    pub unsafe fn measure(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, spare: u64, on: On) {
+        let product = Product::of(&out, &a, &b, how);
+        let plan = self.plan(&out, &a, &b, how);
+        let run = |algorithm: &sys::cublasLtMatmulAlgo_t| {
+            // SAFETY: as promised by the caller.
+            unsafe { self.multiply(&Plan { algorithm: *algorithm, ..plan }, (a.address, b.address), (out.address, spare), how, on) }
+        };
+        // SAFETY: as promised by the caller.
+        let fastest = unsafe { choice::fastest(&plan.proposals(self.handle, &product, Algorithms::Measured), run, on.stream) };
+        let algorithm = fastest.unwrap_or(plan.algorithm);
+        choice::keep(&self.machine, &product, &algorithm);
+        self.plans.lock().expect("no panic while holding the plans").insert(product, Plan { algorithm, is_chosen: true, ..plan });
+    }
+
+    fn plan(&self, out: &Matrix, a: &Matrix, b: &Matrix, how: Gemm) -> Plan {
+        let product = Product::of(out, a, b, how);
+        let mut plans = self.plans.lock().expect("no panic while holding the plans");
+        *plans.entry(product).or_insert_with(|| {
+            let plan = Plan::new(self, &product);
+            plan.unwrap_or_else(|error| panic!("cuBLASLt has no algorithm for {out:?} = {a:?} x {b:?}, {how:?}: {error}"))
+        })
+    }
+
+    /// out = or += op(a) op(b) on a stream.
     ///
     /// # Safety
     /// The matrices and the workspace are memory of the calling thread's context, which is the handle's; the stream is of it.
-    pub unsafe fn gemm(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, workspace: u64, stream: sys::cudaStream_t) {
-        let product = Product::of(&out, &a, &b, how);
-        let mut plans = self.plans.lock().expect("no panic while holding the plans");
-        let plan = plans.entry(product).or_insert_with(|| {
-            let plan = Plan::new(self.handle, &product);
-            plan.unwrap_or_else(|error| panic!("cuBLASLt has no algorithm for {out:?} = {a:?} x {b:?}, {how:?}: {error}"))
-        });
+    pub unsafe fn gemm(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, on: On) {
+        let plan = self.plan(&out, &a, &b, how);
+        // SAFETY: as promised by the caller.
+        let done = unsafe { self.multiply(&plan, (a.address, b.address), (out.address, out.address), how, on) };
+        done.unwrap_or_else(|error| panic!("gemm {out:?} = {a:?} x {b:?}, {how:?}: {error}"));
+    }
+
+    /// `to` = product, or `from` + product.
+    ///
+    /// # Safety
+    /// As of [`Blas::gemm`], for matrices of the plan's sizes at these addresses.
+    unsafe fn multiply(
+        &self,
+        plan: &Plan,
+        (a, b): (u64, u64),
+        (from, to): (u64, u64),
+        how: Gemm,
+        on: On,
+    ) -> std::result::Result<(), result::CublasError> {
         let alpha = 1.0f32;
         let beta = if how.out == Store::Accumulate { 1.0f32 } else { 0.0 };
         let at = |address: u64| address as *const c_void;
         // SAFETY: descriptors and algorithm were made for these sizes; scalars are read during the call; memory as promised.
-        let done = unsafe {
+        unsafe {
             result::matmul(
                 self.handle,
                 plan.product,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                at(b.address),
+                at(b),
                 plan.first,
-                at(a.address),
+                at(a),
                 plan.second,
-                at(out.address),
+                at(from),
                 plan.out,
-                out.address as *mut c_void,
+                to as *mut c_void,
                 plan.out,
                 &plan.algorithm,
-                workspace as *mut c_void,
+                on.workspace as *mut c_void,
                 WORKSPACE_BYTES,
-                stream,
+                on.stream,
             )
-        };
-        done.unwrap_or_else(|error| panic!("gemm {out:?} = {a:?} x {b:?}, {how:?}: {error}"));
+        }
     }
+}
+
+/// Where products run: a stream, and WORKSPACE_BYTES of memory that only this stream uses.
+#[derive(Clone, Copy)]
+pub struct On {
+    /// Of the handle's context.
+    pub stream: sys::cudaStream_t,
+    /// Of the handle's context.
+    pub workspace: u64,
 }
 
 impl Drop for Blas {
@@ -134,9 +200,9 @@ fn layout(operand: &Operand) -> std::result::Result<sys::cublasLtMatrixLayout_t,
 }
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, of: &Product) -> std::result::Result<Plan, result::CublasError> {
+    /// With the algorithm kept from an earlier start, else the library's first proposal.
+    fn new(blas: &Blas, of: &Product) -> std::result::Result<Plan, result::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
-        use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
         for (name, operand) in [(CUBLASLT_MATMUL_DESC_TRANSA, &of.first), (CUBLASLT_MATMUL_DESC_TRANSB, &of.second)] {
             // cublasOperation_t: 0 as it is, 1 transposed.
@@ -145,31 +211,17 @@ impl Plan {
             unsafe { result::set_matmul_desc_attribute(product, name, (&raw const operation).cast(), size_of::<i32>())? };
         }
         let (first, second, out) = (layout(&of.first)?, layout(&of.second)?, layout(&of.out)?);
-        let preference = result::create_matmul_pref()?;
-        let set = |name, value: *const c_void, bytes| {
-            // SAFETY: a live preference; the value has the attribute's size.
-            unsafe { result::set_matmul_pref_attribute(preference, name, value, bytes) }
-        };
-        set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const WORKSPACE).cast(), size_of::<usize>())?;
-        // Views of rows begin anywhere; the library would count on 256 bytes.
-        for (name, alignment) in [
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &of.first.alignment),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &of.second.alignment),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &of.out.alignment),
-            (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &of.out.alignment),
-        ] {
-            set(name, std::ptr::from_ref(alignment).cast(), size_of::<u32>())?;
+        let plan = Plan { product, first, second, out, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, is_chosen: false };
+        if blas.algorithms == Algorithms::Measured
+            && let Some(algorithm) = choice::kept(&blas.machine, of).filter(|algorithm| plan.accepts(blas.handle, algorithm))
+        {
+            return Ok(Plan { algorithm, is_chosen: true, ..plan });
         }
-        // SAFETY: live descriptors of one product.
-        let chosen = unsafe { result::get_matmul_algo_heuristic(handle, product, first, second, out, out, preference) };
-        // SAFETY: made above, destroyed once.
-        unsafe { result::destroy_matmul_pref(preference)? };
-        Ok(Plan { product, first, second, out, algorithm: chosen?.algo })
+        let proposals = plan.proposals(blas.handle, of, blas.algorithms);
+        let none = result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+        Ok(Plan { algorithm: *proposals.first().ok_or(none)?, is_chosen: proposals.len() == 1, ..plan })
     }
 }
-
-/// In memory, to be pointed at.
-static WORKSPACE: usize = WORKSPACE_BYTES;
 
 #[cfg(test)]
 mod tests {

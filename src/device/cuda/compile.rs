@@ -74,20 +74,22 @@ fn hash_of(source: &str, architecture: &str) -> u64 {
     xxh3_64(format!("{all}{major}.{minor}").as_bytes())
 }
 
-fn cache_folder() -> Option<PathBuf> {
+/// Where results are kept from one start to the next; `None` where there is no place.
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || set("HOME").map(|home| home.join(".cache"));
     set("TRIREME_KERNEL_CACHE").or_else(|| set("XDG_CACHE_HOME").or_else(home).map(|cache| cache.join("trireme")))
 }
 
-fn read_sealed(path: &Path) -> Option<Vec<u8>> {
+/// What `write_sealed` wrote; `None` when there is none, or it is torn or altered.
+pub(super) fn read_sealed(path: &Path) -> Option<Vec<u8>> {
     let bytes = std::fs::read(path).ok()?;
     let (seal, code) = bytes.split_at_checked(SEAL_BYTES)?;
     (seal == xxh3_64(code).to_le_bytes()).then(|| code.to_vec())
 }
 
 /// Under another name first: several ranks compile the same at their first start.
-fn write_sealed(path: &Path, code: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_sealed(path: &Path, code: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(path.parent().expect("a file in the cache's folder"))?;
     let unfinished = path.with_extension(format!("{}.unfinished", std::process::id()));
     let written = std::fs::write(&unfinished, [&xxh3_64(code).to_le_bytes(), code].concat());

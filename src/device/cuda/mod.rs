@@ -26,7 +26,7 @@ pub mod streams;
 use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
-use backend::{Arg, Backend};
+use backend::{Algorithms, Arg, Backend};
 use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -130,8 +130,13 @@ impl Cuda {
 
     /// The GPU of this rank: those of the machine in turn. Err when CUDA cannot be used here.
     pub fn open(local_rank: usize) -> Result<Cuda> {
+        Cuda::open_with(local_rank, Algorithms::Measured)
+    }
+
+    /// The same, with a choice of how products are added.
+    pub fn open_with(local_rank: usize, algorithms: Algorithms) -> Result<Cuda> {
         let n_devices = driver::count()?;
-        Ok(Cuda::with_backend(Arc::new(driver::Driver::open(local_rank % n_devices)?)))
+        Ok(Cuda::with_backend(Arc::new(driver::Driver::open(local_rank % n_devices, algorithms)?)))
     }
 
     /// The device over a machine.

@@ -10,9 +10,14 @@ pub struct Capture {
 }
 
 impl Capture {
+    /// Whether a capture is under way.
+    pub fn is_on(&self) -> bool {
+        self.is_on.load(Ordering::Relaxed)
+    }
+
     /// Panics while a capture is under way: `what` would be recorded with today's bytes, or wait for work that is not being done.
     pub fn refuse(&self, what: &str) {
-        assert!(!self.is_on.load(Ordering::Relaxed), "{what} while work is recorded");
+        assert!(!self.is_on(), "{what} while work is recorded");
     }
 
     /// Begins to capture. The context must be current, here and below.
