@@ -163,7 +163,7 @@ fn full_disk() {
         return;
     }
     let run = disk.join("run");
-    let output = place.pretrain(&["checkpoint.every_steps=1", "train.samples=320"], &run);
+    let output = place.pretrain(&["checkpoint.every_steps=1", "train.samples=320", "observe.flight_records=64"], &run);
     let checkpoints: Vec<PathBuf> = std::fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).collect();
     let verified = checkpoints.iter().all(|path| trireme::checkpoint::open(path).is_ok());
     Command::new("umount").arg("-l").arg(&disk).status().unwrap();
