@@ -7,11 +7,14 @@ mod flight;
 mod lineage;
 #[path = "inspect/page.rs"]
 mod page;
+#[path = "inspect/watch.rs"]
+mod watch;
 
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 use trireme::artifact::{self, MANIFEST, Manifest};
 use trireme::cli;
 use trireme::error::{Error, IoContext, Kind, Result};
@@ -25,6 +28,7 @@ use trireme::progress::Progress;
 ///   trireme-inspect runs/tokens --verify            read every file and compare its checksum
 ///   trireme-inspect runs/samples --lineage          what it was made from, down to the raw text
 ///   trireme-inspect plot runs/first --svg loss.svg  the loss curve, here and as a picture
+///   trireme-inspect watch runs/first                live: loss, rate, time to go, next save, where the time goes
 ///   trireme-inspect flight runs/first               who hung or diverged first, stragglers, exposed communication
 ///   trireme-inspect trace runs/first --rank 0 --out trace.json   for chrome://tracing and ui.perfetto.dev
 #[derive(Parser)]
@@ -58,6 +62,17 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         svg: Option<PathBuf>,
     },
+    /// Show a run as it goes, until it is finished or Ctrl-C
+    Watch {
+        /// A run directory
+        run: PathBuf,
+        /// Draw once and leave (also where the output is no terminal)
+        #[arg(long)]
+        once: bool,
+        /// Seconds between two pictures
+        #[arg(long, value_name = "SECONDS", default_value_t = 2.0, value_parser = parse_seconds)]
+        every: f64,
+    },
     /// Merge the flight ledgers of all ranks: who diverged first, stragglers, exposed communication
     Flight {
         /// A run directory, or a folder of rings (RUN/flight, RUN/flight.previous)
@@ -83,11 +98,19 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::main_with(|| match (&arguments.command, &arguments.describe) {
         (Some(Command::Plot { run, svg }), _) => plot(run, svg.as_deref()),
+        (Some(Command::Watch { run, once, every }), _) => {
+            watch::watch(run, if *once { watch::Once::Yes } else { watch::Once::No }, Duration::from_secs_f64(*every))
+        }
         (Some(Command::Flight { run }), _) => flight::report(run),
         (Some(Command::Trace { run, ranks, steps, out }), _) => flight::trace(run, ranks, steps.clone(), out),
         (None, Some(what)) => describe(what),
         (None, None) => Err(Error::recipe("no path given").remedy("run trireme-inspect --help")),
     })
+}
+
+fn parse_seconds(text: &str) -> std::result::Result<f64, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| format!("{text:?} is not a number from 0.1 to 3600"))
 }
 
 fn describe(what: &Describe) -> Result<()> {

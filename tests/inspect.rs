@@ -205,9 +205,12 @@ fn a_run_is_drawn_while_it_runs() {
             tokens_per_s: 8192.0,
             tflops: 0.1,
             share_of_gemm_ceiling: 0.61,
+            mfu: None,
             memory_peak_bytes: 123_456_789,
             validation_loss,
             validation_bits_per_byte: validation_loss.map(|loss| loss / 3.0),
+            time: None,
+            unix_s: 0.0,
         };
         writer.append(&row).expect("writable");
     }

@@ -239,8 +239,7 @@ fn missing_keys_are_named() {
         }
     }
     let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
-    let observed =
-        ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
+    let observed = ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
     assert_eq!(optional, [&["checkpoint.every_steps".to_string()], &defaults[..], &observed[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");

@@ -97,7 +97,8 @@ fn progress_of_run(path: &Path) -> Result<String> {
     let mut out = String::new();
     let metrics_path = path.join("metrics.jsonl");
     if metrics_path.is_file() {
-        let rows = metrics::read(&metrics_path)?;
+        let metrics = metrics::read_all(&metrics_path)?;
+        let rows = &metrics.rows;
         if let Some(last) = rows.last() {
             out.push_str("\nLast step\n");
             line(&mut out, &format!("step {}, {} tokens seen", last.step, group(last.consumed_tokens)));
@@ -109,6 +110,15 @@ fn progress_of_run(path: &Path) -> Result<String> {
         if let Some(row) = rows.iter().rev().find(|row| row.validation_loss.is_some()) {
             let bits = row.validation_bits_per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits a byte"));
             line(&mut out, &format!("held-out loss {:.4}{bits} at step {}", row.validation_loss.unwrap_or(f64::NAN), row.step));
+        }
+        if let Some(goodput) = &metrics.goodput {
+            let (jobs, wall_s) = (goodput.n_jobs, goodput.wall_s);
+            let plural = if jobs == 1 { "" } else { "s" };
+            let share = 100.0 * goodput.share();
+            out.push_str(&format!("\nGoodput: {share:.1} % of {wall_s:.1} s in {jobs} job{plural} were steps that count\n"));
+            for (what, seconds) in goodput.parts() {
+                line(&mut out, &format!("{what:<18} {seconds:>12.1} s  {:>5.1} %", 100.0 * seconds / wall_s));
+            }
         }
     }
     let checkpoints = artifacts_in(&path.join("checkpoints"));
@@ -155,7 +165,7 @@ fn number(value: &Value) -> String {
 }
 
 /// 1234567 as 1,234,567.
-fn group(n: u64) -> String {
+pub fn group(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -11,6 +11,7 @@
 pub mod ceiling;
 pub mod cpu;
 pub mod cuda;
+pub mod peak;
 mod scratch;
 
 use crate::error::Result;

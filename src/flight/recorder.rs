@@ -106,6 +106,11 @@ impl Recorder {
         self.inner.started_ns + self.inner.started.elapsed().as_nanos() as u64
     }
 
+    /// When this recorder was made, near the begin of the job: seconds since 1970.
+    pub fn began_unix_s(&self) -> f64 {
+        self.inner.started_ns as f64 / 1e9
+    }
+
     /// The optimizer step that begins, from 1.
     pub fn step(&self, step: u64) {
         self.inner.context.step.store(step, Ordering::Relaxed);

@@ -1,20 +1,29 @@
 //! The measurements of a run: one JSON line a step in an append-only file, read back whatever happened to the writer, and
-//! drawn as a curve in the terminal (`terminal`) or as SVG (`svg`). This module knows nothing of what is measured.
+//! drawn as a curve in the terminal (`terminal`) or as SVG (`svg`); beside it the same numbers as TensorBoard events (`events`).
+//! This module knows nothing of what is measured.
 //!
-//! A line is a [`Row`] or `{"resumed_from": step}`: a run that was resumed from an older checkpoint says so, and the rows
-//! after that step are superseded by what follows. The file survives a kill at any byte (`artifact::LineWriter`).
+//! A line is a [`Row`] or `{"job": ..}`, a [`Job`]: a job says from which step it goes on, and the rows after that step are
+//! superseded by what follows. Both files survive a kill at any byte.
 
+mod events;
+mod goodput;
 mod plot;
 mod svg;
 mod terminal;
+mod time;
 
+pub use events::FILE_NAME as EVENTS_FILE;
+pub use goodput::Goodput;
 pub use plot::{Curve, Plot};
+pub use time::{Exposed, TimeUse};
 
 use crate::artifact::{LineWriter, whole_lines};
 use crate::error::{Error, IoContext, Result};
+use events::EventWriter;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// One optimizer step. A number that is not finite is written as null and read as NaN.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -41,9 +50,12 @@ pub struct Row {
     /// Achieved floating-point operations of the model, 10^12 a second, all ranks together.
     #[serde(deserialize_with = "number")]
     pub tflops: f64,
-    /// The same over the measured rate of plain matrix products on the same cores.
+    /// The same over the measured rate of plain matrix products on the same cores (or GPUs).
     #[serde(deserialize_with = "number")]
     pub share_of_gemm_ceiling: f64,
+    /// The same over the rate that the maker of the GPUs states: model flops utilization. None on CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Largest memory of a rank so far.
     pub memory_peak_bytes: u64,
     /// Held-out loss after this step, when it was measured, nats a token.
@@ -52,37 +64,73 @@ pub struct Row {
     /// The same in bits a byte of the held-out text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_bits_per_byte: Option<f64>,
+    /// Where the time went.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<TimeUse>,
+    /// When the row was written, seconds since 1970.
+    #[serde(default)]
+    pub unix_s: f64,
 }
 
 fn number<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Option::<f64>::deserialize(deserializer).map(|value| value.unwrap_or(f64::NAN))
 }
 
-#[derive(Serialize, Deserialize)]
+/// A job of the run.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Resumed {
-    resumed_from: u64,
+pub struct Job {
+    /// Steps done when it began: later rows that stand before it are superseded.
+    pub from_step: u64,
+    /// Its ranks.
+    pub ranks: usize,
+    /// When it began, seconds since 1970.
+    pub unix_s: f64,
+    /// When its time is up, seconds since 1970, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_unix_s: Option<f64>,
 }
 
-/// Appends to the metrics of a run; one process of a job has it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JobLine {
+    job: Job,
+}
+
+/// A line of the file.
+enum Line {
+    Job(Job),
+    Row(Box<Row>),
+}
+
+/// Seconds since 1970.
+pub fn now_unix_s() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Appends to the metrics of a run and to its TensorBoard events; one process of a job has it.
 pub struct MetricsWriter {
     lines: LineWriter,
+    events: EventWriter,
 }
 
 impl MetricsWriter {
-    /// Opens or creates the file. A line that was cut off by a kill is removed.
+    /// Opens or creates the file, and [`EVENTS_FILE`] beside it. What was cut off by a kill is removed.
     pub fn open(path: &Path) -> Result<MetricsWriter> {
-        Ok(MetricsWriter { lines: LineWriter::open(path)? })
+        let events = EventWriter::open(&path.with_file_name(EVENTS_FILE), now_unix_s())?;
+        Ok(MetricsWriter { lines: LineWriter::open(path)?, events })
     }
 
-    /// Appends a row with one write.
+    /// Appends a row, one write to each file.
     pub fn append(&mut self, row: &Row) -> Result<()> {
-        self.write_line(&serde_json::to_string(row).expect("plain data"))
+        self.write_line(&serde_json::to_string(row).expect("plain data"))?;
+        self.events.append(row.step, row.unix_s, &scalars(row))
     }
 
-    /// Says that the run goes on from `step`: rows after it are superseded by what follows.
-    pub fn resumed_from(&mut self, step: u64) -> Result<()> {
-        self.write_line(&serde_json::to_string(&Resumed { resumed_from: step }).expect("plain data"))
+    /// Says that a job begins.
+    pub fn job(&mut self, job: Job) -> Result<()> {
+        self.events.begins_at(job.from_step + 1, job.unix_s)?;
+        self.write_line(&serde_json::to_string(&JobLine { job }).expect("plain data"))
     }
 
     fn write_line(&mut self, line: &str) -> Result<()> {
@@ -90,23 +138,75 @@ impl MetricsWriter {
     }
 }
 
-/// The rows that count, by ascending step: of each step the last, without those that a resumption superseded. A cut-off last
-/// line is left out. Errors: the file cannot be read, or a line is neither a row nor a resumption (with its number).
-pub fn read(path: &Path) -> Result<Vec<Row>> {
+/// What TensorBoard shows of a row: (tag, value).
+fn scalars(row: &Row) -> Vec<(&'static str, f64)> {
+    let mut all = vec![
+        ("loss/training", row.loss),
+        ("optimizer/gradient_norm", row.grad_norm),
+        ("optimizer/learning_rate", row.lr),
+        ("speed/step_s", row.step_s),
+        ("speed/tokens_per_s", row.tokens_per_s),
+        ("speed/tflops", row.tflops),
+        ("speed/share_of_gemm_ceiling", row.share_of_gemm_ceiling),
+        ("memory/peak_bytes", row.memory_peak_bytes as f64),
+    ];
+    let optional = [
+        ("speed/mfu", row.mfu),
+        ("loss/held_out", row.validation_loss),
+        ("loss/held_out_bits_per_byte", row.validation_bits_per_byte),
+        ("time/bubble_share", row.time.and_then(|time| time.bubble_share)),
+    ];
+    all.extend(optional.into_iter().filter_map(|(tag, value)| Some((tag, value?))));
+    if let Some(time) = &row.time {
+        all.extend(time.tagged());
+    }
+    all
+}
+
+/// What a file of metrics holds.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Metrics {
+    /// The rows that count, by ascending step: of each step the last, without those that a later job superseded.
+    pub rows: Vec<Row>,
+    /// The job that began last.
+    pub last_job: Option<Job>,
+    /// Where the wall time of all jobs went.
+    pub goodput: Option<Goodput>,
+}
+
+/// Everything in the file. A cut-off last line is left out. Errors: the file cannot be read, or a line is neither a row nor a job
+/// (with its number).
+pub fn read_all(path: &Path) -> Result<Metrics> {
     let bytes = std::fs::read(path).at(path)?;
-    let mut rows: BTreeMap<u64, Row> = BTreeMap::new();
+    let mut lines = Vec::new();
     for (number, line) in whole_lines(&bytes) {
-        if let Ok(resumed) = serde_json::from_slice::<Resumed>(line) {
-            rows.split_off(&(resumed.resumed_from + 1));
+        if let Ok(JobLine { job }) = serde_json::from_slice(line) {
+            lines.push(Line::Job(job));
             continue;
         }
         let row: Row = serde_json::from_slice(line).map_err(|error| {
             let remedy = "the file was damaged: correct or remove that line";
             Error::file(path, format!("line {number} is not a row of metrics: {error}")).remedy(remedy)
         })?;
-        rows.insert(row.step, row);
+        lines.push(Line::Row(Box::new(row)));
     }
-    Ok(rows.into_values().collect())
+    let goodput = Goodput::of(&lines);
+    let (mut rows, mut last_job): (BTreeMap<u64, Row>, _) = (BTreeMap::new(), None);
+    for line in lines {
+        match line {
+            Line::Job(job) => {
+                rows.split_off(&(job.from_step + 1));
+                last_job = Some(job);
+            }
+            Line::Row(row) => drop(rows.insert(row.step, *row)),
+        }
+    }
+    Ok(Metrics { rows: rows.into_values().collect(), last_job, goodput })
+}
+
+/// The rows of [`read_all`].
+pub fn read(path: &Path) -> Result<Vec<Row>> {
+    Ok(read_all(path)?.rows)
 }
 
 /// The loss curves of a run: training and, where measured, held-out.
@@ -138,9 +238,12 @@ mod tests {
             tokens_per_s: 1e4,
             tflops: 0.05,
             share_of_gemm_ceiling: 0.5,
+            mfu: None,
             memory_peak_bytes: 1 << 20,
             validation_loss,
             validation_bits_per_byte: validation_loss.map(|loss| loss / 3.0),
+            time: (step % 2 == 0).then(|| TimeUse { forward: 0.03, bubble_share: Some(0.2), ..TimeUse::default() }),
+            unix_s: 1e9 + step as f64,
         }
     }
 
@@ -153,7 +256,7 @@ mod tests {
         (1..=10).for_each(|step| writer.append(&row(step, 1.0 / 3.0 + step as f64)).expect("writable"));
         drop(writer);
         let mut writer = MetricsWriter::open(&path).expect("old");
-        writer.resumed_from(7).expect("writable");
+        writer.job(Job { from_step: 7, ranks: 2, unix_s: 1e9, deadline_unix_s: None }).expect("writable");
         writer.append(&row(8, 0.1)).expect("writable");
         let expected: Vec<Row> = (1..=7).map(|step| row(step, 1.0 / 3.0 + step as f64)).chain([row(8, 0.1)]).collect();
         assert_eq!(read(&path).expect("readable"), expected);

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Time between two looks.
 const TICK: Duration = Duration::from_millis(100);
+/// A look that comes so late means that the whole job was suspended (by SLURM, by a debugger): patience begins anew.
+const SUSPENDED: Duration = Duration::from_secs(5);
 /// For ranks that were blocked a little later to notice too.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long a rank leaves it to a lower one to report and to end the job.
@@ -54,9 +56,14 @@ impl Watchdog {
         let done = Arc::new(AtomicBool::new(false));
         let (flight, is_done) = (flight.clone(), Arc::clone(&done));
         let watch = move || {
+            let (mut last_look, mut awake_since) = (Instant::now(), Instant::now());
             while !is_done.load(Ordering::Relaxed) {
                 flight.heartbeat(stop_requested());
-                if let Some(blocked) = overdue(&flight, patience) {
+                if last_look.elapsed() > SUSPENDED {
+                    awake_since = Instant::now();
+                }
+                last_look = Instant::now();
+                if let Some(blocked) = overdue(&flight, patience, awake_since.elapsed()) {
                     on_hang(&flight, rank, &blocked);
                 }
                 std::thread::park_timeout(TICK);
@@ -80,9 +87,10 @@ impl Drop for Watchdog {
     }
 }
 
-fn overdue(flight: &Recorder, patience: Patience) -> Option<Blocked> {
+/// What this rank is blocked in for too long, of the time that it was awake.
+fn overdue(flight: &Recorder, patience: Patience, awake: Duration) -> Option<Blocked> {
     let blocked = flight.blocked()?;
-    patience.of(blocked.record.phase).is_some_and(|limit_s| blocked.seconds > limit_s).then_some(blocked)
+    patience.of(blocked.record.phase).is_some_and(|limit_s| blocked.seconds.min(awake.as_secs_f64()) > limit_s).then_some(blocked)
 }
 
 /// Returns only when the communication went on after all.

@@ -9,6 +9,8 @@ pub mod identity;
 pub mod ledger;
 pub mod optimizer;
 pub mod pretrain;
+mod profile;
+pub mod replicas;
 mod report;
 mod resume;
 mod run_data;

@@ -2,6 +2,7 @@
 //! the newest checkpoint, stops on request with everything saved. Nemotron-4 340B report, section 2.
 
 use super::identity::Changed;
+use super::replicas;
 use super::resume::Lineage;
 use super::run_data::RunData;
 use super::run_dir::{Opened, RunDir};
@@ -132,6 +133,7 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
         };
         trainer.report(&result, held_out_loss)?;
         check_health(trainer, &result)?;
+        replicas::compare_regularly(trainer)?;
         if let Some(progress) = &mut progress {
             progress.add(1);
         }

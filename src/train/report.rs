@@ -1,9 +1,11 @@
 //! What a run tells: the resolved plan before step 0, phases and batch sizes as they begin, a line and a row of metrics a step.
 
+use super::profile;
 use super::trainer::{StepResult, Trainer, dtype_of};
-use crate::comm::{Communicator, agree};
+use crate::comm::agree;
+use crate::device::peak;
 use crate::error::Result;
-use crate::metrics::Row;
+use crate::metrics::{self, Row};
 
 impl Trainer<'_> {
     /// The resolved plan as a table, before step 0.
@@ -50,6 +52,32 @@ impl Trainer<'_> {
             memory.live_bytes as f64 / (1 << 20) as f64
         );
         log::info!("ceiling     {:.0} GFLOP/s of matrix product over all ranks, measured now", self.ceiling.gemm_flops_per_s / 1e9);
+        self.print_flops();
+    }
+
+    /// By which formula and which peak utilization is meant.
+    fn print_flops(&self) {
+        let (recipe, seq_len) = (self.job.recipe, self.job.recipe.batch.seq_len);
+        log::info!(
+            "flops       {:.4} GFLOP a token = 6 x (weights of products + 2 x layers x heads x head_dim x seq_len): forward and backward, \
+             attention counted in full (not causal), recompute not counted",
+            recipe.model.train_flops(seq_len, seq_len) / seq_len as f64 / 1e9
+        );
+        match self.stated_flops_per_s() {
+            Some(all) => log::info!(
+                "peak        {:.0} TFLOP/s of {} stated for {}: mfu is over this; share_of_gemm_ceiling over the ceiling",
+                all / 1e12,
+                dtype_of(recipe).name(),
+                self.job.device.name()
+            ),
+            None => log::info!("peak        none stated for this device: utilization is over the ceiling"),
+        }
+    }
+
+    /// The stated rate of all ranks' devices.
+    fn stated_flops_per_s(&self) -> Option<f64> {
+        let of_one = peak::stated_flops_per_s(&self.job.device.name(), dtype_of(self.job.recipe))?;
+        Some(of_one * self.job.groups.world.size() as f64)
     }
 
     /// Says when the next step is the first of another phase or batch size.
@@ -80,8 +108,9 @@ impl Trainer<'_> {
     pub fn report(&mut self, result: &StepResult, held_out_loss: Option<f64>) -> Result<()> {
         let world = &*self.job.groups.world;
         let recipe = self.job.recipe;
-        let step_s = slowest(world, result.step_s);
-        let peak_bytes = world.gather_f64(self.job.device.memory().peak_bytes as f64).into_iter().fold(0.0, f64::max);
+        let after = self.job.groups.flight.take_times();
+        let profile = profile::of_all_ranks(self.job.groups, result, &after, self.job.device.memory().peak_bytes);
+        let step_s = profile.step_s;
         let flops_per_s = recipe.model.train_flops(result.n_tokens, recipe.batch.seq_len) / step_s;
         let bytes_per_token = self.data.validation.as_ref().and_then(|held_out| held_out.bytes_per_token);
         let bits_per_byte = held_out_loss.zip(bytes_per_token).map(|(loss, bytes)| loss / std::f64::consts::LN_2 / bytes);
@@ -95,13 +124,17 @@ impl Trainer<'_> {
             tokens_per_s: result.n_tokens as f64 / step_s,
             tflops: flops_per_s / 1e12,
             share_of_gemm_ceiling: flops_per_s / self.ceiling.gemm_flops_per_s,
-            memory_peak_bytes: peak_bytes as u64,
+            mfu: self.stated_flops_per_s().map(|peak| flops_per_s / peak),
+            memory_peak_bytes: profile.memory_peak_bytes,
             validation_loss: held_out_loss,
             validation_bits_per_byte: bits_per_byte,
+            time: Some(profile.time),
+            unix_s: metrics::now_unix_s(),
         };
         let held_out = held_out_loss.map_or(String::new(), |loss| format!(", held-out loss {loss:.4}"));
+        let mfu = row.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
         log::info!(
-            "step {:>6}/{} loss {:.4} grad norm {:.3} lr {:.2e} {:.0} tokens/s, {:.0} % of GEMM ceiling{held_out}",
+            "step {:>6}/{} loss {:.4} grad norm {:.3} lr {:.2e} {:.0} tokens/s, {:.0} % of GEMM ceiling{mfu}{held_out}",
             row.step,
             self.plan.n_steps(),
             row.loss,
@@ -119,8 +152,4 @@ impl Trainer<'_> {
         let written = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.append(&row));
         agree(world, written)
     }
-}
-
-fn slowest(world: &dyn Communicator, seconds: f64) -> f64 {
-    world.gather_f64(seconds).into_iter().fold(0.0, f64::max)
 }

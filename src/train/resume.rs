@@ -6,6 +6,7 @@ use super::health::{Health, History};
 use super::identity::{self, Accepted, Changed, Difference};
 use super::ledger;
 use super::pretrain::recipe_value;
+use super::replicas;
 use super::run_data::{PhaseData, RunData, tokenizer_fingerprint};
 use super::run_dir;
 use super::state::SavedAs;
@@ -15,6 +16,7 @@ use crate::checkpoint::{self, Stored};
 use crate::comm::agree;
 use crate::error::{Context, Error, Result};
 use crate::flight::Phase;
+use crate::metrics;
 use crate::model::config::ModelConfig;
 use crate::recipe::{Moments, Pretrain, Start};
 use serde::{Deserialize, Serialize};
@@ -75,10 +77,9 @@ impl Trainer<'_> {
     /// Says in metrics and ledger where this job begins, once it is sure that it does. Rank 0 has them.
     pub fn open_records(&mut self) -> Result<()> {
         let from_step = self.state.step;
-        if from_step > 0
-            && let Some(metrics) = &mut self.metrics
-        {
-            metrics.resumed_from(from_step)?;
+        if let Some(metrics) = &mut self.metrics {
+            let ranks = self.job.groups.world.size();
+            metrics.job(metrics::Job { from_step, ranks, unix_s: self.job.groups.flight.began_unix_s(), deadline_unix_s: None })?;
         }
         let Some(ledger) = &mut self.ledger else { return Ok(()) };
         let order = |phase: &PhaseData| ledger::PhaseOrder { name: phase.name.clone(), order: phase.order.fingerprint() };
@@ -167,6 +168,7 @@ impl Trainer<'_> {
         if path.join(artifact::MANIFEST).exists() {
             return Ok(()); // stopped right after the regular save of this step
         }
+        replicas::compare_before_save(self)?;
         let started = Instant::now();
         let _saving = self.job.groups.flight.span(Phase::Save);
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;

@@ -5,6 +5,8 @@
 //! RUN/.lock                      the job that writes here now
 //! RUN/recipe.toml                the resolved recipe of the newest job
 //! RUN/metrics.jsonl              one line a step, append-only
+//! RUN/events.out.tfevents..      the same for TensorBoard
+//! RUN/flight/                    what each rank of the last job recorded of itself
 //! RUN/ledger.jsonl               which samples each step consumed, append-only
 //! RUN/checkpoints/step-00000100/ artifacts of kind "checkpoint"
 //! RUN/manifest.json              written last; no manifest, not finished
@@ -14,6 +16,7 @@ use super::identity::{self, Changed};
 use crate::artifact::{self, Manifest, RunLock};
 use crate::checkpoint;
 use crate::error::{Error, IoContext, Result};
+use crate::metrics::EVENTS_FILE;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -80,7 +83,7 @@ impl RunDir {
     /// Closes the run: the manifest, last.
     pub fn finish(self, recipe: serde_json::Value, inputs: Vec<artifact::Input>, counts: &[(&str, serde_json::Value)]) -> Result<()> {
         let mut manifest = Manifest::new("run", recipe, inputs);
-        let files = ["ledger.jsonl", "metrics.jsonl", "recipe.toml"];
+        let files = ["ledger.jsonl", "metrics.jsonl", "recipe.toml", EVENTS_FILE];
         manifest.files = files.iter().map(|name| artifact::checksum_as(&self.path, name)).collect::<Result<_>>()?;
         manifest.counts = counts.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
         artifact::seal(&self.path, manifest)

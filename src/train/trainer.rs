@@ -15,7 +15,7 @@ use crate::comm::{Groups, agree};
 use crate::device::Scratch;
 use crate::device::ceiling::Ceiling;
 use crate::error::{Context, Result};
-use crate::flight::Phase;
+use crate::flight::{Phase, Times};
 use crate::metrics::MetricsWriter;
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
@@ -55,6 +55,9 @@ pub(super) struct StepResult {
     pub n_tokens: usize,
     /// Why the update was not made.
     pub skipped: Option<String>,
+    /// Where this rank's time went, and that since the report of the step before.
+    pub times: Times,
+    pub before: Times,
 }
 
 /// What weights and activations are stored as.
@@ -139,6 +142,7 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         let (job, recipe) = (self.job, self.job.recipe);
         let (device, groups) = (job.device, job.groups);
+        let before = groups.flight.take_times();
         let (planned, step) = (self.plan.step(self.state.step), self.state.step + 1);
         let batch = self.batch(planned.global);
         let n_tokens = batch.global_tokens();
@@ -183,7 +187,8 @@ impl<'a> Trainer<'a> {
         let entry =
             ledger::Step { step, phase: planned.phase, first: planned.first_in_phase, n: planned.global as u64, skipped: skipped.clone() };
         agree(&*groups.world, self.ledger.as_mut().map_or(Ok(()), |ledger| ledger.step(entry)))?;
-        Ok(StepResult { loss, grad_norm, lr, step_s: started.elapsed().as_secs_f64(), n_tokens, skipped })
+        let times = groups.flight.take_times();
+        Ok(StepResult { loss, grad_norm, lr, step_s: started.elapsed().as_secs_f64(), n_tokens, skipped, times, before })
     }
 
     /// This replica's micro-batches of the step that begins at sample `first` of an order.
