@@ -3,6 +3,8 @@
 
 #[path = "inspect/flight.rs"]
 mod flight;
+#[path = "inspect/ledger.rs"]
+mod ledger;
 #[path = "inspect/lineage.rs"]
 mod lineage;
 #[path = "inspect/page.rs"]
@@ -31,6 +33,7 @@ use trireme::progress::Progress;
 ///   trireme-inspect watch runs/first                live: loss, rate, time to go, next save, where the time goes
 ///   trireme-inspect flight runs/first               who hung or diverged first, stragglers, exposed communication
 ///   trireme-inspect trace runs/first --rank 0 --out trace.json   for chrome://tracing and ui.perfetto.dev
+///   trireme-inspect ledger runs/first --document 17  when document 17 was trained on, and how often
 #[derive(Parser)]
 #[command(name = "trireme-inspect", version, verbatim_doc_comment, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
 struct Arguments {
@@ -92,6 +95,8 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Say which samples and documents a run was trained on, when, and how often
+    Ledger(ledger::Question),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +108,7 @@ fn main() -> ExitCode {
         }
         (Some(Command::Flight { run }), _) => flight::report(run),
         (Some(Command::Trace { run, ranks, steps, out }), _) => flight::trace(run, ranks, steps.clone(), out),
+        (Some(Command::Ledger(question)), _) => print(&ledger::answer(question)?),
         (None, Some(what)) => describe(what),
         (None, None) => Err(Error::recipe("no path given").remedy("run trireme-inspect --help")),
     })

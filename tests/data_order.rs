@@ -49,6 +49,32 @@ proptest! {
         let image: BTreeSet<u64> = (0..n).map(|index| permutation.apply(index)).collect();
         prop_assert_eq!(image.len() as u64, n);
         prop_assert!(image.iter().all(|&x| x < n));
+        prop_assert!((0..n).all(|index| permutation.invert(permutation.apply(index)) == index));
+    }
+
+    /// Where a source's samples stand is the inverse of which sample stands where, over several epochs and any blend: asked for
+    /// a document, it must neither miss a use nor invent one.
+    #[test]
+    fn occurrences_invert_the_order(
+        sizes in prop::collection::vec((20..90usize, 1..4u32), 1..4), seq_len in 1..9usize, seed in any::<u64>(), end in 0..300u64, part in 0.0..1.0f64,
+    ) {
+        let sources: Vec<(usize, f64)> = sizes.iter().map(|&(n, weight)| (n, f64::from(weight))).collect();
+        let order = blend_of(&sources, seq_len, seed).expect("sources of a sample and more");
+        for (source, &(n_tokens, _)) in sources.iter().enumerate() {
+            let first = (n_tokens as f64 * part) as u64;
+            let samples = order.samples_with(source, first..(first + 5).min(n_tokens as u64));
+            let expected: Vec<(u64, u64)> = (0..end)
+                .map(|index| (index, order.locate(index)))
+                .filter(|(_, at)| at.0 == source && samples.contains(&at.1))
+                .map(|(index, at)| (index, at.1))
+                .collect();
+            prop_assert_eq!(order.occurrences(source, samples.clone(), end), expected);
+            // A sample has the token when it lies among its seq_len + 1.
+            let n_samples = (n_tokens as u64 - 1) / seq_len as u64;
+            let tokens = first..(first + 5).min(n_tokens as u64);
+            let has = |sample: &u64| (0..=seq_len as u64).any(|i| tokens.contains(&(sample * seq_len as u64 + i)));
+            prop_assert_eq!(samples.collect::<Vec<u64>>(), (0..n_samples).filter(has).collect::<Vec<u64>>());
+        }
     }
 
     /// After any k samples each source has k * share within less than one, for any weights; and places count each source's
@@ -100,6 +126,25 @@ fn permutation_is_uniform() {
         let (chi2, freedom) = (sum * (n - 1) as f64 / n as f64, ((n - 1) * (n - 1)) as f64);
         assert!((chi2 - freedom).abs() < 6.0 * (2.0 * freedom).sqrt(), "n {n}: {chi2}, expected {freedom}");
     }
+}
+
+/// Documents and their tokens find each other, empty documents and the ends included.
+#[test]
+fn documents_and_tokens_find_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let lengths = [3usize, 0, 0, 5, 1, 0, 7, 0];
+    let documents: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![1; n]).collect();
+    write_megatron(dir.path(), "train", &documents);
+    let shards = TokenShards::open(dir.path(), Split::Train).unwrap();
+    let mut first = 0;
+    for (document, &length) in lengths.iter().enumerate() {
+        assert_eq!(shards.index().document_tokens(document), first..first + length as u64);
+        for token in first..first + length as u64 {
+            assert_eq!(shards.index().document_at(token), Some(document), "token {token}");
+        }
+        first += length as u64;
+    }
+    assert_eq!(shards.index().document_at(first), None);
 }
 
 /// Weights as people write them get the period they mean; extreme ones are refused with both values.

@@ -51,8 +51,12 @@ fn node_of(path: &Path, manifest: &Manifest, role: &str, seen: &mut HashSet<Stri
     if !seen.insert(manifest.fingerprint.clone()) {
         return Node { line: format!("{line}, as above"), children: vec![] };
     }
-    let mut children: Vec<Node> = manifest.inputs.iter().map(|input| node_of_input(path, input, seen)).collect();
+    let mut children: Vec<Node> = crate::page::accepted_changes(manifest).into_iter().map(|line| Node { line, children: vec![] }).collect();
+    children.extend(manifest.inputs.iter().map(|input| node_of_input(path, input, seen)));
     if manifest.kind == "checkpoint" {
+        let started_from = manifest.recipe.pointer("/trainer/started_from").cloned().unwrap_or_default();
+        let started_from: Option<Input> = serde_json::from_value(started_from).unwrap_or_default();
+        children.extend(started_from.map(|input| node_of_input(path, &input, seen)));
         children.extend(run_around(path, seen));
     }
     Node { line, children }

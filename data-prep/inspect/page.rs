@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use trireme::artifact::{MANIFEST, Manifest};
 use trireme::error::{Error, Result};
 use trireme::metrics;
+use trireme::train::identity::Accepted;
 
 /// The page of an artifact, an unfinished run, or a folder of artifacts.
 pub fn of(path: &Path) -> Result<String> {
@@ -46,7 +47,8 @@ fn of_artifact(path: &Path) -> Result<String> {
     if !manifest.counts.is_empty() {
         out.push_str("\nCounts\n");
         let width = manifest.counts.keys().map(String::len).max().unwrap_or(0);
-        manifest.counts.iter().for_each(|(name, value)| line(&mut out, &format!("{name:<width$}  {}", number(value))));
+        let shown = manifest.counts.iter().filter(|(_, value)| !value.is_array());
+        shown.for_each(|(name, value)| line(&mut out, &format!("{name:<width$}  {}", number(value))));
     }
     out.push_str(&files(&manifest));
     if !manifest.inputs.is_empty() {
@@ -55,6 +57,11 @@ fn of_artifact(path: &Path) -> Result<String> {
         for input in &manifest.inputs {
             line(&mut out, &format!("{:<width$}  {}  ({})", input.role, input.path.display(), input.fingerprint));
         }
+    }
+    let changes = accepted_changes(&manifest);
+    if !changes.is_empty() {
+        out.push_str("\nAccepted changes\n");
+        changes.iter().for_each(|change| line(&mut out, change));
     }
     out.push_str(&progress_of_run(path)?);
     let settings = settings(&manifest.recipe);
@@ -90,6 +97,18 @@ fn files(manifest: &Manifest) -> String {
         line(&mut out, &format!("and {} more", manifest.files.len() - SHOWN));
     }
     out
+}
+
+/// What the user changed on purpose while a run or the run of a checkpoint was under way, one change a line.
+pub fn accepted_changes(manifest: &Manifest) -> Vec<String> {
+    let of_checkpoint = manifest.recipe.pointer("/trainer/accepted_changes");
+    let value = manifest.counts.get("accepted_changes").or(of_checkpoint).cloned().unwrap_or_default();
+    let changes: Vec<Accepted> = serde_json::from_value(value).unwrap_or_default();
+    let describe = |change: &Accepted| {
+        let Accepted { what, at_step, was, is } = change;
+        format!("{} changed after step {at_step} from {was} to {is}", what.name())
+    };
+    changes.iter().map(describe).collect()
 }
 
 /// The last measurements and the checkpoints, where there are some.

@@ -66,6 +66,11 @@ impl Blend {
         (source, index / self.period() * u64::from(self.shares[source]) + u64::from(before))
     }
 
+    /// The places of a source within the period, ascending: as many as its share.
+    pub fn places_of(&self, source: usize) -> Vec<u64> {
+        (0..).zip(&self.places).filter(|(_, place)| usize::from(place.0) == source).map(|(at, _)| at).collect()
+    }
+
     /// How many of the first `n` samples come from each source.
     pub fn counts(&self, n: u64) -> Vec<u64> {
         let mut counts: Vec<u64> = self.shares.iter().map(|&share| n / self.period() * u64::from(share)).collect();

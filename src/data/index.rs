@@ -187,10 +187,34 @@ impl Index {
         }
     }
 
+    /// The tokens of a document.
+    ///
+    /// # Panics
+    /// When `document` is not below [`Index::n_documents`].
+    pub fn document_tokens(&self, document: usize) -> Range<u64> {
+        assert!(document < self.n_documents(), "document {document} of {}", self.n_documents());
+        self.document_start(document)..self.document_start(document + 1)
+    }
+
+    /// The document that token `position` lies in. O(log D). None past the last, and where the file has no documents.
+    pub fn document_at(&self, position: u64) -> Option<usize> {
+        let (mut low, mut high) = (0, self.n_documents());
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.document_tokens(middle).end <= position { low = middle + 1 } else { high = middle }
+        }
+        (low < self.n_documents()).then_some(low)
+    }
+
+    /// The first token of a document; an index that was never verified cannot lead out of the file.
+    fn document_start(&self, document: usize) -> u64 {
+        self.first_token(self.document_index(document).clamp(0, self.n_sequences as i64) as usize)
+    }
+
     /// Positions in `tokens`, but for its first, where a document begins; ascending, appended to `starts`. O(log D) and what is
     /// found. Empty documents begin where the next one does.
     pub fn document_starts(&self, tokens: Range<u64>, starts: &mut Vec<u64>) {
-        let start_of = |document: usize| self.first_token(self.document_index(document).clamp(0, self.n_sequences as i64) as usize);
+        let start_of = |document: usize| self.document_start(document);
         let (mut low, mut high) = (0, self.n_documents());
         while low < high {
             let middle = (low + high) / 2;

@@ -7,6 +7,7 @@ pub mod blend;
 pub mod h5;
 pub mod index;
 pub mod order;
+pub mod origin;
 pub mod shards;
 pub mod tokenize;
 pub mod writer;

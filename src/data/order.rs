@@ -11,6 +11,7 @@ use super::blend::Blend;
 use super::shards::TokenShards;
 use crate::error::{Error, Result};
 use crate::rng::Random;
+use std::ops::Range;
 
 /// Rounds of the Feistel network. Four make a pseudo-random permutation of a large domain; small ones mix better with more.
 const ROUNDS: u64 = 8;
@@ -43,11 +44,32 @@ impl Permutation {
         }
     }
 
+    /// Where `index` comes from: the inverse of [`Permutation::apply`].
+    pub fn invert(&self, index: u64) -> u64 {
+        assert!(index < self.n, "{index} of {}", self.n);
+        let mut x = index;
+        loop {
+            x = self.network_back(x);
+            if x < self.n {
+                return x;
+            }
+        }
+    }
+
     fn network(&self, x: u64) -> u64 {
         let mask = (1u64 << self.half_bits) - 1;
         let (mut left, mut right) = (x >> self.half_bits, x & mask);
         for round in 0..ROUNDS {
             (left, right) = (right, left ^ (self.random.bits(round << 56 | right) & mask));
+        }
+        left << self.half_bits | right
+    }
+
+    fn network_back(&self, x: u64) -> u64 {
+        let mask = (1u64 << self.half_bits) - 1;
+        let (mut left, mut right) = (x >> self.half_bits, x & mask);
+        for round in (0..ROUNDS).rev() {
+            (left, right) = (right ^ (self.random.bits(round << 56 | left) & mask), left);
         }
         left << self.half_bits | right
     }
@@ -129,8 +151,61 @@ impl DataOrder {
     pub fn locate(&self, index: u64) -> (usize, u64) {
         let (source, nth) = self.blend.place(index);
         let n_samples = self.sources[source].n_samples;
-        let random = Random::new(self.seed, &format!("order {source} {}", nth / n_samples));
-        (source, Permutation::new(n_samples, random).apply(nth % n_samples))
+        (source, self.epoch(source, nth / n_samples).apply(nth % n_samples))
+    }
+
+    /// The order of a source's samples in one of its epochs.
+    fn epoch(&self, source: usize, epoch: u64) -> Permutation {
+        Permutation::new(self.sources[source].n_samples, Random::new(self.seed, &format!("order {source} {epoch}")))
+    }
+
+    /// The shards of a source.
+    pub fn shards(&self, source: usize) -> &TokenShards {
+        &self.sources[source].shards
+    }
+
+    /// Tokens of a source that sample `sample` of it covers, its last target included.
+    pub fn tokens_of(&self, sample: u64) -> Range<u64> {
+        let first = sample * self.seq_len as u64;
+        first..first + self.seq_len as u64 + 1
+    }
+
+    /// Those of them that are targets: all but the first.
+    pub fn targets_of(&self, sample: u64) -> Range<u64> {
+        let tokens = self.tokens_of(sample);
+        tokens.start + 1..tokens.end
+    }
+
+    /// The samples of a source that cover any of these tokens of it, as input or as target.
+    pub fn samples_with(&self, source: usize, tokens: Range<u64>) -> Range<u64> {
+        let (seq_len, n_samples) = (self.seq_len as u64, self.sources[source].n_samples);
+        if tokens.is_empty() {
+            return 0..0;
+        }
+        let first = tokens.start.saturating_sub(seq_len).div_ceil(seq_len);
+        let last = (tokens.end - 1) / seq_len;
+        first.min(n_samples)..(last + 1).min(n_samples)
+    }
+
+    /// Every (index, sample) with index below `end` at which one of these samples of a source stands, ascending; the inverse of
+    /// [`DataOrder::locate`]. O(samples * epochs).
+    pub fn occurrences(&self, source: usize, samples: Range<u64>, end: u64) -> Vec<(u64, u64)> {
+        let n_samples = self.sources[source].n_samples;
+        let places = self.blend.places_of(source);
+        let n_given = self.blend.counts(end)[source];
+        let mut found = Vec::new();
+        for epoch in 0..n_given.div_ceil(n_samples) {
+            let order = self.epoch(source, epoch);
+            for sample in samples.clone() {
+                let nth = epoch * n_samples + order.invert(sample);
+                if nth < n_given {
+                    let (period, within) = (nth / places.len() as u64, nth % places.len() as u64);
+                    found.push((period * self.blend.period() + places[within as usize], sample));
+                }
+            }
+        }
+        found.sort_unstable();
+        found
     }
 
     /// Tokens of all sources.

@@ -200,7 +200,7 @@ fn encode(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
 
 /// By the text alone, so a document keeps its split whatever its neighbours, its file, or the number of ranks, and equal texts
 /// are never on both sides.
-fn is_held_out(text: &str, share: f64) -> bool {
+pub(super) fn is_held_out(text: &str, share: f64) -> bool {
     let hash = xxhash_rust::xxh3::xxh3_64_with_seed(text.as_bytes(), SPLIT_SEED);
     ((hash >> 11) as f64) / ((1u64 << 53) as f64) < share
 }

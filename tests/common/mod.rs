@@ -12,6 +12,7 @@ use trireme::recipe::{
     Batch, Checkpoint, Data, Health, LrDecay, Observe, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train,
 };
 use trireme::rng::Random;
+use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
 
 /// Writes `dir/name.bin` and `.idx` in Megatron's form (int32), from its description alone.
@@ -111,9 +112,14 @@ pub fn train(recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<E
     train_on(&|| Box::new(Cpu::new()), recipe, out, stop_after)
 }
 
+/// The same with changes that are meant.
+pub fn train_accepting(recipe: &Pretrain, out: &Path, stop_after: Option<u64>, accepted: &[Changed]) -> Result<Ended> {
+    job(&|| Box::new(Cpu::new()), recipe, out, (stop_after, accepted), &|| {})
+}
+
 /// The same, with these devices.
 pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrain, out: &Path, stop_after: Option<u64>) -> Result<Ended> {
-    train_watched(devices, recipe, out, stop_after, &|| {})
+    job(devices, recipe, out, (stop_after, &[]), &|| {})
 }
 
 /// The same; each rank calls `after_step` after each of its steps.
@@ -122,6 +128,16 @@ pub fn train_watched(
     recipe: &Pretrain,
     out: &Path,
     stop_after: Option<u64>,
+    after_step: &(dyn Fn() + Sync),
+) -> Result<Ended> {
+    job(devices, recipe, out, (stop_after, &[]), after_step)
+}
+
+fn job(
+    devices: &(dyn Fn() -> Box<dyn Device> + Sync),
+    recipe: &Pretrain,
+    out: &Path,
+    (stop_after, accepted): (Option<u64>, &[Changed]),
     after_step: &(dyn Fn() + Sync),
 ) -> Result<Ended> {
     let world = recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.dp.unwrap_or(1);
@@ -134,7 +150,7 @@ pub fn train_watched(
             after_step();
             false
         };
-        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted: &[], stop: &stop, ceiling: &ceiling })
+        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted, stop: &stop, ceiling: &ceiling })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");

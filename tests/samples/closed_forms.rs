@@ -1,5 +1,4 @@
-//! Schedules in samples: learning rates against closed forms, the plan of steps against counting, phases and ramps through
-//! whole training jobs, resumed at every step.
+//! Learning rates against closed forms, the plan of steps against counting.
 
 use proptest::prelude::*;
 use trireme::recipe::{Batch, DecayShape, LrDecay, LrSchedule, RampStage, StepPlan, Wsd};
