@@ -91,11 +91,14 @@ impl Trainer<'_> {
         let meta = stored.meta();
         let place = stored.dir().display().to_string();
         let mut differences = self.model_and_tokenizer_differences(stored);
-        let (was, is) = (meta.data_fingerprint.clone(), self.data.fingerprint());
-        if was != is {
-            differences.push(Difference { what: Changed::Data, was, is, detail: String::new() });
+        // A phase more or less is another recipe; of those that both have, the data are compared.
+        for (phase, was) in self.data.phases.iter().zip(meta.data_fingerprint.split('+')) {
+            let (was, is) = (was.to_string(), phase.order.fingerprint());
+            if was != is {
+                differences.push(Difference { what: Changed::Data, was, is, detail: format!("phase {}", phase.name) });
+            }
         }
-        // Data and model are compared by their fingerprints above; other keys of the recipe one by one.
+        // Data and model are compared by their fingerprints; other keys of the recipe one by one.
         let old = serde_json::from_value::<Pretrain>(meta.recipe.clone());
         let old = old.map_err(|error| Error::file(stored.dir(), format!("its recipe cannot be read: {error}")));
         let old = old.map_err(|error| error.remedy("use the program that wrote it, or start a new run from its weights by [start]"))?;
@@ -202,5 +205,11 @@ fn first_difference(theirs: &ModelConfig, ours: &ModelConfig) -> String {
     let (theirs, ours) = (value(theirs), value(ours));
     let keys = ours.as_object().map(|table| table.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
     let differs = keys.into_iter().find(|key| ours[key] != theirs[key]);
-    differs.map_or(String::new(), |key| format!("model.{key} = {} there, {} here", theirs[&key], ours[&key]))
+    differs.map_or(String::new(), |key| format!("model.{key} = {} there, {} here", plain(&theirs[&key]), plain(&ours[&key])))
+}
+
+/// A value as a recipe has it: 1e-5 in f32 is not 9.999999747378752e-6.
+fn plain(value: &serde_json::Value) -> String {
+    let short = value.as_f64().map(|wide| (wide, wide as f32)).filter(|&(wide, short)| f64::from(short) == wide);
+    short.map_or(value.to_string(), |(_, short)| short.to_string())
 }

@@ -22,8 +22,7 @@ const DAMAGED: u32 = 60;
 fn damaged(dir: &Path) -> Pretrain {
     let shards = dir.join("shards");
     let mut documents = counting_documents(60, DAMAGED, 1);
-    documents[20][3..6].fill(DAMAGED);
-    documents[40][0] = DAMAGED;
+    documents.iter_mut().step_by(9).for_each(|document| document[3] = DAMAGED);
     write_megatron(&shards, "train", &documents);
     let mut recipe = tiny_recipe(&shards);
     train(&recipe, &dir.join("sound"), Some(1)).unwrap();
