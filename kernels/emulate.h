@@ -208,6 +208,17 @@ inline void __syncthreads() { emulate::wait(emulate::block_barrier, blockDim.x);
 inline void __syncwarp() { emulate::warp(); }
 template <class T> inline T __shfl_xor_sync(unsigned, T x, int mask) { return emulate::exchange(x, (threadIdx.x % 32) ^ mask); }
 template <class T> inline T __shfl_sync(unsigned, T x, int lane) { return emulate::exchange(x, lane); }
+// One fiber runs at a time.
+template <class T> inline T atomicAdd(T* to, T x) {
+    T old = *to;
+    *to += x;
+    return old;
+}
+template <class T> inline T atomicMin(T* to, T x) {
+    T old = *to;
+    *to = min(old, x);
+    return old;
+}
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);

@@ -33,5 +33,7 @@ mod products;
 mod reward;
 #[path = "kernels/run.rs"]
 mod run;
+#[path = "kernels/sample.rs"]
+mod sample;
 #[path = "kernels/streams.rs"]
 mod streams;

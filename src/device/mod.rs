@@ -207,6 +207,29 @@ pub struct Adamw {
     pub grad_scale: f32,
 }
 
+/// How a token is drawn from a row of logits. The distribution is softmax(logit / temperature), cut to the `top_k` most likely tokens,
+/// then to the smallest set of most likely ones whose share of what is left reaches `top_p`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Draw {
+    /// 0 takes the most likely token.
+    pub temperature: f64,
+    /// 1 keeps all.
+    pub top_p: f64,
+    /// 0 keeps all.
+    pub top_k: usize,
+    /// The noise, in (0, 1): the token is the one at which the running share, most likely first, exceeds it.
+    pub uniform: f64,
+}
+
+/// A drawn token.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Drawn {
+    /// Its column. Equal logits are ordered by column.
+    pub token: u32,
+    /// Its log-probability under softmax(logits).
+    pub logprob: f64,
+}
+
 /// Live and peak memory of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct MemoryUse {
@@ -354,6 +377,12 @@ pub trait Device: Send + Sync {
         first_row: usize,
         n_valid: usize,
     );
+
+    /// One token for each row of logits[T, V] float, of its first n_valid columns: `draws`[T]. `None` where the device leaves it to the
+    /// host, which then downloads the logits.
+    fn sample(&self, _logits: &Tensor, _n_valid: usize, _draws: &[Draw]) -> Option<Vec<Drawn>> {
+        None
+    }
 
     /// One AdamW step on a shard, one pass over memory.
     fn adamw(&self, shard: AdamwShard<'_>, how: Adamw);

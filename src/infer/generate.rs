@@ -5,7 +5,7 @@ use super::decode::{Decoder, NewTokens};
 use super::request::{FinishReason, Request, Response};
 use super::sampler::{self, Choice};
 use crate::comm::{Communicator, Groups, Recv, Send};
-use crate::device::{CacheSpan, Device, KvCache, Scratch, ScratchTensor};
+use crate::device::{CacheSpan, Device, Draw, KvCache, Scratch, ScratchTensor};
 use crate::error::{Error, Kind, Result};
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
 use crate::model::ctx::{Ctx, SequenceMode};
@@ -187,6 +187,11 @@ impl Generator<'_> {
     fn sample(&self, logits: &Tensor, active: &[Active], requests: &[Request]) -> Vec<Choice> {
         let (n, columns) = (logits.n_rows(), logits.row_len());
         let tp = self.groups.layout.tp;
+        if tp == 1
+            && let Some(choices) = self.sample_on_device(logits, active, requests)
+        {
+            return choices;
+        }
         let mut mine = vec![0u8; logits.n_bytes()];
         self.device.download(logits, &mut mine);
         let mut all = vec![0u8; mine.len() * tp];
@@ -207,6 +212,14 @@ impl Generator<'_> {
                 sampler::choose(&row[..vocab_size], requests[one.request_idx].sampling, &one.noise, position)
             })
             .collect()
+    }
+
+    /// The same where the device draws, so that no logits are downloaded; the noise is that of the host's sampler.
+    fn sample_on_device(&self, logits: &Tensor, active: &[Active], requests: &[Request]) -> Option<Vec<Choice>> {
+        let draw = |one: &Active| requests[one.request_idx].sampling.draw(&one.noise, one.tokens.len() as u64);
+        let draws: Vec<Draw> = active.iter().map(draw).collect();
+        let drawn = self.device.sample(logits, self.chunk.config().vocab_size, &draws)?;
+        Some(drawn.into_iter().map(|one| Choice { token: one.token, logprob: one.logprob }).collect())
     }
 
     /// Appends the choices, ends what is complete and frees its slots.

@@ -1,6 +1,7 @@
 //! Choosing the next token from a row of logits. The noise is a pure function of (seed, request id, position), so a
 //! response does not depend on what it was batched with.
 
+use crate::device::Draw;
 use crate::rng::Random;
 
 /// How to sample.
@@ -12,6 +13,13 @@ pub struct Sampling {
     pub top_p: f64,
     /// Keep this many most likely tokens; 0 keeps all.
     pub top_k: usize,
+}
+
+impl Sampling {
+    /// The same for a device that draws, with the noise of this position.
+    pub fn draw(self, noise: &Random, position: u64) -> Draw {
+        Draw { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, uniform: noise.uniform(position) }
+    }
 }
 
 /// A chosen token and its log-probability under the model's own distribution (temperature 1, no truncation).

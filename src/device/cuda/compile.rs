@@ -21,6 +21,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("norm", include_str!("../../../kernels/norm.cu")),
     ("rope", include_str!("../../../kernels/rope.cu")),
+    ("sample", include_str!("../../../kernels/sample.cu")),
 ];
 
 /// What they include.

@@ -21,6 +21,7 @@ mod norm;
 mod operations;
 mod recording;
 mod rope;
+mod sample;
 pub mod streams;
 
 use crate::error::Result;

@@ -2,7 +2,9 @@
 //! of their noun.
 
 use super::{Cuda, Memory};
-use crate::device::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope};
+use crate::device::{
+    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope,
+};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use std::sync::atomic::Ordering;
@@ -180,6 +182,10 @@ impl Device for Cuda {
         n_valid: usize,
     ) {
         self.cross_entropy_gradient(logits, max, sum, targets, weights, first_row, n_valid);
+    }
+
+    fn sample(&self, logits: &Tensor, n_valid: usize, draws: &[Draw]) -> Option<Vec<Drawn>> {
+        Some(self.sample(logits, n_valid, draws))
     }
 
     fn adamw(&self, shard: AdamwShard<'_>, how: Adamw) {

@@ -1,0 +1,259 @@
+// One token a row of logits by inverse transform on the truncated distribution (infer::sampler): temperature, top-k, top-p, and noise
+// that the launcher gives. Nothing is sorted: a wanted place in descending order is found digit by digit, in histograms of the elements
+// that agree in the digits before (radix selection). Weights are fixed-point numbers, exp((logit - max) / temperature) in units of 2^-40,
+// so that sums of them are exact and atomics on them give the same bits in any order.
+// sample_bins: grid (parts of a row, rows), 256 threads, 24 KiB of static shared memory. sample_choose: grid (rows), 512 threads, 32 KiB.
+// Limited by exponentials in f64 (sample_bins, two an element) and by one multiprocessor's reads of the row (sample_choose, up to
+// twelve with top-k and top-p, four without).
+#include "rows.cuh"
+
+typedef unsigned long long u64;
+constexpr int BINS = 2048;
+constexpr int CHOOSE_THREADS = 512;
+constexpr double ONE = 1099511627776.0; // 2^40: 2^22 weights fit 64 bits
+
+// How a row is drawn from, made by the launcher.
+struct Draw {
+    double temperature; // 0: the largest
+    double top_p;
+    double uniform; // in (0, 1)
+    int top_k;      // 0: all
+    int unused;
+};
+struct Drawn {
+    double logprob;
+    unsigned token;
+    unsigned unused;
+};
+
+__device__ __forceinline__ u64 weight_of(float x, float max, double temperature) {
+    return (u64)(exp(((double)x - (double)max) / temperature) * ONE + 0.5);
+}
+// The first digit: 64 bins a nat below the maximum, which spreads logits better than their bits; ascending bins are descending logits.
+__device__ __forceinline__ int bin_of(float x, float max) { return (int)fminf((max - x) * 64.0f, (float)(BINS - 1)); }
+// Larger for larger logits, -0 below 0.
+__device__ __forceinline__ unsigned key_of(float x) {
+    unsigned bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float of_key(unsigned key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// weights[T, BINS] and counts[T, BINS] += the elements of each bin; partial[T, parts] = sum of exp(logit - max) of each part.
+template <class T>
+__device__ __forceinline__ void sample_bins(u64* weights, unsigned* counts, double* partial, const T* logits, const float* max,
+                                            const Draw* draws, int columns, int n_valid, int part_columns) {
+    __shared__ u64 my_weights[BINS];
+    __shared__ unsigned my_counts[BINS];
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) {
+        my_weights[i] = 0;
+        my_counts[i] = 0;
+    }
+    __syncthreads();
+    const T* row = logits + (long long)blockIdx.y * columns;
+    float most = max[blockIdx.y];
+    double temperature = draws[blockIdx.y].temperature, sum = 0;
+    int first = blockIdx.x * part_columns, n = min(part_columns, n_valid - first);
+    for_row_chunks(n, [&](int at, int left) {
+        float x[CHUNK];
+        load_chunk(x, row + first + at, left);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) {
+            if (i >= left) continue;
+            sum += exp((double)(x[i] - most));
+            if (temperature == 0) continue;
+            int bin = bin_of(x[i], most);
+            atomicAdd(&my_weights[bin], weight_of(x[i], most, temperature));
+            atomicAdd(&my_counts[bin], 1u);
+        }
+    });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[(size_t)blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) {
+        if (my_counts[i] == 0) continue;
+        atomicAdd(&weights[(size_t)blockIdx.y * BINS + i], my_weights[i]);
+        atomicAdd(&counts[(size_t)blockIdx.y * BINS + i], my_counts[i]);
+    }
+}
+
+// A row as one block sees it.
+template <class T> struct Row {
+    const T* logits;
+    int n;
+    float max;
+    double temperature;
+    u64* weights; // in shared memory: histograms of the digits after the first
+    unsigned* counts;
+};
+
+// What is summed up to a place.
+enum Measure { BY_COUNT, BY_WEIGHT };
+
+// The first bin at which the running sum of a measure reaches `need`, which the sum of all does; takes off `need` what comes before,
+// adds its weight to `weight`.
+__device__ __forceinline__ int find(const u64* weights, const unsigned* counts, Measure measure, u64& need, u64& weight) {
+    __shared__ u64 sums[2][CHOOSE_THREADS];
+    __shared__ u64 found_before;
+    __shared__ int found;
+    constexpr int EACH = BINS / CHOOSE_THREADS;
+    u64 mine[EACH], sum = 0;
+    for (int i = 0; i < EACH; i++) {
+        int bin = threadIdx.x * EACH + i;
+        mine[i] = measure == BY_COUNT ? counts[bin] : weights[bin];
+        sum += mine[i];
+    }
+    // Running sums over the threads, each step over twice as many.
+    int side = 0;
+    sums[0][threadIdx.x] = sum;
+    __syncthreads();
+    for (int step = 1; step < CHOOSE_THREADS; step *= 2, side ^= 1) {
+        u64 before = threadIdx.x >= step ? sums[side][threadIdx.x - step] : 0;
+        sums[side ^ 1][threadIdx.x] = sums[side][threadIdx.x] + before;
+        __syncthreads();
+    }
+    u64 running = sums[side][threadIdx.x] - sum;
+    if (running < need && running + sum >= need) {
+        int at = 0;
+#pragma unroll
+        for (int i = 0; i < EACH - 1; i++)
+            if (at == i && running + mine[i] < need) {
+                running += mine[i];
+                at = i + 1;
+            }
+        found = threadIdx.x * EACH + at;
+        found_before = running;
+    }
+    __syncthreads();
+    int bin = found;
+    u64 before = found_before, weight_before = 0;
+    for (int i = threadIdx.x; i < bin; i += CHOOSE_THREADS) weight_before += weights[i];
+    weight += block_sum(weight_before); // its barriers come before the next use of `found`
+    need -= before;
+    return bin;
+}
+
+// Fills the histograms with digit(x, column) of the elements for which it is not negative.
+template <class T, class Digit> __device__ __forceinline__ void fill(const Row<T>& row, Digit digit) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) {
+        row.weights[i] = 0;
+        row.counts[i] = 0;
+    }
+    __syncthreads();
+    for_row_chunks(row.n, [&](int at, int left) {
+        float x[CHUNK];
+        load_chunk(x, row.logits + at, left);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) {
+            int to = i < left ? digit(x[i], at + i) : -1;
+            if (to < 0) continue;
+            atomicAdd(&row.weights[to], weight_of(x[i], row.max, row.temperature));
+            atomicAdd(&row.counts[to], 1u);
+        }
+    });
+    __syncthreads();
+}
+
+// A place in descending order: the `ties`-th of the elements with this key.
+struct Place {
+    unsigned key;
+    u64 ties;
+    u64 weight; // of all up to this one
+};
+
+// The first place at which the running sum of a measure reaches `need`.
+template <class T>
+__device__ __forceinline__ Place descend(const Row<T>& row, const u64* weights, const unsigned* counts, Measure measure, u64 need) {
+    u64 weight = 0;
+    int bin = find(weights, counts, measure, need, weight);
+    unsigned key = 0;
+    for (int level = 0; level < 3; level++) {
+        int shift = level == 0 ? 21 : level == 1 ? 10 : 0, width = level == 2 ? 10 : 11;
+        unsigned mask = (1u << width) - 1;
+        fill(row, [&](float x, int) {
+            unsigned mine = key_of(x);
+            bool agrees = bin_of(x, row.max) == bin && (level == 0 || mine >> (shift + width) == key);
+            return agrees ? (int)(~(mine >> shift) & mask) : -1;
+        });
+        key = key << width | (~(unsigned)find(row.weights, row.counts, measure, need, weight) & mask);
+    }
+    u64 each = weight_of(of_key(key), row.max, row.temperature);
+    u64 ties = measure == BY_COUNT ? need : (need + each - 1) / each;
+    return Place{key, ties, weight + ties * each};
+}
+
+// The column of a place: ties are taken in the order of their columns.
+template <class T> __device__ __forceinline__ int column_of(const Row<T>& row, const Place& place) {
+    int shift = 0;
+    while ((row.n - 1) >> shift >= BINS) shift++;
+    fill(row, [&](float x, int column) { return key_of(x) == place.key ? column >> shift : -1; });
+    u64 need = place.ties, weight = 0;
+    int column = find(row.weights, row.counts, BY_COUNT, need, weight) << shift;
+    // The same few elements by every thread.
+    for (;; column++) {
+        need -= key_of(to_float(row.logits[column])) == place.key;
+        if (need == 0) return column;
+    }
+}
+
+// The first column that holds the maximum.
+template <class T> __device__ __forceinline__ int largest(const Row<T>& row) {
+    __shared__ unsigned first;
+    if (threadIdx.x == 0) first = 0xffffffffu;
+    __syncthreads();
+    for (int column = threadIdx.x; column < row.n; column += CHOOSE_THREADS)
+        if (to_float(row.logits[column]) == row.max) {
+            atomicMin(&first, (unsigned)column);
+            break;
+        }
+    __syncthreads();
+    return first;
+}
+
+template <class T>
+__device__ __forceinline__ void sample_choose(Drawn* drawn, const T* logits, const float* max, const Draw* draws, const u64* all_weights,
+                                              const unsigned* all_counts, const double* partial, int n_parts, int columns, int n_valid) {
+    __shared__ u64 bin_weights[BINS];
+    __shared__ unsigned bin_counts[BINS];
+    Draw how = draws[blockIdx.x];
+    Row<T> row = {logits + (long long)blockIdx.x * columns, n_valid, max[blockIdx.x], how.temperature, bin_weights, bin_counts};
+    int column;
+    if (how.temperature == 0) {
+        column = largest(row);
+    } else {
+        const u64* weights = all_weights + (size_t)blockIdx.x * BINS;
+        const unsigned* counts = all_counts + (size_t)blockIdx.x * BINS;
+        u64 total = 0;
+        if (how.top_k > 0 && how.top_k < n_valid) {
+            total = descend(row, weights, counts, BY_COUNT, (u64)how.top_k).weight;
+        } else {
+            for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) total += weights[i];
+            total = block_sum(total);
+        }
+        if (how.top_p < 1) {
+            u64 need = (u64)ceil(how.top_p * (double)total);
+            total = descend(row, weights, counts, BY_WEIGHT, min(need == 0 ? 1 : need, total)).weight;
+        }
+        u64 target = (u64)(how.uniform * (double)total);
+        column = column_of(row, descend(row, weights, counts, BY_WEIGHT, min(target, total - 1) + 1));
+    }
+    if (threadIdx.x == 0) {
+        double sum = 0;
+        for (int i = 0; i < n_parts; i++) sum += partial[(size_t)blockIdx.x * n_parts + i];
+        drawn[blockIdx.x] = Drawn{(double)to_float(row.logits[column]) - ((double)row.max + log(sum)), (unsigned)column, 0};
+    }
+}
+
+#define KERNELS(T, name)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256)                                                                                \
+        sample_bins_##name(u64* weights, unsigned* counts, double* partial, const T* logits, const float* max, const Draw* draws,    \
+                           int columns, int n_valid, int part_columns) {                                                             \
+        sample_bins(weights, counts, partial, logits, max, draws, columns, n_valid, part_columns);                                   \
+    }                                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(512)                                                                                \
+        sample_choose_##name(Drawn* drawn, const T* logits, const float* max, const Draw* draws, const u64* weights,                 \
+                             const unsigned* counts, const double* partial, int n_parts, int columns, int n_valid) {                 \
+        sample_choose(drawn, logits, max, draws, weights, counts, partial, n_parts, columns, n_valid);                               \
+    }
+KERNELS(float, f32)
+KERNELS(bf16, bf16)

@@ -1,0 +1,80 @@
+//! One token a row of logits, without downloading them.
+
+use super::Cuda;
+use super::backend::{Arg, Grid, Kernel};
+use super::grid::{int, rows};
+use crate::device::{Draw, Drawn};
+use crate::tensor::Tensor;
+
+/// Bins of a histogram in kernels/sample.cu.
+const BINS: usize = 2048;
+/// Columns of a part of a row, of which one block makes a histogram.
+const PART_COLUMNS: usize = 8192;
+/// Most columns whose weights a sum has room for.
+const MOST_COLUMNS: usize = 1 << 22;
+
+/// `Draw` of kernels/sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct TableRow {
+    temperature: f64,
+    top_p: f64,
+    uniform: f64,
+    top_k: i32,
+    unused: i32,
+}
+
+/// `Drawn` of kernels/sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Result {
+    logprob: f64,
+    token: u32,
+    unused: u32,
+}
+
+impl Cuda {
+    /// See `Device::sample`.
+    pub(super) fn sample(&self, logits: &Tensor, n_valid: usize, draws: &[Draw]) -> Vec<Drawn> {
+        let (n, columns) = (logits.n_rows(), logits.row_len());
+        assert!(
+            (1..=columns.min(MOST_COLUMNS)).contains(&n_valid) && draws.len() == n,
+            "sample {} of {logits:?}, {n_valid} valid",
+            draws.len()
+        );
+        if n == 0 {
+            return Vec::new();
+        }
+        let table: Vec<TableRow> = draws.iter().map(table_row).collect();
+        let table = self.table(&table);
+        // Histograms first: they are aligned, and zeroed together.
+        let n_parts = n_valid.div_ceil(PART_COLUMNS);
+        let sizes =
+            [n * BINS * size_of::<u64>(), n * BINS * size_of::<u32>(), n * n_parts * size_of::<f64>(), n * size_of::<Result>(), n * 4];
+        let memory = self.workspace(sizes.iter().sum());
+        let mut at = 0;
+        let [weights, counts, partial, drawn, max] = sizes.map(|bytes| {
+            at += bytes;
+            memory.arg_at(at - bytes)
+        });
+        self.backend.zero(memory.address(), sizes[0] + sizes[1]);
+        let (dtype, sizes_of_rows) = (logits.dtype(), [int(columns), int(n_valid)]);
+        let args = [&[max, Cuda::arg(logits)], &sizes_of_rows[..]].concat();
+        self.backend.launch(&Kernel::of("cross_entropy", "cross_entropy_max", dtype), rows(n, columns), &args);
+        let bins = Grid { blocks: (n_parts as u32, u32::try_from(n).expect("few rows"), 1), threads: 256, shared_bytes: 0 };
+        let args = [&[weights, counts, partial, Cuda::arg(logits), max, table.arg()], &sizes_of_rows[..], &[int(PART_COLUMNS)]].concat();
+        self.backend.launch(&Kernel::of("sample", "sample_bins", dtype), bins, &args);
+        let inputs = [drawn, Cuda::arg(logits), max, table.arg(), weights, counts, partial, int(n_parts)];
+        let args = [&inputs, &sizes_of_rows[..]].concat();
+        self.backend.launch(&Kernel::of("sample", "sample_choose", dtype), Grid::line(n, 512), &args);
+        let mut results = vec![Result { logprob: 0.0, token: 0, unused: 0 }; n];
+        let Arg::Address(drawn) = drawn else { unreachable!("memory has an address") };
+        self.backend.download(drawn, bytemuck::cast_slice_mut(&mut results));
+        results.into_iter().map(|one| Drawn { token: one.token, logprob: one.logprob }).collect()
+    }
+}
+
+fn table_row(draw: &Draw) -> TableRow {
+    let top_k = i32::try_from(draw.top_k).unwrap_or(i32::MAX); // more than there are columns keeps all
+    TableRow { temperature: draw.temperature, top_p: draw.top_p, uniform: draw.uniform, top_k, unused: 0 }
+}
