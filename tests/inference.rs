@@ -38,7 +38,7 @@ fn generate_on(run: &Path, requests: &[Request], shape: (usize, usize, usize), n
         let (device, stored) = (Cpu::new(), checkpoint::open(run).unwrap());
         let chunk = load_chunk(&device, &stored, &groups, DType::F32).unwrap();
         let generator =
-            Generator { device: &device, groups: &groups, chunk: &chunk, eos_id: Some(7), tokenizer: None, n_slots, stop: &|| false };
+            Generator { device: &device, groups: &groups, chunk: &chunk, eos_ids: vec![7], tokenizer: None, n_slots, stop: &|| false };
         let mine = generator.run(requests).unwrap();
         generate::gather(&groups, &mine)
     });

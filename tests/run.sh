@@ -3,7 +3,7 @@
 # runs the parts, all of them whatever fails, and sums up. Exit code 0 only when nothing failed.
 #
 #   bash tests/run.sh                 everything
-#   bash tests/run.sh format slurm    these parts only: format scripts build unit slurm bundle clippy (clippy only when named)
+#   bash tests/run.sh format slurm    these parts only: format scripts build unit slurm bundle real-model clippy (clippy only when named)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=slurm/env.sh
@@ -57,11 +57,13 @@ slurm() { bash tests/slurm_cluster.sh; }
 
 bundle() { bash tests/bundle.sh; }
 
-wanted=" ${*:-format scripts build unit slurm bundle} "
+real-model() { bash tests/real_model.sh; }
+
+wanted=" ${*:-format scripts build unit slurm bundle real-model} "
 for name in $wanted; do
   case $name in
-    format | scripts | build | unit | slurm | bundle | clippy) ;;
-    *) echo "no such part: $name (format scripts build unit slurm bundle clippy)" >&2; exit 2 ;;
+    format | scripts | build | unit | slurm | bundle | real-model | clippy) ;;
+    *) echo "no such part: $name (format scripts build unit slurm bundle real-model clippy)" >&2; exit 2 ;;
   esac
 done
 part install install_all

@@ -1,5 +1,8 @@
 //! trireme-tokenize: the same bytes whatever the number of ranks and threads, the right tokens, and one line for everything bad.
 
+#[path = "tokenizer/json.rs"]
+mod json;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -309,4 +312,23 @@ fn interrupted_at_every_step() {
         fs::remove_dir_all(place.path("out")).unwrap();
         assert_eq!(place.left(), ["whole".to_string()].into(), "step {step}");
     }
+}
+
+/// A tokenizer of Hugging Face makes shards too, and travels with them under its own name, whole.
+#[test]
+fn with_a_tokenizer_of_hugging_face() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("t.json"), json::tiny()).unwrap();
+    fs::write(dir.path().join("text.jsonl"), "{\"text\": \"ab ab\"}\n{\"text\": \"ba\"}\n").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trireme-tokenize"));
+    command.current_dir(dir.path()).args(["--input", "text.jsonl", "--tokenizer", "t.json", "--out", "out", "--validation-share", "0"]);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let shards = TokenShards::open(&dir.path().join("out"), Split::Train).unwrap();
+    shards.verify().unwrap();
+    assert_eq!((shards.tokenizer_bytes(), shards.vocab_size()), (Some(json::tiny()), Some(8)));
+    assert!(dir.path().join("out/tokenizer.json").is_file());
+    let mut tokens = vec![0; shards.n_tokens() as usize];
+    shards.read(0, &mut tokens).unwrap();
+    assert_eq!(tokens, [6, 7, 0, 3, 2, 0], "each document ends with <|endoftext|>");
 }

@@ -30,7 +30,7 @@ struct Args {
 enum What {
     /// Turn safetensors of NemotronForCausalLM or LlamaForCausalLM into a checkpoint of weights
     Import {
-        /// Directory with config.json and the weights; a tokenizer.model in it comes along
+        /// Directory with config.json and the weights; a tokenizer.model or tokenizer.json in it comes along
         hf_dir: PathBuf,
         /// Checkpoint to write
         #[arg(long)]

@@ -4,23 +4,25 @@ use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
-use trireme::checkpoint;
+use trireme::checkpoint::{self, hf};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::{self, Generator};
-use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
+use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, Response, read_requests};
 use trireme::model::config::HeadKind;
 use trireme::runtime::{DeviceKind, Runtime};
 use trireme::tensor::DType;
 use trireme::text::Tokenizer;
+use trireme::text::chat::NEMOTRON_TURN;
 
 /// Generate responses to a file of requests, in batch.
 ///
 /// A request is one JSON object a line:
 ///   {"id": "a", "prompt": "Once upon", "max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "seed": 1}
-/// or with "tokens": [..] in place of "prompt". Left out: temperature 1, top_p 1, top_k 0 (all), seed 0. Temperature 0 takes
+/// or with "tokens": [..] or "messages": [{"role": "user", "content": "Hello"}, ..] in place of "prompt"; messages become text by the
+/// chat template that came with the model, or by Nemotron's. Left out: temperature 1, top_p 1, top_k 0 (all), seed 0. Temperature 0 takes
 /// the most likely token. A response is {"id", "text", "tokens", "logprob", "finish_reason": "stop"|"length"|"context"}, in the
 /// order of the requests, in OUT/responses.jsonl.
 ///
@@ -78,7 +80,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
         device,
         groups: &groups,
         chunk: &chunk,
-        eos_id: prepared.tokenizer.as_ref().and_then(Tokenizer::eos_id),
+        eos_ids: prepared.eos_ids,
         tokenizer: prepared.tokenizer.as_ref(),
         n_slots: args.batch,
         stop: &|| runtime.stop_requested(),
@@ -96,6 +98,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
 struct Prepared {
     stored: checkpoint::Stored,
     tokenizer: Option<Tokenizer>,
+    eos_ids: Vec<u32>,
     requests: Vec<trireme::infer::request::Request>,
     layout: trireme::parallel::layout::ParallelLayout,
 }
@@ -109,10 +112,15 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
         let wrong = format!("a reward model of {n} attributes generates no text");
         return Err(Error::file(&args.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
     }
-    let tokenizer = load::tokenizer(&stored)?;
-    let limits = Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref() };
+    let tokenizer = stored.tokenizer()?;
+    let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
+    let limits =
+        Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref(), template: template.as_ref() };
     let requests = read_requests(&args.requests, limits)?;
-    Ok(Prepared { stored, tokenizer, requests, layout })
+    let mut eos_ids = hf::eos_ids(&stored)?;
+    // In Nemotron's format the next turn's mark ends an answer.
+    eos_ids.extend(tokenizer.as_ref().and_then(|tokenizer| tokenizer.id_of(NEMOTRON_TURN)));
+    Ok(Prepared { stored, tokenizer, eos_ids, requests, layout })
 }
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {

@@ -9,7 +9,7 @@ use trireme::cli;
 use trireme::comm::agree;
 use trireme::data::h5;
 use trireme::error::{Error, Result};
-use trireme::infer::load::{self, check_layout, layout_for, load_chunk};
+use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Rated, Scored, Sequence};
 use trireme::model::config::HeadKind;
 use trireme::parallel::layout::ParallelLayout;
@@ -138,7 +138,7 @@ fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Vec
             return Err(Error::file(&args.checkpoint, wrong).remedy("use trireme-score logprobs, or the checkpoint of a reward model"));
         }
     };
-    let tokenizer = load::tokenizer(&stored)?;
+    let tokenizer = stored.tokenizer()?;
     let sequences = score::read_sequences(&args.input, model.vocab_size, longest, tokenizer.as_ref())?;
     Ok((stored, sequences, layout))
 }

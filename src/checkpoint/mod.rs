@@ -27,5 +27,3 @@ pub const KIND: &str = "checkpoint";
 const PIECES: &str = "pieces.json";
 /// The virtual datasets.
 const INDEX: &str = "index.h5";
-/// The tokenizer that the weights belong to.
-const TOKENIZER: &str = "tokenizer.model";

@@ -4,7 +4,7 @@
 //! looks finished is left behind. It knows nothing of how the pieces came about.
 
 use super::shard::{PieceSpec, ShardWriter, StoredShard};
-use super::{INDEX, KIND, PIECES, TOKENIZER, h5};
+use super::{INDEX, KIND, PIECES, h5};
 use crate::artifact::{ArtifactWriter, Begin, FileEntry, HashingFile, Input, MANIFEST, Manifest};
 use crate::comm::{Communicator, agree};
 use crate::error::{Context, IoContext, Result};
@@ -12,6 +12,7 @@ use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::slice::Slice;
 use crate::tensor::Tensor;
+use crate::text;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -172,7 +173,7 @@ fn begin_on_root(out: &Path, meta: &Meta, rank: usize) -> Result<Option<Begin>> 
 fn begin(out: &Path, meta: &Meta, mut inputs: Vec<Input>) -> Result<Begin> {
     if let Some(tokenizer) = &meta.tokenizer {
         let fingerprint = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(tokenizer));
-        inputs.push(Input { role: "tokenizer".into(), path: TOKENIZER.into(), fingerprint });
+        inputs.push(Input { role: "tokenizer".into(), path: text::file_name(tokenizer).into(), fingerprint });
     }
     ArtifactWriter::begin(out, KIND, meta.settings(), inputs)
 }
@@ -298,7 +299,7 @@ fn finish(mut writer: ArtifactWriter, meta: &Meta, written: Vec<Written>) -> Res
     writer.add(index);
     writer.add(write_file(&dir, PIECES, &serde_json::to_vec(&shards).expect("plain data"))?);
     if let Some(tokenizer) = &meta.tokenizer {
-        writer.add(write_file(&dir, TOKENIZER, tokenizer)?);
+        writer.add(write_file(&dir, text::file_name(tokenizer), tokenizer)?);
     }
     writer.count("step", meta.step);
     writer.count("consumed_samples", meta.consumed_samples);

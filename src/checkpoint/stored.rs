@@ -3,12 +3,12 @@
 
 use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardReader, StoredShard, StoredType, check_table};
-use super::{INDEX, KIND, PIECES, TOKENIZER};
+use super::{INDEX, KIND, PIECES};
 use crate::artifact::{FileEntry, Manifest, verify_file};
 use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
-use crate::text::Tokenizer;
+use crate::text::{self, Tokenizer};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -153,7 +153,7 @@ impl Stored {
 
     /// The tokenizer that the weights belong to, when it is known.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        let parse = |bytes: &Vec<u8>| Tokenizer::from_bytes(bytes.clone(), &self.dir.join(TOKENIZER));
+        let parse = |bytes: &Vec<u8>| Tokenizer::from_bytes(bytes.clone(), &self.dir.join(text::file_name(bytes)));
         self.meta.tokenizer.as_ref().map(parse).transpose()
     }
 
@@ -260,8 +260,8 @@ fn read_meta(dir: &Path, manifest: &Manifest) -> Result<Meta> {
         let missing = || Error::file(dir, format!("its manifest has no count {name}")).remedy(DAMAGED);
         manifest.count(name).ok_or_else(missing)
     };
-    let tokenizer = match manifest.file(TOKENIZER) {
-        Some(_) => Some(fs::read(dir.join(TOKENIZER)).at(dir.join(TOKENIZER))?),
+    let tokenizer = match text::file_of(manifest) {
+        Some(file) => Some(fs::read(dir.join(&file.name)).at(dir.join(&file.name))?),
         None => None,
     };
     Ok(Meta {

@@ -6,6 +6,7 @@
 use super::index::{Index, Mapped, TokenType};
 use crate::artifact::{Input, MANIFEST, Manifest};
 use crate::error::{Error, IoContext, Result};
+use crate::text;
 use rayon::prelude::*;
 use std::fs;
 use std::ops::Range;
@@ -14,8 +15,6 @@ use xxhash_rust::xxh3::Xxh3;
 
 /// Kind of an artifact of token shards.
 pub const KIND: &str = "token-shards";
-/// The tokenizer's file inside such an artifact.
-pub const TOKENIZER: &str = "tokenizer.model";
 /// Ids from here on are never tokens: they are negative as int32.
 const ID_LIMIT: u32 = 1 << 31;
 /// Bytes hashed and checked at a time.
@@ -123,15 +122,15 @@ impl TokenShards {
         self.artifact.as_ref()?.manifest.count(&format!("{}_text_bytes", self.split.name()))
     }
 
-    /// The SentencePiece model the tokens were made with; None without a manifest, or when it cannot be read.
+    /// The tokenizer's file that the tokens were made with; None without a manifest, or when it cannot be read.
     pub fn tokenizer_bytes(&self) -> Option<Vec<u8>> {
         fs::read(self.tokenizer_path()?).ok()
     }
 
-    /// Where that model lies; None without a manifest.
+    /// Where that file lies; None without a manifest.
     pub fn tokenizer_path(&self) -> Option<PathBuf> {
         let artifact = self.artifact.as_ref()?;
-        artifact.manifest.file(TOKENIZER).map(|file| artifact.dir.join(&file.name))
+        text::file_of(&artifact.manifest).map(|file| artifact.dir.join(&file.name))
     }
 
     /// Equal for equal tokens. With a manifest it stands for the files' checksums. Without one it is made of the whole index,
@@ -156,10 +155,9 @@ impl TokenShards {
     /// every id is below the vocabulary. Errors name the file and both values, for an id its position too.
     pub fn verify(&self) -> Result<()> {
         if let Some(artifact) = &self.artifact {
-            for name in [format!("{}.idx", self.split.name()), TOKENIZER.into()] {
-                if let Some(entry) = artifact.manifest.file(&name) {
-                    crate::artifact::verify_file(&artifact.dir, entry)?;
-                }
+            let index = artifact.manifest.file(&format!("{}.idx", self.split.name()));
+            for entry in index.into_iter().chain(text::file_of(&artifact.manifest)) {
+                crate::artifact::verify_file(&artifact.dir, entry)?;
             }
         }
         self.index.verify()?;

@@ -3,7 +3,7 @@
 //!
 //! Memory: a few batches of text a rank, and 4 bytes a document. This file knows nothing of models.
 
-use super::shards::{KIND, Split, TOKENIZER};
+use super::shards::{KIND, Split};
 use super::writer::ShardWriter;
 use crate::artifact::{ArtifactWriter, Begin, HashingFile, Input, Manifest};
 use crate::comm::{Communicator, agree};
@@ -222,7 +222,7 @@ fn commit(mut writer: ArtifactWriter, shards: Vec<ShardWriter>, reports: &[RankR
         count_as(&mut writer, &format!("{}_", split.name()), counts);
         total = sum([total, counts].into_iter());
     }
-    let mut model = HashingFile::create(writer.dir(), TOKENIZER)?;
+    let mut model = HashingFile::create(writer.dir(), settings.tokenizer.file_name())?;
     model.append(settings.tokenizer.file_bytes())?;
     writer.add(model.close()?);
     count_as(&mut writer, "", total);

@@ -26,8 +26,8 @@ pub struct Generator<'a> {
     pub groups: &'a Groups,
     /// This rank's stage of the model.
     pub chunk: &'a Chunk,
-    /// Ends a response; None generates to the full length.
-    pub eos_id: Option<u32>,
+    /// Each of them ends a response; without any, all go to their full length.
+    pub eos_ids: Vec<u32>,
     /// For the text of responses.
     pub tokenizer: Option<&'a Tokenizer>,
     /// Responses under way at one time.
@@ -229,7 +229,7 @@ impl Generator<'_> {
         for (mut one, choice) in active.drain(..).zip(choices) {
             let request = &requests[one.request_idx];
             one.logprob += choice.logprob;
-            let stopped = Some(choice.token) == self.eos_id;
+            let stopped = self.eos_ids.contains(&choice.token);
             if !stopped {
                 one.tokens.push(choice.token);
             }

@@ -8,7 +8,6 @@ use crate::model::chunk::{Chunk, Purpose};
 use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::tensor::DType;
-use crate::text::Tokenizer;
 
 /// Whether this layout can hold this model for inference.
 pub fn check_layout(config: &ModelConfig, layout: &ParallelLayout) -> Result<()> {
@@ -50,10 +49,4 @@ pub fn load_chunk(device: &dyn Device, stored: &Stored, groups: &Groups, dtype: 
     drop(wanted);
     drop(views);
     Ok(chunk)
-}
-
-/// The tokenizer that travels with a checkpoint.
-pub fn tokenizer(stored: &Stored) -> Result<Option<Tokenizer>> {
-    let bytes = stored.meta().tokenizer.clone();
-    bytes.map(|bytes| Tokenizer::from_bytes(bytes, &stored.dir().join("tokenizer.model"))).transpose()
 }

@@ -3,6 +3,7 @@
 use super::sampler::Sampling;
 use crate::error::{Error, IoContext, Result};
 use crate::text::Tokenizer;
+use crate::text::chat::{ChatTemplate, Message};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::io::BufRead;
@@ -14,6 +15,7 @@ use std::path::Path;
 struct Line {
     id: String,
     prompt: Option<String>,
+    messages: Option<Vec<Message>>,
     tokens: Option<Vec<u32>>,
     max_new_tokens: usize,
     #[serde(default = "one")]
@@ -81,6 +83,8 @@ pub struct Limits<'a> {
     pub max_tokens: usize,
     /// Needed for text prompts.
     pub tokenizer: Option<&'a Tokenizer>,
+    /// Needed for messages.
+    pub template: Option<&'a ChatTemplate>,
 }
 
 /// Reads and checks a request file. The first wrong line is an error that names it; blank lines are skipped.
@@ -93,8 +97,9 @@ pub fn read_requests(path: &Path, limits: Limits) -> Result<Vec<Request>> {
         if line.trim().is_empty() {
             continue;
         }
-        let parsed: Line = serde_json::from_str(&line)
-            .map_err(|error| wrong(error.to_string()).remedy("a request is {\"id\", \"prompt\" or \"tokens\", \"max_new_tokens\", ..}"))?;
+        let parsed: Line = serde_json::from_str(&line).map_err(|error| {
+            wrong(error.to_string()).remedy("a request is {\"id\", \"prompt\", \"messages\" or \"tokens\", \"max_new_tokens\", ..}")
+        })?;
         let request = check(parsed, limits).map_err(|what| wrong(what).remedy("correct the request"))?;
         if !ids.insert(request.id.clone()) {
             return Err(wrong(format!("id {:?} stands twice", request.id)).remedy("give every request an id of its own"));
@@ -108,13 +113,18 @@ pub fn read_requests(path: &Path, limits: Limits) -> Result<Vec<Request>> {
 }
 
 fn check(line: Line, limits: Limits) -> std::result::Result<Request, String> {
-    let tokens = match (line.prompt, line.tokens) {
-        (None, Some(tokens)) => tokens,
-        (Some(prompt), None) => match limits.tokenizer {
-            Some(tokenizer) => tokenizer.encode(&prompt),
-            None => return Err("has a text prompt, but the checkpoint has no tokenizer".into()),
+    let encode = |prompt: &str| match limits.tokenizer {
+        Some(tokenizer) => Ok(tokenizer.encode(prompt)),
+        None => Err("has text, but the checkpoint has no tokenizer".to_string()),
+    };
+    let tokens = match (line.prompt, line.messages, line.tokens) {
+        (None, None, Some(tokens)) => tokens,
+        (Some(prompt), None, None) => encode(&prompt)?,
+        (None, Some(messages), None) => match limits.template {
+            Some(template) => encode(&template.prompt(&messages)?)?,
+            None => return Err("has messages, but the checkpoint has no chat template; write them as a \"prompt\"".into()),
         },
-        _ => return Err("needs either \"prompt\" or \"tokens\"".into()),
+        _ => return Err("needs one of \"prompt\", \"messages\" and \"tokens\"".into()),
     };
     if tokens.is_empty() {
         return Err("the prompt is empty, the model needs at least one token to continue".into());
@@ -144,7 +154,7 @@ mod tests {
     fn wrong_requests_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("requests.jsonl");
-        let limits = Limits { vocab_size: 100, max_tokens: 8, tokenizer: None };
+        let limits = Limits { vocab_size: 100, max_tokens: 8, tokenizer: None, template: None };
         let cases = [
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1,"temprature":1}"#, "temprature"),
             (r#"{"id":"a","tokens":[],"max_new_tokens":1}"#, "empty"),
@@ -153,7 +163,10 @@ mod tests {
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1,"temperature":-1}"#, "-1"),
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1,"top_p":0}"#, "top_p 0"),
             (r#"{"id":"a","prompt":"x","max_new_tokens":1}"#, "no tokenizer"),
-            (r#"{"id":"a","max_new_tokens":1}"#, "either"),
+            (r#"{"id":"a","messages":[{"role":"user","content":"x"}],"max_new_tokens":1}"#, "no chat template"),
+            (r#"{"id":"a","messages":[{"role":"user"}],"max_new_tokens":1}"#, "content"),
+            (r#"{"id":"a","prompt":"x","tokens":[1],"max_new_tokens":1}"#, "needs one of"),
+            (r#"{"id":"a","max_new_tokens":1}"#, "needs one of"),
             ("{\"id\":\"a\",\"tokens\":[1],\"max_new_tokens\":1}\n{\"id\":\"a\",\"tokens\":[1],\"max_new_tokens\":1}", "twice"),
             ("", "no requests"),
         ];

@@ -42,7 +42,8 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<(usize, Response)>, Vec<f64
     let sequences: Vec<Sequence> =
         requests.iter().map(|request| Sequence { id: request.id.clone(), tokens: request.tokens.clone() }).collect();
     let scored = score::logprobs(device, &groups, &mut chunks, &sequences, 64).unwrap();
-    let generator = Generator { device, groups: &groups, chunk: &chunks[0], eos_id: Some(7), tokenizer: None, n_slots: 2, stop: &|| false };
+    let generator =
+        Generator { device, groups: &groups, chunk: &chunks[0], eos_ids: vec![7], tokenizer: None, n_slots: 2, stop: &|| false };
     (generator.run(&requests).unwrap(), scored.iter().map(|one| one.sum).collect())
 }
 

@@ -59,9 +59,9 @@ fn sentencepiece_loads_our_models() {
             let first_merge = 4 + 3 + 256;
             let score = -(id.saturating_sub(first_merge) as f64);
             let found: Vec<&str> = line.split(' ').collect();
-            assert_eq!(found[0], oracle::hex(ours.piece(id as u32).as_bytes()), "piece {id}");
+            assert_eq!(found[0], oracle::hex(ours.sentencepiece().expect("a model").piece(id as u32).as_bytes()), "piece {id}");
             assert_eq!((found[1].parse::<f64>().expect("a score") - score).abs(), 0.0, "piece {id}");
-            assert_eq!(found[2], (ours.kind(id as u32) as i32).to_string(), "piece {id}");
+            assert_eq!(found[2], (ours.sentencepiece().expect("a model").kind(id as u32) as i32).to_string(), "piece {id}");
         }
         let mut texts = adversarial::by_hand();
         texts.extend(adversarial::random(99, 4000));
@@ -84,7 +84,7 @@ fn agrees_with_the_trainer_of_sentencepiece() {
     let arguments = ["vocab_size=1000", "add_dummy_prefix=false", "pad_id=1", "bos_id=2", "eos_id=3", extra];
     let theirs = Tokenizer::open(&oracle::train(&python, dir.path(), "theirs", &file, &arguments)).expect("opens");
     let ours = tokenizer(&train_on(&[("corpus.txt", text.clone())], &settings(1000, 2)));
-    let pieces = |of: &Tokenizer| (0..1000).map(|id| of.piece(id).to_string()).collect::<Vec<_>>();
+    let pieces = |of: &Tokenizer| (0..1000).map(|id| of.sentencepiece().expect("a model").piece(id).to_string()).collect::<Vec<_>>();
     let (our_pieces, their_pieces) = (pieces(&ours), pieces(&theirs));
     assert_eq!(our_pieces[..263], their_pieces[..263], "the special pieces have other ids");
     let their_set: HashSet<&String> = their_pieces.iter().collect();
@@ -122,7 +122,7 @@ fn merges_of_a_corpus_small_enough_to_check_by_hand() {
     let text = " ab ab abc abc abc xy xy\n".to_string();
     let trained = train_on(&[("a.txt", text)], &Settings { character_coverage: 1.0, ..settings(263 + 5 + 6, 1) });
     let tokenizer = tokenizer(&trained);
-    let pieces: Vec<&str> = (263..274).map(|id| tokenizer.piece(id)).collect();
+    let pieces: Vec<&str> = (263..274).map(|id| tokenizer.sentencepiece().expect("a model").piece(id)).collect();
     // 5: " a" before "ab" (0x20 < 0x61), then " ab"; 3: " abc"; 2: " x" before "xy"; then " xy". Characters by count, then code.
     assert_eq!(pieces, ["\u{2581}a", "\u{2581}ab", "\u{2581}abc", "\u{2581}x", "\u{2581}xy", "\u{2581}", "a", "b", "c", "x", "y"]);
     assert_eq!(trained.report.last_merge_count, 2);
@@ -136,14 +136,18 @@ fn pieces_have_the_shapes_of_nemotron() {
     let trained = train_on(&files, &Settings { character_coverage: 1.0, ..settings(300, 1) });
     let tokenizer = tokenizer(&trained);
     for id in 263..300 {
-        let piece = tokenizer.piece(id);
+        let piece = tokenizer.sentencepiece().expect("a model").piece(id);
         let n = piece.chars().count();
         assert!(n == 1 || !piece.contains(|c: char| c.is_ascii_digit() || c == '\n' || c == '\r'), "{piece:?}");
         let bare = piece.trim_start_matches('\u{2581}');
         assert!(!bare.contains('\u{2581}') && (bare.is_empty() || n - bare.chars().count() <= 1), "{piece:?}");
         assert!(!(bare.is_ascii() && piece.contains('\u{4f60}')));
     }
-    let shown: Vec<&str> = tokenizer.encode("  12\n\t\t\u{4f60}\u{597d}4").into_iter().map(|id| tokenizer.piece(id)).collect();
+    let shown: Vec<&str> = tokenizer
+        .encode("  12\n\t\t\u{4f60}\u{597d}4")
+        .into_iter()
+        .map(|id| tokenizer.sentencepiece().expect("a model").piece(id))
+        .collect();
     assert_eq!(shown, ["\u{2581}\u{2581}", "1", "2", "<0x0A>", "\t\t", "\u{4f60}\u{597d}", "4"]);
 }
 

@@ -5,17 +5,19 @@
 pub mod config;
 pub mod names;
 
+use super::KIND;
 use super::safetensors::{self, Element, Weights};
 use super::save::{Meta, Planned, Streamed};
 use super::shard::StoredType;
 use super::stored::{self, Stored, Wanted};
-use super::{KIND, TOKENIZER};
 use crate::artifact::{self, ArtifactWriter, Begin, HashingFile, Manifest};
 use crate::error::{Context, Error, IoContext, Result};
 use crate::model::config::ModelConfig;
 use crate::parallel::layout::ParallelLayout;
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
+use crate::text::chat::{self, ChatTemplate, SpecialTokens};
+use crate::text::{self, Tokenizer};
 use config::TokenIds;
 use names::{Mapped, Rows, SCORE_BIAS, mapping};
 use serde_json::{Value, json};
@@ -26,8 +28,12 @@ use std::path::Path;
 pub const EXPORT_KIND: &str = "hf-model";
 /// Most bytes of an exported file, unless one tensor alone is larger (Hugging Face's own default).
 const EXPORT_FILE_BYTES: u64 = 5_000_000_000;
+/// Where transformers 4 kept the chat template.
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Under this key the recipe of an imported checkpoint keeps the config.json that it came with.
 const HF_CONFIG: &str = "hf_config";
+/// And under this one its chat template.
+const CHAT_TEMPLATE: &str = "chat_template";
 
 /// Element type of an export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,7 +47,7 @@ pub enum ExportType {
 }
 
 /// Turns a Hugging Face directory into a checkpoint of weights at step 0. f16 is widened to f32, f32 and bf16 stay what
-/// they are. A `tokenizer.model` beside the weights comes along.
+/// they are. A `tokenizer.model`, or else a `tokenizer.json`, beside the weights comes along.
 pub fn import(hf_dir: &Path, out: &Path) -> Result<Manifest> {
     import_weights(hf_dir, out).doing(|| format!("importing {}", hf_dir.display()))
 }
@@ -60,14 +66,14 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
     for path in weights.paths() {
         inputs.push(artifact::input("hf-weights", path)?);
     }
-    let tokenizer_path = hf_dir.join(TOKENIZER);
-    let tokenizer = if tokenizer_path.is_file() { Some(fs::read(&tokenizer_path).at(&tokenizer_path)?) } else { None };
+    let tokenizer_path = text::TOKENIZER_FILES.iter().map(|name| hf_dir.join(name)).find(|path| path.is_file());
+    let tokenizer = tokenizer_path.map(|path| fs::read(&path).at(&path)).transpose()?;
     let meta = Meta {
         step: 0,
         consumed_samples: 0,
         model: model.clone(),
         layout: ParallelLayout::SINGLE,
-        recipe: json!({ HF_CONFIG: hf_config }),
+        recipe: json!({ HF_CONFIG: hf_config, CHAT_TEMPLATE: read_template(hf_dir)? }),
         data_fingerprint: String::new(),
         tokenizer,
         trainer: serde_json::Value::Null,
@@ -80,6 +86,39 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
             stream_in(&table[idx], &model, &weights, (dtypes[idx], sink))
         }),
     }
+}
+
+/// The template as a file of its own, as transformers 5 writes it, or in tokenizer_config.json as earlier ones did.
+fn read_template(hf_dir: &Path) -> Result<Option<String>> {
+    let (own, older) = (hf_dir.join(chat::TEMPLATE_FILE), hf_dir.join(TOKENIZER_CONFIG));
+    if own.is_file() {
+        return fs::read_to_string(&own).at(&own).map(Some);
+    }
+    if !older.is_file() {
+        return Ok(None);
+    }
+    let config: Value = serde_json::from_slice(&fs::read(&older).at(&older)?)
+        .map_err(|error| Error::file(&older, format!("not JSON: {error}")).remedy("download it again"))?;
+    Ok(config[CHAT_TEMPLATE].as_str().map(String::from))
+}
+
+/// The tokens that end what the model says, by the config it came with, else by its tokenizer; none when nobody knows.
+pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {
+    let eos = token_ids(stored)?.eos;
+    let ids = eos.as_array().cloned().unwrap_or_else(|| vec![eos]);
+    Ok(ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect())
+}
+
+/// How conversations become text: the template that came with the model, or Nemotron's where the tokenizer has its pieces; else
+/// none. Err: a template that cannot be read.
+pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    let Some(text) = stored.meta().recipe[CHAT_TEMPLATE].as_str() else {
+        return Ok(tokenizer.id_of(chat::NEMOTRON_TURN).map(|_| ChatTemplate::nemotron()));
+    };
+    let ids = token_ids(stored)?;
+    let token = |id: &Value| id.as_u64().and_then(|id| tokenizer.piece_text(id as u32)).unwrap_or_default();
+    let special = SpecialTokens { bos: token(&ids.bos), eos: token(&ids.eos) };
+    ChatTemplate::new(text, special, stored.dir()).map(Some)
 }
 
 fn weights_name(name: &str) -> String {
@@ -139,7 +178,7 @@ fn widen(bytes: &[u8], value: impl Fn(u16) -> f32) -> Vec<u8> {
 }
 
 /// Writes a checkpoint's weights as a directory that `transformers` loads: config.json, generation_config.json,
-/// safetensors (several files past 5 GB), tokenizer.model. `checkpoint` may be a run.
+/// safetensors (several files past 5 GB), the tokenizer. `checkpoint` may be a run.
 pub fn export(checkpoint: &Path, out: &Path, dtype: ExportType) -> Result<Manifest> {
     let stored = stored::open(checkpoint)?;
     export_weights(&stored, out, dtype).doing(|| format!("exporting {}", stored.dir().display()))
@@ -173,8 +212,11 @@ fn export_weights(stored: &Stored, out: &Path, dtype: ExportType) -> Result<Mani
     for (name, value) in texts {
         writer.add(write_bytes(&dir, name, &serde_json::to_vec_pretty(&value).expect("plain data"))?);
     }
+    if let Some(template) = stored.meta().recipe[CHAT_TEMPLATE].as_str() {
+        writer.add(write_bytes(&dir, chat::TEMPLATE_FILE, template.as_bytes())?);
+    }
     if let Some(tokenizer) = &stored.meta().tokenizer {
-        writer.add(write_bytes(&dir, TOKENIZER, tokenizer)?);
+        writer.add(write_bytes(&dir, text::file_name(tokenizer), tokenizer)?);
     }
     writer.count("tensors", files.iter().map(|(_, tensors)| tensors.len()).sum::<usize>());
     writer.count("step", stored.meta().step);

@@ -253,10 +253,11 @@ fn report(tokenizer: &Tokenizer, counted: &Counted, merged: &Merged) -> Report {
 fn vocab_text(tokenizer: &Tokenizer, merged: &Merged) -> String {
     let n_scored = merged.pieces.len() + merged.characters.len();
     let first = tokenizer.vocab_size() - n_scored;
+    let pieces = tokenizer.sentencepiece().expect("a model just trained");
     (0..tokenizer.vocab_size())
         .map(|id| {
             let score = if id > first { -((id - first) as i64) } else { 0 };
-            format!("{}\t{score}\n", tokenizer.piece(id as u32).replace('\t', "\\t"))
+            format!("{}\t{score}\n", pieces.piece(id as u32).replace('\t', "\\t"))
         })
         .collect()
 }

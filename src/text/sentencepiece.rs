@@ -1,0 +1,110 @@
+//! The SentencePiece tokenizer: a BPE `.model`, ready to encode and decode with SentencePiece's own ids.
+
+use super::Special;
+use super::decode::Decoder;
+use super::encode::{self, Scratch};
+use super::model_file::{ModelFile, Piece, PieceKind, TrainerSpec};
+use super::tables::Tables;
+use crate::error::Result;
+use std::path::Path;
+use std::sync::Mutex;
+
+/// A SentencePiece BPE model; threads share it.
+pub struct SentencePiece {
+    pieces: Vec<Piece>,
+    tables: Tables,
+    decoder: Decoder,
+    special: Special,
+    /// Workspaces of the encoder that no call uses just now.
+    idle: Mutex<Vec<Scratch>>,
+}
+
+impl SentencePiece {
+    /// From the bytes of a `.model`; `origin` is named in errors: not a SentencePiece model, damaged, or of a sort that is not
+    /// supported (unigram, normalisation other than identity, ..).
+    pub fn from_bytes(bytes: &[u8], origin: &Path) -> Result<SentencePiece> {
+        let model = ModelFile::parse(origin, bytes)?;
+        let pieces = model.checked_pieces(origin)?;
+        let decoder = Decoder {
+            unk_surface: model.trainer.unk_surface.clone().unwrap_or_else(|| " \u{2047} ".into()),
+            dummy_prefix: model.normalizer.add_dummy_prefix.unwrap_or(true),
+        };
+        let special = special_ids(&model.trainer, &pieces);
+        let tables = Tables::new(&pieces);
+        Ok(SentencePiece { pieces, tables, decoder, special, idle: Mutex::new(Vec::new()) })
+    }
+
+    /// The ids, and how many pairs of symbols were looked at: the work done, free of clocks. O(n log n) for any text; a
+    /// text met before may cost less.
+    pub fn encode_counting(&self, text: &str) -> (Vec<u32>, u64) {
+        let mut ids = Vec::new();
+        let operations = self.encode_with(text, &mut ids);
+        (ids, operations)
+    }
+
+    /// Appends the ids of a text; the pairs of symbols looked at.
+    pub(super) fn encode_with(&self, text: &str, ids: &mut Vec<u32>) -> u64 {
+        if text.is_empty() {
+            return 0;
+        }
+        let mut scratch = self.idle.lock().expect("no panic while held").pop().unwrap_or_else(Scratch::new);
+        let before = scratch.operations;
+        if self.decoder.dummy_prefix {
+            encode::encode(&self.tables, &format!(" {text}"), &mut scratch, ids);
+        } else {
+            encode::encode(&self.tables, text, &mut scratch, ids);
+        }
+        let operations = scratch.operations - before;
+        self.idle.lock().expect("no panic while held").push(scratch);
+        operations
+    }
+
+    /// The text of ids, as SentencePiece decodes it: control pieces vanish, bytes that are no character become U+FFFD each,
+    /// unknown (and any id outside the vocabulary) becomes " \u{2047} ".
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.decoder.decode(&self.pieces, ids)
+    }
+
+    /// Number of pieces.
+    pub fn vocab_size(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// The piece of an id as the model has it: U+2581 for a space, `<0x0A>` for a byte.
+    ///
+    /// # Panics
+    /// When `id` is not below [`SentencePiece::vocab_size`].
+    pub fn piece(&self, id: u32) -> &str {
+        &self.pieces[id as usize].text
+    }
+
+    /// What the piece of an id is; panics like [`SentencePiece::piece`].
+    pub fn kind(&self, id: u32) -> PieceKind {
+        self.pieces[id as usize].kind
+    }
+
+    /// The id of a piece by its text in the model.
+    pub fn id_of(&self, piece: &str) -> Option<u32> {
+        self.pieces.iter().position(|found| found.text == piece).map(|id| id as u32)
+    }
+
+    /// Ids with a meaning of their own.
+    pub(super) fn special(&self) -> Special {
+        self.special
+    }
+}
+
+/// The special ids as SentencePiece finds them: by the piece's name in the trainer spec, and only when it is a control
+/// piece (or, for unknown, the unknown piece).
+fn special_ids(spec: &TrainerSpec, pieces: &[Piece]) -> Special {
+    let find = |name: &Option<String>, default: &str, kind: PieceKind| {
+        let name = name.as_deref().filter(|name| !name.is_empty()).unwrap_or(default);
+        pieces.iter().position(|piece| piece.text == name && piece.kind == kind).map(|id| id as u32)
+    };
+    Special {
+        unk: pieces.iter().position(|piece| piece.kind == PieceKind::Unknown).map(|id| id as u32),
+        bos: find(&spec.bos_piece, "<s>", PieceKind::Control),
+        eos: find(&spec.eos_piece, "</s>", PieceKind::Control),
+        pad: find(&spec.pad_piece, "<pad>", PieceKind::Control),
+    }
+}
