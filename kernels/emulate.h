@@ -2,7 +2,8 @@
 // instructions exchange through a buffer of their warp. All 32 lanes of a warp must reach a warp instruction together, as on
 // the device with a full mask. Included by common.cuh under TRIREME_EMULATE.
 // So that a missing barrier or wait shows as a wrong result, blocks differ in their order: threads from the first or from the last;
-// warps side by side or each as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
+// warps side by side or any one as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
+// Threads that wait for what nobody does end the program with a line.
 // What depends on less than that (two lanes of a warp between two warp instructions) does not show. Nothing is said of speed.
 #pragma once
 #include <algorithm>
@@ -39,6 +40,7 @@ static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulate {
 inline unsigned char* shared_memory;
+inline size_t shared_bytes;
 // Threads that arrived, and how often all have.
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -48,16 +50,23 @@ inline std::vector<Barrier> warp_barriers;
 inline std::vector<unsigned long long> slots;
 inline std::vector<bool> ended;
 inline std::function<void()> body;
-inline long long switches;
 
 // How the threads of this block take turns.
 struct Order {
-    bool from_last, warp_by_warp, copies_late;
+    bool from_last, warp_by_warp, copies_late, products_late;
 };
 inline Order order;
-inline unsigned n_launches;
-// Whether a thread waits for the whole block.
-inline std::vector<bool> at_block_barrier;
+inline unsigned n_launches, n_block;
+// What a thread waits for; goes on once it is ready. Nothing: `ready` is null.
+struct Wait {
+    bool (*ready)(const Wait&);
+    const void* at;
+    int value;
+};
+inline std::vector<Wait> waits;
+// Called before each block of n threads, and when no thread can go on: true when that may have changed. Null: nothing to do.
+inline void (*at_start)(int);
+inline bool (*when_stuck)();
 // cp.async of each thread: groups that were committed, the oldest first, and the one that is open.
 struct Copy {
     void* to;
@@ -102,24 +111,18 @@ inline void prepare(Fiber& fiber, char* stack) {
 inline std::vector<Fiber> fibers;
 inline Fiber scheduler;
 
+inline void block_on(const Wait& wait) {
+    int me = threadIdx.x;
+    if (wait.ready(wait)) return;
+    waits[me] = wait;
+    change(fibers[me], scheduler);
+    waits[me] = {};
+}
+inline bool passed(const Wait& wait) { return ((const Barrier*)wait.at)->generation != wait.value; }
 inline void wait(Barrier& barrier, int n_threads) {
     int generation = barrier.generation;
-    bool of_block = &barrier == &block_barrier;
-    if (++barrier.arrived == n_threads) {
-        barrier.arrived = 0;
-        ++barrier.generation;
-        if (of_block) at_block_barrier.assign(n_threads, false);
-        return;
-    }
-    int me = threadIdx.x;
-    if (of_block) at_block_barrier[me] = true;
-    while (barrier.generation == generation) {
-        if (++switches > 2000000000LL) {
-            fprintf(stderr, "emulate: thread %d waits for ever: not every thread reaches this barrier\n", me);
-            abort();
-        }
-        change(fibers[me], scheduler);
-    }
+    if (++barrier.arrived == n_threads) barrier = {0, generation + 1};
+    block_on({passed, &barrier, generation});
 }
 inline void warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
 inline void entry() {
@@ -128,12 +131,12 @@ inline void entry() {
     change(fibers[threadIdx.x], scheduler);
 }
 
-// Lets the threads first..first + n go on until each is at a barrier or has ended. False when none could.
+// Lets the threads first..first + n go on until each waits or has ended. False when none could.
 inline bool run(int first, int n) {
     bool ran = false;
     for (int at = 0; at < n; at++) {
         int i = first + (order.from_last ? n - 1 - at : at);
-        if (ended[i] || at_block_barrier[i]) continue;
+        if (ended[i] || (waits[i].ready && !waits[i].ready(waits[i]))) continue;
         threadIdx = {i, 0, 0};
         change(scheduler, fibers[i]);
         ran = true;
@@ -141,51 +144,60 @@ inline bool run(int first, int n) {
     return ran;
 }
 
-// One block, whose fibers stand at their beginning.
-inline void run_block(int threads) {
+// Lets all go on as long as one can.
+inline void run_threads(int threads) {
     int n_warps = (threads + 31) / 32;
     if (!order.warp_by_warp) {
         while (run(0, threads)) {}
         return;
     }
-    for (bool left = true; left;) {
-        left = false;
-        for (int at = 0; at < n_warps; at++) {
-            int warp = order.from_last ? n_warps - 1 - at : at, first = 32 * warp;
-            while (run(first, min(32, threads - first))) left = true;
-        }
+    // Any warp next, so that each is at times the one that is left behind.
+    unsigned noise = n_block;
+    for (int idle = 0, warp = 0; idle < n_warps; idle++) {
+        int first = 32 * warp;
+        while (run(first, min(32, threads - first))) idle = -1;
+        if (idle < 0) noise = noise * 1664525 + 1013904223;
+        warp = (idle < 0 ? noise >> 16 : warp + 1) % n_warps;
     }
 }
 
+// One block, whose fibers stand at their beginning.
+inline void run_block(int threads) {
+    do run_threads(threads);
+    while (when_stuck && when_stuck());
+}
+
 // One launch; `kernel` calls the kernel with its arguments.
-inline void launch(Dim3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+inline void launch(Dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
     std::unique_ptr<char[]> stacks(new char[threads * stack_bytes]); // not cleared
-    switches = 0;
-    unsigned n_blocks = n_launches++;
+    n_block = n_launches++;
     // Filled with NaN below, so that a read of what was never written shows.
-    std::vector<unsigned char> memory(shared_bytes + 16);
+    std::vector<unsigned char> memory(shared + 16);
+    shared_bytes = shared;
     gridDim = grid;
     blockDim = {threads, 1, 1};
     body = kernel;
     for (int z = 0; z < grid.z; z++)
         for (int y = 0; y < grid.y; y++)
-            for (int x = 0; x < grid.x; x++, n_blocks++) {
+            for (int x = 0; x < grid.x; x++, n_block++) {
                 blockIdx = {x, y, z};
-                order = {(n_blocks & 1) != 0, (n_blocks & 2) != 0, (n_blocks & 4) != 0};
+                unsigned bits = n_block % 16 ^ n_block / 16 % 16; // each order within 16 blocks, in another sequence each time
+                order = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
                 std::fill(memory.begin(), memory.end(), 0xff);
                 shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
                 block_barrier = {};
                 warp_barriers.assign((threads + 31) / 32, {});
                 slots.assign(threads, 0);
                 ended.assign(threads, false);
-                at_block_barrier.assign(threads, false);
+                waits.assign(threads, {});
                 copies.assign(threads, {});
                 fibers.resize(threads);
+                if (at_start) at_start(threads);
                 for (int i = 0; i < threads; i++) prepare(fibers[i], stacks.get() + i * stack_bytes);
                 run_block(threads);
                 for (int i = 0; i < threads; i++) {
                     if (ended[i]) continue;
-                    fprintf(stderr, "emulate: thread %d waits for ever: not every thread reaches this barrier\n", i);
+                    fprintf(stderr, "emulate: block %d %d, thread %d waits for ever: what it waits for does not come\n", x, y, i);
                     abort();
                 }
             }

@@ -31,8 +31,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("cudarc", CUDA),
 ];
 
-/// What calls the CUDA libraries: driver, matrix products, run-time compiler.
-const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile"];
+/// What calls the CUDA libraries: driver, matrix products, run-time compiler, matrices of the copy engine.
+const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile", "device/cuda/tensor_map"];
 
 /// The only files or folders with `unsafe`: raw memory of tensors, SIMD kernels, the mmap reader, the mapped ring of the flight
 /// ledger, calls into C libraries, and signals with MPI_Abort.

@@ -1,110 +1,21 @@
-// The attention kernels' source in emulation against f64 formulas written here, over head dims, ragged sequences and groups.
-// Prints one line a case; exits 1 when one is outside its bound. Bounds, with u = 2^-8 the unit roundoff of bf16 (0 for f32) and
-// e = 2^-24 of f32, n the length of the longest chain of f32 additions:
-//   out:  weights are rounded to bf16 before the second product and the result at the store: u (sum p |v| + |out|); the f32 part
-//         is (2n + 8 |score|max) e sum p |v|, the score's own error (n e |q||k| scale) growing a weight by that share.
-//   dv:   as out with p |dout|; dq, dk: the same with |ds| |k| or |q|, plus the error of ds, whose terms |dp| and |delta| are sums.
+// The attention kernels' source in emulation against f64 formulas, over head dims, ragged sequences and groups.
+// Prints one line a case; exits 1 when one is outside its bound (attention_oracle.h).
 #include "../../kernels/attention_forward.cu"
 #include "../../kernels/attention_cached.cu"
 #include "../../kernels/attention_backward.cu"
-#include <random>
-
-static std::mt19937_64 noise;
-static std::vector<float> random_values(size_t n) {
-    std::normal_distribution<float> normal;
-    std::vector<float> x(n);
-    for (float& v : x) v = normal(noise);
-    return x;
-}
-static bf16 narrow(float x, bf16*) { return {(unsigned short)round_bf16(x)}; }
-static float narrow(float x, float*) { return x; }
-template <class T> static std::vector<T> stored(std::vector<float>& x) {
-    std::vector<T> to;
-    for (float& v : x) {
-        to.push_back(narrow(v, (T*)0));
-        v = to_float(to.back());
-    }
-    return to;
-}
-
-static int failures = 0;
-// Largest error as a share of its bound.
-struct Check {
-    const char* what;
-    double worst = 0;
-    void add(double got, double wanted, double bound) {
-        double share = std::fabs(got - wanted) / bound;
-        if (!(share <= worst)) worst = share; // NaN as well
-    }
-    void end(const std::string& name) {
-        bool good = worst <= 1.0;
-        printf("%s %s %s: largest error is %.3f of the bound\n", good ? "ok" : "FAILED", name.c_str(), what, worst);
-        failures += !good;
-    }
-};
-
-struct Case {
-    int dim, per_kv, groups;
-    std::vector<int> starts;
-    int columns() const { return groups * (per_kv + 2) * dim; }
-    int heads() const { return groups * per_kv; }
-    int tokens() const { return starts.back(); }
-    int q_at(int head) const { return (head / per_kv * (per_kv + 2) + head % per_kv) * dim; }
-    int k_at(int group) const { return (group * (per_kv + 2) + per_kv) * dim; }
-};
-
-// p of one query over keys 0..=last of rows from `start`.
-static std::vector<double> weights(const Case& c, const std::vector<float>& qkv, int head, int row, int start, double* lse) {
-    std::vector<double> s;
-    double top = -1e300, sum = 0;
-    for (int key = start; key <= row; key++) {
-        double dot = 0;
-        for (int i = 0; i < c.dim; i++)
-            dot += (double)qkv[(size_t)row * c.columns() + c.q_at(head) + i] * qkv[(size_t)key * c.columns() + c.k_at(head / c.per_kv) + i];
-        s.push_back(dot / std::sqrt((double)c.dim));
-        top = max(top, s.back());
-    }
-    for (double x : s) sum += std::exp(x - top);
-    *lse = top + std::log(sum);
-    for (double& x : s) x = std::exp(x - *lse);
-    return s;
-}
-
-// (row, head) -> exact out and sum p |v|.
-struct Oracle {
-    std::vector<double> out, size, lse;
-    Oracle(const Case& c, const std::vector<float>& qkv) {
-        int d = c.dim, a = c.heads(), t = c.tokens();
-        out.assign((size_t)t * a * d, 0);
-        size = out;
-        lse.assign((size_t)a * t, 0);
-        for (size_t s = 0; s + 1 < c.starts.size(); s++)
-            for (int row = c.starts[s]; row < c.starts[s + 1]; row++)
-                for (int head = 0; head < a; head++) {
-                    auto p = weights(c, qkv, head, row, c.starts[s], &lse[(size_t)head * t + row]);
-                    for (size_t key = 0; key < p.size(); key++)
-                        for (int i = 0; i < d; i++) {
-                            double v = qkv[(c.starts[s] + key) * c.columns() + c.k_at(head / c.per_kv) + d + i];
-                            out[((size_t)row * a + head) * d + i] += p[key] * v;
-                            size[((size_t)row * a + head) * d + i] += p[key] * std::fabs(v);
-                        }
-                }
-    }
-};
+#include "attention_oracle.h"
 
 static size_t mma_bytes(int tiles, int dim) { return (size_t)tiles * 64 * (dim + 8) * 2; }
-template <class T> constexpr bool is_bf16 = sizeof(T) == 2;
 
 template <class T> static void run(const Case& c) {
     int d = c.dim, a = c.heads(), t = c.tokens(), g = c.groups;
     bool mma = is_bf16<T> && (d == 64 || d == 128 || d == 192);
-    double u = is_bf16<T> ? 1.0 / 256 : 0, e = std::ldexp(1.0, -24);
+    double u = roundoff<T>, e = F32_ROUNDOFF, f32 = f32_share(c);
     float scale = 1.0f / std::sqrt((float)d);
     std::string name = std::string(is_bf16<T> ? "bf16" : "f32") + " D=" + std::to_string(d) + " A/G=" + std::to_string(c.per_kv);
     auto qkv = random_values((size_t)t * c.columns()), dout = random_values((size_t)t * a * d);
     auto qkv_t = stored<T>(qkv), dout_t = stored<T>(dout);
     Oracle exact(c, qkv);
-    double n = d + t + 64, f32 = (2 * n + 8 * 8) * e;
 
     std::vector<T> out((size_t)t * a * d);
     std::vector<float> lse((size_t)a * t);
@@ -125,12 +36,7 @@ template <class T> static void run(const Case& c) {
         } else
             attention_f32(out.data(), lse.data(), qkv_t.data(), items.data(), t, c.per_kv, g, d, scale);
     });
-    Check forward{"out"}, logs{"lse"};
-    for (size_t i = 0; i < out.size(); i++)
-        forward.add(to_float(out[i]), exact.out[i], u * (exact.size[i] + std::fabs(exact.out[i])) * 1.01 + f32 * exact.size[i] + e);
-    for (size_t i = 0; i < lse.size(); i++) logs.add(lse[i], exact.lse[i], f32 * (1 + std::fabs(exact.lse[i])));
-    forward.end(name);
-    logs.end(name);
+    check_forward<T>(c, name, exact, out, lse);
 
     // Backward, from the out and lse the kernel was given.
     std::vector<T> dqkv(qkv.size());
@@ -157,43 +63,7 @@ template <class T> static void run(const Case& c) {
     })
     PASS(dq, a, 128, mma_bytes(6, d));
     PASS(dkv, g, 256, mma_bytes(6, d) + 2 * 64 * 72 * 2);
-    std::vector<double> want(qkv.size(), 0), size(qkv.size(), 0), slack(qkv.size(), 0);
-    for (size_t s = 0; s + 1 < c.starts.size(); s++)
-        for (int row = c.starts[s]; row < c.starts[s + 1]; row++)
-            for (int head = 0; head < a; head++) {
-                double ignored, dot = 0, dot_size = 0;
-                auto p = weights(c, qkv, head, row, c.starts[s], &ignored);
-                const float* dy = &dout[((size_t)row * a + head) * d];
-                for (int i = 0; i < d; i++) {
-                    double o = to_float(out[((size_t)row * a + head) * d + i]);
-                    dot += dy[i] * o;
-                    dot_size += std::fabs(dy[i] * o);
-                }
-                size_t q = (size_t)row * c.columns() + c.q_at(head);
-                for (size_t j = 0; j < p.size(); j++) {
-                    size_t k = (c.starts[s] + j) * c.columns() + c.k_at(head / c.per_kv);
-                    double dp = 0, dp_size = 0;
-                    for (int i = 0; i < d; i++) {
-                        dp += dy[i] * qkv[k + d + i];
-                        dp_size += std::fabs(dy[i] * qkv[k + d + i]);
-                    }
-                    double ds = p[j] * (dp - dot) * scale, error = f32 * p[j] * (dp_size + dot_size) * scale;
-                    for (int i = 0; i < d; i++) {
-                        auto add = [&](size_t at, double x, double with, double more) {
-                            want[at] += x * with;
-                            size[at] += std::fabs(x * with);
-                            slack[at] += more * std::fabs(with);
-                        };
-                        add(q + i, ds, qkv[k + i], error);
-                        add(k + i, ds, qkv[q + i], error);
-                        add(k + d + i, p[j], dy[i], f32 * p[j]);
-                    }
-                }
-            }
-    Check backward{"dqkv"};
-    for (size_t i = 0; i < want.size(); i++)
-        backward.add(to_float(dqkv[i]), want[i], u * (size[i] + std::fabs(want[i])) * 1.01 + f32 * size[i] + slack[i] + e);
-    backward.end(name);
+    check_backward<T>(c, name, qkv, dout, out, dqkv);
 
     // Cached: sequence s in slot s, its first half there already, its last tokens now; shares of `share` keys.
     int slots = c.starts.size() - 1, longest = 0, share = is_bf16<T> ? 48 : 20, n_partial = 0;

@@ -28,12 +28,15 @@ fn every_kernel_compiles_without_spills() {
             .unwrap();
         let report = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}: {report}", source.display());
+        // ptxas warns when it runs the products of wgmma one by one, or ignores setmaxnreg.
+        assert!(!report.to_lowercase().contains("warning"), "{}: {report}", source.display());
         // ptxas says of each kernel: its name, then its spills, then its registers.
         let mut name = "";
         for line in report.lines() {
             if let Some((_, rest)) = line.split_once("Function properties for ") {
                 name = rest.trim();
             } else if line.contains("spill stores") {
+                assert!(!name.contains("hopper") || line.contains(" 0 bytes stack frame"), "{name} has local memory: {line}");
                 assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{name} spills: {line}");
             } else if let Some((_, used)) = line.split_once("Used ") {
                 n_kernels += 1;
@@ -41,7 +44,7 @@ fn every_kernel_compiles_without_spills() {
             }
         }
     }
-    assert!(n_kernels >= 26, "only {n_kernels} kernels reported");
+    assert!(n_kernels >= 29, "only {n_kernels} kernels reported");
 }
 
 fn sources() -> Vec<PathBuf> {

@@ -82,7 +82,8 @@ pub fn stand_ins(folder: &Path) -> Option<()> {
 
 /// Products come out right through cuBLASLt's column-major terms; the GPU is the rank's by
 /// turns; a kernel is compiled once and taken from the disk by the next process; it is allowed its shared memory once, before its
-/// first launch, and its arguments lie where the driver looks; page-locked memory is taken once; no device memory is lost at the end.
+/// first launch, and its arguments lie where the driver looks, a matrix for the copy engine encoded once; page-locked memory is taken
+/// once; no device memory is lost at the end.
 #[test]
 fn calls_are_those_a_gpu_needs() {
     if is_inside() {
@@ -95,16 +96,18 @@ fn calls_are_those_a_gpu_needs() {
         log.retain(|line| !line.contains("algorithm")); // see products.rs
         log
     });
-    let launch = "attention_d128_bf16 on 3 x 2 x 1 of 128 x 1 x 1, shares 87040: 70 2 2 0.0883883";
-    let code = "loaded attention_forward.cu --gpu-architecture=sm_90a";
-    let allowed = "attention_d128_bf16 may share 87040 (8)";
+    let launch = "attention_hopper_d128_bf16 on 4 x 1 x 1 of 384 x 1 x 1, shares 164936: 128 128 70 2 0.0883883";
+    // bf16, no interleave, swizzle over 128 bytes, fetched as 256, zeros outside; boxes of queries and of keys are one here.
+    let matrix = "matrix of type 9, 128 x 8 x 70, strides 256 and 2048, boxes 64 x 1 x 128, 0 3 3 0";
+    let code = "loaded attention_hopper_forward.cu --gpu-architecture=sm_90a";
+    let allowed = "attention_hopper_d128_bf16 may share 164936 (8)";
     let segment = "4194304 bytes page-locked";
     let chunk = "8388608 bytes page-locked"; // two, at the first download
     let expected = |compiled: &[&str]| {
         let head = ["GPU 1", "stream 0 of priority 0", "stream 1 of priority -5", "stream 2 of priority 0"];
-        let tail = [code, allowed, launch, launch, "end with 0 pieces of memory"];
+        let tail = [code, allowed, matrix, launch, launch, "end with 0 pieces of memory"];
         [&head[..], &[segment; 4], &[chunk; 2], compiled, &tail].concat().iter().map(|line| line.to_string()).collect::<Vec<_>>()
     };
-    assert_eq!(logs[0], expected(&["compiled attention_forward.cu"]));
+    assert_eq!(logs[0], expected(&["compiled attention_hopper_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));
 }

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::ThreadId;
-use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
+use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream, TensorMap};
 use trireme::device::{Gemm, Store};
 use trireme::tensor::DType;
 
@@ -38,6 +38,14 @@ struct Argument {
     kind: i64,
     bits: u64,
 }
+/// `emulate::Map` of kernels/emulate_hopper.h in the 128 bytes of a `TensorMap`.
+#[repr(C, align(128))]
+struct Map {
+    address: u64,
+    sizes: [u64; 3],
+    strides: [u64; 2],
+    boxes: [u32; 3],
+}
 type Wrapper = unsafe extern "C" fn(*const Launch) -> *const c_char;
 
 /// The kernels of one file.
@@ -52,9 +60,8 @@ type Memory = BTreeMap<u64, usize>;
 /// The backend. One for all devices of a test program, so that a file is compiled once.
 #[derive(Default)]
 pub struct Emulator {
-    // A launch holds the lock: the state of kernels/emulate.h is one a library.
-    libraries: Mutex<HashMap<&'static str, Arc<Mutex<Library>>>>,
     memory: Mutex<Memory>,
+    hopper: bool,
     /// What threads are recording, and what was recorded.
     tapes: Mutex<HashMap<ThreadId, Vec<Call>>>,
     graphs: Mutex<HashMap<u64, Vec<Call>>>,
@@ -69,21 +76,34 @@ enum Call {
     Zero(u64, usize),
 }
 
+/// Of all emulators: a launch holds its library's lock, for the state of kernels/emulate.h is one a library.
+static LIBRARIES: LazyLock<Mutex<HashMap<&'static str, Arc<Mutex<Library>>>>> = LazyLock::new(Mutex::default);
+
 /// The one, or None (with the reason printed) where g++ does not start.
 pub fn emulator() -> Option<Arc<Emulator>> {
-    static ONE: LazyLock<Option<Arc<Emulator>>> = LazyLock::new(|| match Command::new("g++").arg("--version").output() {
-        Ok(_) => Some(Arc::new(Emulator::default())),
-        Err(error) => {
-            println!("skipped: g++ does not start ({error})");
-            None
-        }
-    });
+    static ONE: LazyLock<Option<Arc<Emulator>>> = LazyLock::new(|| Emulator::new(false));
+    ONE.clone()
+}
+
+/// The one of a Hopper GPU, or None as above.
+pub fn hopper() -> Option<Arc<Emulator>> {
+    static ONE: LazyLock<Option<Arc<Emulator>>> = LazyLock::new(|| Emulator::new(true));
     ONE.clone()
 }
 
 impl Emulator {
-    fn library(&self, file: &'static str) -> Arc<Mutex<Library>> {
-        let mut libraries = self.libraries.lock().expect("no kernel file failed to compile");
+    fn new(hopper: bool) -> Option<Arc<Emulator>> {
+        match Command::new("g++").arg("--version").output() {
+            Ok(_) => Some(Arc::new(Emulator { hopper, ..Emulator::default() })),
+            Err(error) => {
+                println!("skipped: g++ does not start ({error})");
+                None
+            }
+        }
+    }
+
+    fn library(file: &'static str) -> Arc<Mutex<Library>> {
+        let mut libraries = LIBRARIES.lock().expect("no kernel file failed to compile");
         Arc::clone(libraries.entry(file).or_insert_with(|| Arc::new(Mutex::new(Library::open(file)))))
     }
 
@@ -117,6 +137,15 @@ impl Emulator {
         assert!(!tapes.contains_key(&std::thread::current().id()), "{what} while work is recorded");
     }
 
+    /// The matrix of an argument that is one; panics unless it is memory of the device that the copy engine takes.
+    fn map(&self, arg: &Arg) -> Option<Map> {
+        let Arg::Map(map @ TensorMap { address, dim, heads, tokens, box_tokens }) = *arg else { return None };
+        self.check_range(address, 2 * dim * heads * tokens, "a matrix");
+        assert!(address % 16 == 0 && dim % TensorMap::BOX_DIMS == 0 && (1..=256).contains(&box_tokens), "{map:?}");
+        let sizes = [dim, heads, tokens].map(|n| n as u64);
+        Some(Map { address, sizes, strides: map.strides(), boxes: [TensorMap::BOX_DIMS as u32, 1, box_tokens] })
+    }
+
     /// Panics unless `bytes` bytes from the address are memory of the device.
     fn check_range(&self, address: u64, bytes: usize, what: &str) {
         let memory = self.memory.lock().expect("no panic while holding the memory");
@@ -139,6 +168,10 @@ impl Backend for Emulator {
     fn processors(&self) -> usize {
         // Few, so that small tests have several blocks of work for each.
         3
+    }
+
+    fn is_hopper(&self) -> bool {
+        self.hopper
     }
 
     fn alloc(&self, bytes: usize) -> Option<u64> {
@@ -191,7 +224,7 @@ impl Backend for Emulator {
         if self.is_kept(|| Call::Launch(kernel.clone(), grid, args.to_vec())) {
             return;
         }
-        let library = self.library(kernel.file);
+        let library = Emulator::library(kernel.file);
         let who = || format!("kernels/{}.cu, {}", kernel.file, kernel.name);
         let blocks = [grid.blocks.0, grid.blocks.1, grid.blocks.2];
         let library = library.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -199,7 +232,8 @@ impl Backend for Emulator {
         let accepted = blocks.iter().all(|n| *n > 0) && blocks[0] < 1 << 31 && blocks[1].max(blocks[2]) <= MOST_BLOCKS;
         let fits = (1..=bound).contains(&grid.threads) && grid.shared_bytes <= MOST_SHARED_BYTES;
         assert!(accepted && fits, "{}: {grid:?} with at most {bound} threads", who());
-        let arguments: Vec<Argument> = args.iter().map(argument).collect();
+        let maps: Vec<Option<Map>> = args.iter().map(|arg| self.map(arg)).collect();
+        let arguments: Vec<Argument> = args.iter().zip(&maps).map(argument).collect();
         let launch = Launch {
             blocks: blocks.map(|n| n as i32),
             threads: grid.threads as i32,
@@ -300,13 +334,14 @@ impl Backend for Emulator {
     }
 }
 
-fn argument(arg: &Arg) -> Argument {
+fn argument((arg, map): (&Arg, &Option<Map>)) -> Argument {
     let (kind, bits) = match *arg {
         Arg::Address(address) => (0, address),
         Arg::Int(value) => (1, u64::from(value as u32)),
         Arg::Long(value) => (2, value as u64),
         Arg::Float(value) => (3, u64::from(value.to_bits())),
         Arg::Double(value) => (4, value.to_bits()),
+        Arg::Map(_) => (5, std::ptr::from_ref(map.as_ref().expect("made of this argument")) as u64),
     };
     Argument { kind, bits }
 }
@@ -375,9 +410,10 @@ impl Library {
         let mut text = format!("#include {source:?}\n#include \"wrapper.h\"\n");
         kernels.iter().for_each(|(name, _)| text.push_str(&format!("WRAPPED({name})\n")));
         let wrapper = include_str!("wrapper.h");
-        let emulate = std::fs::read_to_string(kernels_folder().join("emulate.h")).expect("kernels/emulate.h");
-        let common = std::fs::read_to_string(kernels_folder().join("common.cuh")).expect("kernels/common.cuh");
-        let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &emulate, &common].join("\0").as_bytes());
+        let read =
+            |name: &&str| std::fs::read_to_string(kernels_folder().join(name)).unwrap_or_else(|error| panic!("kernels/{name}: {error}"));
+        let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh"].iter().map(read).collect::<Vec<_>>().join("\0");
+        let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
         if !path.is_file() {
             compile(file, &text, &path);

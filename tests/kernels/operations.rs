@@ -2,7 +2,7 @@
 
 use crate::cases::{self, Case, Kind, Vocabulary};
 use crate::check::check;
-use crate::emulator::emulator;
+use crate::emulator::{emulator, hopper};
 use crate::oracle::HeadCounts;
 use trireme::device::cuda::Cuda;
 use trireme::device::{Activation, Device, Direction, Gemm};
@@ -38,6 +38,20 @@ fn attention_matches_the_oracle() {
         list.push(cases::attention_cached(&[(1, 699, 1)], (2, 700), heads));
     }
     check_all(list);
+}
+
+/// The same on a Hopper GPU, for the forms that have kernels there: tables, matrices of the copy engine and shared memory are right.
+#[test]
+fn attention_of_hopper_matches_the_oracle() {
+    let Some(hopper) = hopper() else { return };
+    let cuda = Cuda::with_backend(hopper);
+    for heads in [(4, 2, 64), (6, 2, 128), (2, 1, 192)] {
+        for starts in [vec![0, 0], vec![0, 1], vec![0, 3, 3, 10, 11, 45], vec![0, 17, 83, 400]] {
+            check(&cuda, &cases::attention(starts.clone(), heads), DType::BF16);
+            check(&cuda, &cases::attention_backward(starts, heads), DType::BF16);
+        }
+    }
+    assert_eq!(cuda.memory().live_bytes, 0);
 }
 
 /// Row operations: sizes around vectors of 16 bytes, warps, blocks and the tiles of a reduction, and rows that end off a vector's

@@ -53,6 +53,9 @@ impl Backend for Pooled {
     fn processors(&self) -> usize {
         self.below.processors()
     }
+    fn is_hopper(&self) -> bool {
+        self.below.is_hopper()
+    }
     fn alloc(&self, bytes: usize) -> Option<u64> {
         self.arena.lock().unwrap().take(bytes, |bytes| {
             let address = self.below.alloc(bytes)?;

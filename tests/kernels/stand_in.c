@@ -171,9 +171,19 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     TELL("%s may share %d (%d)\n", (char*)function, value, attribute);
     return 0;
 }
+// A matrix for the copy engine: all that was asked; in its place the tokens of a box.
+int cuTensorMapEncodeTiled(Address* map, int type, unsigned rank, void* at, const Address* sizes, const Address* strides,
+                           const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
+    if (rank != 3 || (Address)at % 16 || (Address)map % 128 || steps[0] * steps[1] * steps[2] != 1) return INVALID;
+    TELL("matrix of type %d, %llu x %llu x %llu, strides %llu and %llu, boxes %u x %u x %u, %d %d %d %d\n", type, sizes[0], sizes[1],
+         sizes[2], strides[0], strides[1], box[0], box[1], box[2], interleave, swizzle, promotion, fill);
+    map[0] = box[2];
+    return 0;
+}
 typedef struct { float* x; long long n; float factor; } Scale;
 static void scale(void* data) { Scale* s = data; for (long long i = 0; i < s->n; i++) s->x[i] *= s->factor; }
-// Two kernels of elementwise.cu are run. Of the others arguments 4.. are shown as three ints and a float: those of attention.
+// Two kernels of elementwise.cu are run. Of the others arguments 2.. are shown as two
+// matrices, a table, two ints and a float: those of attention on Hopper.
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
                    Stream* stream, void** args, void** extra) {
     if (!strcmp(function, "copy_f32_f32")) return ask_copy(*(Address*)args[0], *(Address*)args[1], 4 * *(long long*)args[2], stream);
@@ -182,8 +192,8 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
         ask(stream, scale, &s, sizeof s);
         return 0;
     }
-    TELL("%s on %u x %u x %u of %u x %u x %u, shares %u: %d %d %d %g\n", (char*)function, x, y, z, threads, ty, tz, shared,
-         *(int*)args[4], *(int*)args[5], *(int*)args[6], *(float*)args[7]);
+    TELL("%s on %u x %u x %u of %u x %u x %u, shares %u: %llu %llu %d %d %g\n", (char*)function, x, y, z, threads, ty, tz, shared,
+         *(Address*)args[2], *(Address*)args[3], *(int*)args[5], *(int*)args[6], *(float*)args[7]);
     return 0;
 }
 

@@ -6,8 +6,8 @@
 
 // backend::Arg.
 struct Argument {
-    long long kind; // 0 pointer, 1 int, 2 long long, 3 float, 4 double
-    unsigned long long bits;
+    long long kind; // 0 pointer, 1 int, 2 long long, 3 float, 4 double, 5 TensorMap
+    unsigned long long bits; // of a TensorMap: its address
 };
 // A launch as emulator.rs hands it over.
 struct Launch {
@@ -17,6 +17,9 @@ struct Launch {
     long long n_args;
 };
 
+// Of hopper.cuh, where a file includes it.
+struct TensorMap;
+
 static char complaint[256];
 
 template <class T> static bool unpack(T& to, const Argument& from, int at) {
@@ -25,13 +28,15 @@ template <class T> static bool unpack(T& to, const Argument& from, int at) {
                          : std::is_same_v<T, long long>  ? 2
                          : std::is_same_v<T, float>      ? 3
                          : std::is_same_v<T, double>     ? 4
+                         : std::is_same_v<T, TensorMap>  ? 5
                                                          : -1;
-    static_assert(kind >= 0, "an argument of a kernel is a pointer, int, long long, float or double");
-    static const char* const names[] = {"a pointer", "int", "long long", "float", "double"};
+    static_assert(kind >= 0, "an argument of a kernel is a pointer, int, long long, float, double or TensorMap");
+    static const char* const names[] = {"a pointer", "int", "long long", "float", "double", "a TensorMap"};
     if (from.kind != kind)
         snprintf(complaint, sizeof complaint, "argument %d is %s, the launch passes %s", at, names[kind], names[from.kind]);
-    memcpy(&to, &from.bits, sizeof to);
-    return from.kind == kind;
+    if (from.kind != kind) return false;
+    memcpy(&to, kind == 5 ? (const void*)from.bits : &from.bits, sizeof to);
+    return true;
 }
 
 template <class... Types, size_t... At>

@@ -1,6 +1,9 @@
 //! Attention: which block computes what. Tables of work are made here, uploaded, and read by the kernels.
 //!
-//! bf16 with head dims 64, 128 and 192 runs on tensor cores in tiles of 64 rows; f32 and other dims by plain FMA in tiles of 16.
+//! bf16 with head dims 64, 128 and 192 runs on tensor cores in tiles of 64 rows, on a Hopper GPU with its own instructions (`hopper`);
+//! f32 and other dims by plain FMA in tiles of 16.
+
+mod hopper;
 
 use super::backend::{Arg, Grid, Kernel};
 use super::{Cuda, assert_rows, assert_sequences};
@@ -131,6 +134,9 @@ impl Cuda {
         assert_sequences("attention", sequence_starts, n_tokens);
         assert_eq!(lse.n_elements(), heads.query * n_tokens, "attention: {lse:?} for {heads:?}");
         let form = Form::of(qkv.dtype(), heads);
+        if self.hopper && form.mma {
+            return self.attention_hopper(out, lse, qkv, sequence_starts, heads);
+        }
         let items = items(sequence_starts, heads.queries_per_kv(), form.rows());
         if items.is_empty() {
             return;

@@ -57,6 +57,34 @@ pub enum Arg {
     Float(f32),
     /// `double`
     Double(f64),
+    /// `const __grid_constant__ TensorMap` of kernels/hopper.cuh
+    Map(TensorMap),
+}
+
+/// A matrix `[tokens, heads, dim]` of bf16 as the copy engine of a Hopper GPU takes it: in boxes of 64 dims of one head of
+/// `box_tokens` tokens.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct TensorMap {
+    /// Of element (0, 0, 0), a multiple of 16.
+    pub address: u64,
+    /// A multiple of 64.
+    pub dim: usize,
+    /// Heads of a token.
+    pub heads: usize,
+    /// Rows.
+    pub tokens: usize,
+    /// Tokens of a box, at most 256.
+    pub box_tokens: u32,
+}
+
+impl TensorMap {
+    /// Dims of a box: 128 bytes, as wide as the swizzle.
+    pub const BOX_DIMS: usize = 64;
+
+    /// Bytes from head to head and from token to token.
+    pub fn strides(&self) -> [u64; 2] {
+        [2 * self.dim, 2 * self.dim * self.heads].map(|bytes| bytes as u64)
+    }
 }
 
 /// A matrix in device memory: `[rows, columns]`, row-major, contiguous.
@@ -108,6 +136,8 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> String;
     /// Multiprocessors: how many blocks fill the device once.
     fn processors(&self) -> usize;
+    /// Whether it has the instructions of Hopper alone (sm_90a): kernels over hopper.cuh run.
+    fn is_hopper(&self) -> bool;
     /// Memory, aligned to 256, contents unspecified; used before perhaps, but by no work that is asked for after this call. `None`
     /// when there is none left.
     fn alloc(&self, bytes: usize) -> Option<u64>;

@@ -10,6 +10,7 @@ use super::arena::Arena;
 use super::backend::{Algorithms, Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
 use super::blas::{self, Blas, On};
 use super::compile;
+use super::tensor_map::TensorMaps;
 use crate::device::Gemm;
 use crate::error::{Error, Kind, Result};
 use copies::Copies;
@@ -49,6 +50,7 @@ pub struct Driver {
     architecture: String,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
     functions: Mutex<HashMap<Kernel, Function>>,
+    maps: TensorMaps,
 }
 
 // SAFETY: handles of the driver may be used by any thread that has the context current, which every call sees to; what is looked
@@ -127,6 +129,7 @@ impl Driver {
             architecture,
             modules: Mutex::default(),
             functions: Mutex::default(),
+            maps: TensorMaps::default(),
         })
     }
 
@@ -225,7 +228,7 @@ impl Drop for Driver {
     }
 }
 
-/// The bits of an argument, its value in the low bytes: what a pointer to it shows to the driver.
+/// The bits of an argument, its value in the low bytes: what a pointer to it shows to the driver. A matrix has its own (0 here).
 fn bits(arg: &Arg) -> u64 {
     match *arg {
         Arg::Address(address) => address,
@@ -233,6 +236,7 @@ fn bits(arg: &Arg) -> u64 {
         Arg::Long(value) => value as u64,
         Arg::Float(value) => u64::from(value.to_bits()),
         Arg::Double(value) => value.to_bits(),
+        Arg::Map(_) => 0,
     }
 }
 
@@ -243,6 +247,10 @@ impl Backend for Driver {
 
     fn processors(&self) -> usize {
         self.processors
+    }
+
+    fn is_hopper(&self) -> bool {
+        self.architecture == "sm_90a"
     }
 
     fn alloc(&self, bytes: usize) -> Option<u64> {
@@ -285,6 +293,11 @@ impl Backend for Driver {
         let function = self.function(kernel, grid.shared_bytes);
         let mut values: Vec<u64> = args.iter().map(bits).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let is_map = |arg: &Arg| if let Arg::Map(map) = arg { Some(*map) } else { None };
+        let mut maps: Vec<sys::CUtensorMap> = args.iter().filter_map(is_map).map(|map| self.maps.encoded(map)).collect();
+        let mut encoded = maps.iter_mut().map(|map| std::ptr::from_mut(map).cast());
+        let of_maps = args.iter().zip(&mut pointers).filter(|(arg, _)| is_map(arg).is_some());
+        of_maps.for_each(|(_, pointer)| *pointer = encoded.next().expect("one a matrix"));
         self.call(&|| format!("launching {} of kernels/{}.cu, {grid:?}", kernel.name, kernel.file), || {
             let threads = (grid.threads, 1, 1);
             // SAFETY: a loaded kernel; the arguments are read during the call; that they are the kernel's, in number and type, the

@@ -23,6 +23,7 @@ mod recording;
 mod rope;
 mod sample;
 pub mod streams;
+mod tensor_map;
 
 use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
@@ -35,6 +36,8 @@ use std::sync::{Arc, Mutex};
 /// The device.
 pub struct Cuda {
     backend: Arc<dyn Backend>,
+    /// Kernels on Hopper's own instructions where there are such.
+    hopper: bool,
     use_of_memory: Arc<Use>,
     /// Of the last call of attention over a cache.
     last_tables: Mutex<Option<Arc<Tables>>>,
@@ -143,6 +146,11 @@ impl Cuda {
     /// The device over a machine.
     pub fn with_backend(backend: Arc<dyn Backend>) -> Cuda {
         Cuda::over(backend, Arc::default())
+    }
+
+    /// The same device with the kernels that run on every GPU only, to compare with.
+    pub fn without_hopper(self) -> Cuda {
+        Cuda { hopper: false, ..self }
     }
 
     /// The first element of a tensor that this device made.

@@ -57,11 +57,11 @@ impl Cuda {
 
     /// The same machine and account of memory.
     fn sharing_memory(&self) -> Cuda {
-        Cuda::over(Arc::clone(&self.backend), Arc::clone(&self.use_of_memory))
+        Cuda { hopper: self.hopper, ..Cuda::over(Arc::clone(&self.backend), Arc::clone(&self.use_of_memory)) }
     }
 
     pub(super) fn over(backend: Arc<dyn Backend>, use_of_memory: Arc<Use>) -> Cuda {
-        Cuda { backend, use_of_memory, last_tables: Mutex::default(), tape: Mutex::default() }
+        Cuda { hopper: backend.is_hopper(), backend, use_of_memory, last_tables: Mutex::default(), tape: Mutex::default() }
     }
 
     /// Whether work is being recorded.
