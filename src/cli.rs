@@ -1,9 +1,32 @@
 //! What all binaries share: the end of the program. One line for an error, the right exit code.
 
+use crate::comm::nccl::{Options, Sums};
 use crate::error::{Error, Result};
-use crate::runtime;
+use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// Where a program computes and how its ranks talk: part of the arguments of each that computes.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Place {
+    /// Where to compute: cpu or cuda (one GPU a rank)
+    #[arg(long, default_value = "cpu")]
+    pub device: DeviceKind,
+    /// Between GPUs: auto (NCCL, or MPI through host memory where NCCL cannot be used), nccl, or mpi
+    #[arg(long, default_value = "auto")]
+    pub comm: CommKind,
+    /// Seconds after which an operation between GPUs that is not done ends the job
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub comm_timeout: u64,
+}
+
+impl Place {
+    /// How NCCL is used, with these sums.
+    pub fn nccl(&self, sums: Sums) -> Options {
+        Options { sums, timeout: Duration::from_secs(self.comm_timeout) }
+    }
+}
 
 /// Runs the program and turns its error into one line on stderr and its exit code (see `error`).
 pub fn main_with(run: impl FnOnce() -> Result<()>) -> ExitCode {

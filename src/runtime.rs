@@ -14,6 +14,7 @@ pub use watchdog::{Patience, Watchdog};
 
 use crate::artifact::{ArtifactWriter, Begin, host_name};
 use crate::comm::mpi::Mpi;
+use crate::comm::nccl::{self, Nccl};
 use crate::comm::solo::Solo;
 use crate::comm::{Communicator, Groups, agree};
 use crate::device::Device;
@@ -44,6 +45,29 @@ impl std::str::FromStr for DeviceKind {
             "cpu" => Ok(DeviceKind::Cpu),
             "cuda" => Ok(DeviceKind::Cuda),
             other => Err(format!("{other:?} is no device; use cpu or cuda")),
+        }
+    }
+}
+
+/// By what tensors of GPUs travel between ranks; those of the host go by MPI.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CommKind {
+    /// NCCL where every rank can use it, else MPI through host memory, which the log says with its reason.
+    Auto,
+    /// NCCL, or an error that says why not.
+    Nccl,
+    /// MPI, through host memory.
+    Mpi,
+}
+
+impl std::str::FromStr for CommKind {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<CommKind, String> {
+        match text {
+            "auto" => Ok(CommKind::Auto),
+            "nccl" => Ok(CommKind::Nccl),
+            "mpi" => Ok(CommKind::Mpi),
+            other => Err(format!("{other:?} is no way between GPUs; use auto, nccl or mpi")),
         }
     }
 }
@@ -129,10 +153,25 @@ impl Runtime {
 
     /// This rank's communicators under a layout; from here on messages name its coordinates. Collective.
     pub fn groups(&self, layout: ParallelLayout) -> Groups {
-        let groups = Groups::new(self.world.split(0), layout);
-        let at = groups.at;
-        set_coordinates(format!("r{:03} tp{} pp{} dp{} {}", self.world.rank(), at.tp, at.pp, at.dp, host_name()));
-        groups
+        self.groups_of(self.world.split(0), layout)
+    }
+
+    fn groups_of(&self, world: Box<dyn Communicator>, layout: ParallelLayout) -> Groups {
+        assert_eq!(world.size(), layout.world(), "the world does not fit {layout:?}");
+        let at = layout.coords(world.rank());
+        set_coordinates(format!("r{:03} tp{} pp{} dp{} {}", world.rank(), at.tp, at.pp, at.dp, host_name()));
+        Groups::new(world, layout)
+    }
+
+    /// Opens every rank's device and makes the groups of a layout, between GPUs by NCCL as `comm` and `options` say. Every rank leaves
+    /// with the same Err. Collective.
+    pub fn open(&self, layout: ParallelLayout, comm: CommKind, options: nccl::Options) -> Result<(Box<dyn Device>, Groups)> {
+        if self.device == DeviceKind::Cpu {
+            return Ok((self.device()?, self.groups(layout)));
+        }
+        let cuda = agree(&*self.world, Cuda::open(self.local_rank))?;
+        let world = between_gpus(self.world.split(0), &cuda, comm, options)?;
+        Ok((Box::new(cuda), self.groups_of(world, layout)))
     }
 
     /// Whether this rank got SIGTERM, SIGINT or SIGUSR1.
@@ -193,6 +232,23 @@ impl Runtime {
     pub fn abort(&self, error: &Error) -> ! {
         let _ = writeln!(std::io::stderr(), "[{}] error: {error}", coordinates());
         end_job(i32::from(error.exit_code()))
+    }
+}
+
+/// The ranks of `world` with NCCL for the tensors of their GPUs, where that is wanted and can be. Collective.
+fn between_gpus(world: Box<dyn Communicator>, cuda: &Cuda, comm: CommKind, options: nccl::Options) -> Result<Box<dyn Communicator>> {
+    if world.size() == 1 || comm == CommKind::Mpi {
+        return Ok(world);
+    }
+    match nccl::check(&*world, cuda) {
+        Ok(()) => Ok(Box::new(Nccl::new(world, cuda.sharing_memory(), options))),
+        Err(error) if comm == CommKind::Nccl => Err(error.doing("--comm nccl")),
+        Err(error) => {
+            if world.rank() == 0 {
+                log::warn!("collectives between GPUs go through host memory over MPI: {error}");
+            }
+            Ok(world)
+        }
     }
 }
 

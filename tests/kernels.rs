@@ -25,6 +25,8 @@ mod model;
 mod operations;
 #[path = "operations/oracle.rs"]
 mod oracle;
+#[path = "kernels/ordered.rs"]
+mod ordered;
 #[path = "kernels/pooled.rs"]
 mod pooled;
 #[path = "kernels/products.rs"]

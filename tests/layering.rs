@@ -31,8 +31,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("cudarc", CUDA),
 ];
 
-/// What calls the CUDA libraries: driver, matrix products, run-time compiler, matrices of the copy engine.
-const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile", "device/cuda/tensor_map"];
+/// What calls the CUDA libraries: driver, matrix products, run-time compiler, matrices of the copy engine, collectives.
+const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile", "device/cuda/tensor_map", "comm/nccl"];
 
 /// The only files or folders with `unsafe`: raw memory of tensors, SIMD kernels, the mmap reader, the mapped ring of the flight
 /// ledger, calls into C libraries, and signals with MPI_Abort.

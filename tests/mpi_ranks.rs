@@ -1,39 +1,20 @@
 //! Ranks as processes under mpirun: the table of collectives over MPI, all groups of all layouts, and how a job ends when one
-//! rank panics, fails, is killed or is asked to stop. Started plainly, this program launches itself under mpirun, case by
-//! case; started by mpirun, it is a rank. A job that hangs is a failure.
+//! rank panics, fails, is killed or is asked to stop.
 
 mod collective_table;
 mod hanging_ranks;
+mod mpi_job;
 
 use collective_table::check_all;
-use std::fs::File;
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
-use trireme::cli;
+use mpi_job::{Case, Program};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
 use trireme::comm::mpi::Mpi;
 use trireme::comm::{Groups, Recv, Send, agree};
 use trireme::error::{Error, Result};
 use trireme::parallel::layout::ParallelLayout;
 use trireme::runtime::{DeviceKind, Runtime};
 use trireme::tensor::Tensor;
-
-/// A job that has not ended by then hangs: the longest case takes seconds.
-const PATIENCE: Duration = Duration::from_secs(300);
-
-/// What a rank does in a case.
-type RankMain = fn(&Runtime) -> Result<()>;
-
-/// One launch and what must come of it.
-struct Case {
-    name: &'static str,
-    n_ranks: usize,
-    run: RankMain,
-    /// Exit code of mpirun; None: any but 0.
-    code: Option<i32>,
-    /// Each in exactly so many lines of the output of all ranks; after ^, at their beginning.
-    lines: &'static [(&'static str, usize)],
-}
 
 const CASES: &[Case] = &[
     // Bits on MPI equal those of a plain loop in rank order, and so those over threads, for long messages cut in pieces too.
@@ -74,95 +55,12 @@ const CASES: &[Case] = &[
 ];
 
 fn main() -> ExitCode {
-    if std::env::var_os("OMPI_COMM_WORLD_RANK").is_some() {
-        return cli::main_with(be_a_rank);
-    }
-    let filters: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
-    let wanted = |case: &&Case| filters.is_empty() || filters.iter().any(|filter| case.name.contains(filter.as_str()));
-    if let Err(error) = Command::new("mpirun").arg("--version").stdout(Stdio::null()).status() {
-        eprintln!("mpirun does not start ({error}): nothing was tested; install OpenMPI (apt-get install openmpi-bin)");
-        return ExitCode::FAILURE;
-    }
-    let (mut n_passed, mut n_failed) = (0, 0);
-    for case in CASES.iter().filter(wanted) {
-        let started = Instant::now();
-        match launch(case) {
-            Ok(()) => {
-                n_passed += 1;
-                println!("mpi_ranks {} on {} ranks ... ok ({:.1} s)", case.name, case.n_ranks, started.elapsed().as_secs_f64());
-            }
-            Err(what) => {
-                n_failed += 1;
-                println!("mpi_ranks {} on {} ranks ... FAILED: {what}", case.name, case.n_ranks);
-            }
-        }
-    }
-    println!("mpi_ranks: {n_passed} passed, {n_failed} failed");
-    if n_failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// Runs the case under mpirun and judges its end.
-fn launch(case: &Case) -> std::result::Result<(), String> {
-    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let file = |name: &str| File::create(dir.path().join(name)).expect("a file in a fresh directory");
-    let mut job = Command::new("mpirun")
-        .args(["-n", &case.n_ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"])
-        .arg(std::env::current_exe().expect("the path of this program"))
-        .arg(case.name)
-        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
-        .env(hanging_ranks::RUN_VARIABLE, dir.path())
-        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-        .env_remove("RAYON_NUM_THREADS")
-        .env_remove("RUST_BACKTRACE")
-        .stdin(Stdio::null())
-        .stdout(file("stdout"))
-        .stderr(file("stderr"))
-        .spawn()
-        .map_err(|error| format!("mpirun: {error}"))?;
-    let started = Instant::now();
-    let status = loop {
-        if let Some(status) = job.try_wait().map_err(|error| error.to_string())? {
-            break Some(status);
-        }
-        if started.elapsed() > PATIENCE {
-            // mpirun ends its ranks when it is asked to end; killed, it would leave them behind.
-            let _ = Command::new("kill").arg(job.id().to_string()).status();
-            let _ = job.wait();
-            break None;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    let read = |name: &str| String::from_utf8_lossy(&std::fs::read(dir.path().join(name)).unwrap_or_default()).into_owned();
-    let output = read("stdout") + &read("stderr");
-    let Some(status) = status else { return Err(format!("hangs; it printed\n{output}")) };
-    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-    let code_is_right = case.code.map_or(code != 0, |expected| code == expected);
-    if !code_is_right {
-        return Err(format!(
-            "exit code {code}, expected {}; it printed\n{output}",
-            case.code.map_or("not 0".into(), |code| code.to_string())
-        ));
-    }
-    for (text, expected) in case.lines {
-        let is_in = |line: &&str| text.strip_prefix('^').map_or(line.contains(text), |beginning| line.starts_with(beginning));
-        let found = output.lines().filter(is_in).count();
-        if found != *expected {
-            return Err(format!("{found} lines with {text:?}, expected {expected}; it printed\n{output}"));
-        }
-    }
-    hanging_ranks::check(case.name, dir.path())
-}
-
-fn be_a_rank() -> Result<()> {
-    let name = std::env::args().nth(1).unwrap_or_default();
-    let case = CASES.iter().find(|case| case.name == name).ok_or_else(|| Error::recipe(format!("no case {name:?}")))?;
-    if case.name == "before-mpi" {
-        return Err(Error::recipe("unknown key"));
-    }
-    let runtime = Runtime::start(DeviceKind::Cpu)?;
-    assert_eq!(runtime.world().size(), case.n_ranks);
-    let result = (case.run)(&runtime);
-    runtime.close(result)
+    mpi_job::main(&Program {
+        cases: CASES,
+        device: DeviceKind::Cpu,
+        environment: &|_, folder| vec![(hanging_ranks::RUN_VARIABLE, folder.into())],
+        check: hanging_ranks::check,
+    })
 }
 
 fn layout(tp: usize, pp: usize, dp: usize) -> ParallelLayout {

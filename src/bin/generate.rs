@@ -7,12 +7,13 @@ use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint::{self, hf};
 use trireme::cli;
 use trireme::comm::agree;
+use trireme::comm::nccl::Sums;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::{self, Generator};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, Response, read_requests};
 use trireme::model::config::HeadKind;
-use trireme::runtime::{DeviceKind, Runtime};
+use trireme::runtime::Runtime;
 use trireme::tensor::DType;
 use trireme::text::Tokenizer;
 use trireme::text::chat::NEMOTRON_TURN;
@@ -52,9 +53,8 @@ struct Args {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Where to compute: cpu or cuda (one GPU a rank)
-    #[arg(long, default_value = "cpu")]
-    device: DeviceKind,
+    #[command(flatten)]
+    place: cli::Place,
 }
 
 fn main() -> ExitCode {
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let runtime = Runtime::start(args.device)?;
+    let runtime = Runtime::start(args.place.device)?;
     let result = generate(args, &runtime);
     runtime.close(result)
 }
@@ -72,8 +72,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let prepared = agree(world, prepare(args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return Ok(()) };
-    let groups = runtime.groups(prepared.layout);
-    let device = agree(&*groups.world, runtime.device())?;
+    let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
     let chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
     let generator = Generator {

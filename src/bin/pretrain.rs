@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use trireme::cli;
 use trireme::comm::agree;
+use trireme::comm::nccl::Sums;
 use trireme::device::ceiling;
 use trireme::error::Result;
 use trireme::recipe::Pretrain;
-use trireme::runtime::{DeviceKind, Patience, Runtime};
+use trireme::runtime::{Patience, Runtime};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
 
@@ -32,9 +33,8 @@ struct Args {
     /// Run directory: checkpoints, metrics.jsonl, and a manifest when finished
     #[arg(long)]
     out: PathBuf,
-    /// Where to compute: cpu or cuda (one GPU a rank)
-    #[arg(long, default_value = "cpu")]
-    device: DeviceKind,
+    #[command(flatten)]
+    place: cli::Place,
     /// What has changed on purpose since the newest checkpoint: data, tokenizer, model or recipe (may be given again); the run's
     /// lineage keeps it
     #[arg(long = "accept-changed", value_name = "WHAT")]
@@ -51,18 +51,17 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let recipe = Pretrain::load(&args.recipe, &args.sets)?;
-    let runtime = Runtime::start(args.device)?;
+    let runtime = Runtime::start(args.place.device)?;
     let result = pretrain(args, &recipe, &runtime);
     runtime.close(result)
 }
 
 fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
-    let groups = runtime.groups(layout);
+    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let limit = |seconds: f64| (seconds > 0.0).then_some(seconds);
     let patience = Patience { step_s: limit(recipe.observe.hang_after_s), files_s: limit(recipe.observe.hang_in_files_after_s) };
     let _watchdog = runtime.watch(&groups.flight, patience);
-    let device = agree(&*groups.world, runtime.device())?;
     let device = &*device;
     let stop = || runtime.stop_agreed(&*groups.world);
     let job = Job {

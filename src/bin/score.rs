@@ -7,13 +7,14 @@ use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint::{self, Stored};
 use trireme::cli;
 use trireme::comm::agree;
+use trireme::comm::nccl::Sums;
 use trireme::data::h5;
 use trireme::error::{Error, Result};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Rated, Scored, Sequence};
 use trireme::model::config::HeadKind;
 use trireme::parallel::layout::ParallelLayout;
-use trireme::runtime::{DeviceKind, Runtime};
+use trireme::runtime::Runtime;
 use trireme::tensor::DType;
 
 /// Score given text with a checkpoint.
@@ -72,16 +73,15 @@ struct ScoreArgs {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Where to compute: cpu or cuda (one GPU a rank)
-    #[arg(long, default_value = "cpu")]
-    device: DeviceKind,
+    #[command(flatten)]
+    place: cli::Place,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     cli::main_with(|| {
         let (What::Logprobs(score_args) | What::Rewards(score_args)) = &args.what;
-        let runtime = Runtime::start(score_args.device)?;
+        let runtime = Runtime::start(score_args.place.device)?;
         let result = score(&args.what, score_args, &runtime);
         runtime.close(result)
     })
@@ -101,8 +101,7 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let (stored, sequences, layout) = agree(world, prepare(what, args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(what, args, &stored))? else { return Ok(()) };
-    let groups = runtime.groups(layout);
-    let device = agree(&*groups.world, runtime.device())?;
+    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
     let mut chunks = [agree(&*groups.world, load_chunk(device, &stored, &groups, args.dtype))?];
     match what {

@@ -1,12 +1,14 @@
-//! Communicators: the same calls over one rank (`solo`), threads of one process (`threads`), and MPI (`mpi`).
+//! Communicators: the same calls over one rank (`solo`), threads of one process (`threads`), MPI (`mpi`), and between GPUs (`nccl`).
 //!
 //! The byte primitives are what an implementation brings; the tensor collectives stand here once. Sums are made by
 //! exchanging the pieces and adding them **in rank order in f32** with one rounding at the end, so a sum has the same bits
-//! over threads and MPI, on every rank, in every run. Calls do not return `Result`: a failed collective panics, and the
-//! hook in `runtime` ends the job.
+//! over threads and MPI, on every rank, in every run. One exception, which is asked for: `nccl` with `Sums::Library` leaves sums of
+//! f32 to the library, whose order is another. Calls do not return `Result`: a failed collective panics, and the hook in `runtime`
+//! ends the job.
 
 mod mailbox;
 pub mod mpi;
+pub mod nccl;
 mod ordered;
 mod recorded;
 pub mod solo;

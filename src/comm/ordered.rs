@@ -139,12 +139,12 @@ fn gather_u64<C: Communicator + ?Sized>(comm: &C, x: u64) -> Vec<u64> {
     all.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes"))).collect()
 }
 
-fn check_division(what: &str, size: usize, full: &Tensor, shard: &Tensor) {
+pub(super) fn check_division(what: &str, size: usize, full: &Tensor, shard: &Tensor) {
     let fits = full.dtype() == shard.dtype() && full.n_elements() == size * shard.n_elements();
     assert!(fits, "{what} over {size} ranks: {full:?} is not {size} times {shard:?}");
 }
 
-fn check_summable(what: &str, x: &Tensor) {
+pub(super) fn check_summable(what: &str, x: &Tensor) {
     assert!(x.dtype() != DType::U32, "{what} of {x:?}: integers are gathered, not summed");
 }
 

@@ -1,11 +1,12 @@
-//! Every collective on fresh data, for any communicator: what tests/collectives.rs runs on threads and tests/mpi_ranks.rs on
-//! MPI. Every rank knows what every other rank sends (data are a function of rank and element), so each result is compared,
+//! Every collective on fresh data, for any communicator: what tests/collectives.rs runs on threads, tests/mpi_ranks.rs on
+//! MPI and tests/nccl.rs between devices. Every rank knows what every other rank sends (data are a function of rank and element), so each result is compared,
 //! bit for bit, with a plain loop in rank order written here.
 
 use half::bf16;
 use std::ops::Range;
 use std::sync::Mutex;
 use trireme::comm::{Communicator, Recv, ReduceOp, Send};
+use trireme::device::Device;
 use trireme::rng::Random;
 use trireme::tensor::{DType, ForeignMemory, Tensor};
 
@@ -14,11 +15,13 @@ use trireme::tensor::{DType, ForeignMemory, Tensor};
 const SIZES: &[usize] = &[1, 2, 3, 7, 64, 1021, 5040, 30_011, 70_001];
 
 /// Where the tensors lie.
-#[derive(Clone, Copy, PartialEq)]
-enum Place {
+#[derive(Clone, Copy)]
+enum Place<'a> {
     Host,
     /// In memory that can only be copied to and from.
     Elsewhere,
+    /// In memory of a device.
+    On(&'a dyn Device),
 }
 
 /// Memory as a device has it.
@@ -36,7 +39,7 @@ impl ForeignMemory for Far {
 /// A communicator and where the tensors are that it moves.
 struct Ranks<'a> {
     comm: &'a dyn Communicator,
-    place: Place,
+    place: Place<'a>,
 }
 
 impl<'a> std::ops::Deref for Ranks<'a> {
@@ -51,6 +54,11 @@ impl Ranks<'_> {
         match self.place {
             Place::Host => x,
             Place::Elsewhere => Tensor::foreign(x.dims(), x.dtype(), Box::new(Far(Mutex::new(x.bytes().to_vec())))),
+            Place::On(device) => {
+                let mut there = device.alloc(x.dims(), x.dtype()).unwrap();
+                device.upload(x.bytes(), &mut there);
+                there
+            }
         }
     }
 
@@ -71,6 +79,12 @@ pub fn check_all(comm: &dyn Communicator) {
     for place in [Place::Host, Place::Elsewhere] {
         check_place(&Ranks { comm, place });
     }
+}
+
+/// The same with tensors in a device's memory.
+#[allow(dead_code)] // for communicators between devices
+pub fn check_all_on(comm: &dyn Communicator, device: &dyn Device) {
+    check_place(&Ranks { comm, place: Place::On(device) });
 }
 
 fn check_place(comm: &Ranks) {

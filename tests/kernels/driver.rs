@@ -104,7 +104,7 @@ fn calls_are_those_a_gpu_needs() {
     let segment = "4194304 bytes page-locked";
     let chunk = "8388608 bytes page-locked"; // two, at the first download
     let expected = |compiled: &[&str]| {
-        let head = ["GPU 1", "stream 0 of priority 0", "stream 1 of priority -5", "stream 2 of priority 0"];
+        let head = ["GPU 1", "stream 0 of priority 0", "stream 1 of priority 0"];
         let tail = [code, allowed, matrix, launch, launch, "end with 0 pieces of memory"];
         [&head[..], &[segment; 4], &[chunk; 2], compiled, &tail].concat().iter().map(|line| line.to_string()).collect::<Vec<_>>()
     };

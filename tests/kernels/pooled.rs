@@ -56,6 +56,10 @@ impl Backend for Pooled {
     fn is_hopper(&self) -> bool {
         self.below.is_hopper()
     }
+
+    fn identity(&self) -> [u8; 16] {
+        self.below.identity()
+    }
     fn alloc(&self, bytes: usize) -> Option<u64> {
         self.arena.lock().unwrap().take(bytes, |bytes| {
             let address = self.below.alloc(bytes)?;

@@ -1,11 +1,13 @@
 // A stand-in for libcuda, libnvrtc and libcublasLt, as far as src/device/cuda calls them: device memory is the host's, a stream is a
 // list of work that is done as late as the rules allow (when somebody waits for it), or at once for the streams named in STAND_IN_EAGER
-// (a mask: 1 compute, 2 communication, 4 copies): a missing wait shows as wrong bytes in one of them. Copies and products are made,
+// (a mask: 1 compute, 2 copies, 4 communication): a missing wait shows as wrong bytes in one of them. Copies and products are made,
 // by plain loops, the latter in cuBLASLt's column-major terms; of other kernels the launch is told. Every call worth a look is a line
 // of stderr.
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef unsigned long long Address;
 #define TELL(...) fprintf(stderr, "stand-in: " __VA_ARGS__)
@@ -25,13 +27,20 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : 1;
     return 0;
 }
+// Of each process alone, unless STAND_IN_ONE_GPU says that all share one.
+int cuDeviceGetUuid_v2(char* uuid, int device) {
+    memset(uuid, 0, 16);
+    if (!getenv("STAND_IN_ONE_GPU")) snprintf(uuid, 16, "%d", getpid());
+    return 0;
+}
 int cuDeviceGetName(char* name, int size, int device) { strcpy(name, "stand-in"); return 0; }
 int cuCtxGetCurrent(void** context) { *context = current; return 0; }
 int cuCtxSetCurrent(void* context) { current = context; return 0; }
 int cuGetErrorName(int error, const char** text) { *text = "CUDA_ERROR"; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error"; return 0; }
 
-// Streams: work in the order asked, done up to `n_done`.
+// Streams: work in the order asked, done up to `n_done`. Several threads may ask; one at a time has the lock, which work that waits for
+// other processes (stand_in_enqueue, for a stand-in of NCCL) gives away meanwhile.
 typedef struct {
     void (*run)(void* data);
     long long data[32];
@@ -43,7 +52,7 @@ typedef struct {
 typedef struct {
     List list;
     List* recorded; // instead, while it is captured
-    int number;
+    int number, may_block;
 } Stream;
 typedef struct {
     Stream* stream;
@@ -52,8 +61,10 @@ typedef struct {
     float time_ms;
 } Event;
 static float clock_ms;
-static Stream streams[8];
-static int n_streams;
+static Stream streams[64];
+static int n_streams, n_blocked;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+#define LOCKED(...) do { pthread_mutex_lock(&lock); __VA_ARGS__; pthread_mutex_unlock(&lock); } while (0)
 static void run_to(Stream* stream, long at) {
     List* list = &stream->list;
     while (list->n_done < at) {
@@ -66,12 +77,27 @@ static void append(List* list, Work work) {
     if (list->n == list->room) list->work = realloc(list->work, (list->room = 2 * list->room + 64) * sizeof(Work));
     list->work[list->n++] = work;
 }
-static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
+static void ask_locked(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
     Work work = {run};
     memcpy(work.data, data, bytes);
     append(stream->recorded ? stream->recorded : &stream->list, work);
     const char* eager = getenv("STAND_IN_EAGER");
     if (!stream->recorded && eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->list.n);
+}
+static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) { LOCKED(ask_locked(stream, run, data, bytes)); }
+typedef struct { void (*run)(void*); void* of; } Blocking;
+static void run_blocking(void* data) {
+    Blocking* work = data;
+    n_blocked++;
+    pthread_mutex_unlock(&lock);
+    work->run(work->of);
+    pthread_mutex_lock(&lock);
+    n_blocked--;
+}
+void stand_in_enqueue(Stream* stream, void (*run)(void*), void* of) {
+    Blocking work = {run, of};
+    stream->may_block = 1;
+    ask(stream, run_blocking, &work, sizeof work);
 }
 static void run_all(void) { for (int i = 0; i < n_streams; i++) run_to(&streams[i], streams[i].list.n); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return 0; }
@@ -81,25 +107,24 @@ int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     *stream = &streams[n_streams++];
     return flags == 1 ? 0 : INVALID;
 }
-int cuStreamSynchronize(Stream* stream) { run_to(stream, stream->list.n); return stream->recorded ? INVALID : 0; }
+int cuStreamSynchronize(Stream* stream) { LOCKED(run_to(stream, stream->list.n)); return stream->recorded ? INVALID : 0; }
 int cuStreamDestroy_v2(Stream* stream) { return stream->list.n_done == stream->list.n ? 0 : INVALID; }
 int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); (*event)->tells_time = !flags; return 0; }
 int cuEventDestroy_v2(Event* event) { free(event); return 0; }
 static void stamp(void* event) { (*(Event**)event)->time_ms = clock_ms; }
 int cuEventRecord(Event* event, Stream* stream) {
     if (event->tells_time) ask(stream, stamp, &event, sizeof event);
-    event->stream = stream;
-    event->at = stream->list.n;
+    LOCKED(event->stream = stream; event->at = stream->list.n);
     return current ? 0 : INVALID;
 }
 int cuEventElapsedTime_v2(float* ms, Event* from, Event* to) { *ms = to->time_ms - from->time_ms; return 0; }
 static void wait_for(void* data) { Event* event = data; run_to(event->stream, event->at); }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) { ask(stream, wait_for, event, sizeof *event); return 0; }
-int cuEventSynchronize(Event* event) { wait_for(event); return 0; }
-// Done the next time it is asked.
+int cuEventSynchronize(Event* event) { LOCKED(wait_for(event)); return 0; }
+// Done the next time it is asked, unless that might block.
 int cuEventQuery(Event* event) {
-    int ready = event->stream->list.n_done >= event->at;
-    wait_for(event);
+    int ready;
+    LOCKED(ready = event->stream->list.n_done >= event->at; if (!n_blocked && !event->stream->may_block) wait_for(event));
     return ready ? 0 : NOT_READY;
 }
 
@@ -134,7 +159,7 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
     return 0;
 }
 int cuMemFree_v2(Address at) {
-    run_all();
+    LOCKED(run_all());
     free((void*)at);
     live--;
     return 0;
@@ -182,7 +207,30 @@ int cuTensorMapEncodeTiled(Address* map, int type, unsigned rank, void* at, cons
 }
 typedef struct { float* x; long long n; float factor; } Scale;
 static void scale(void* data) { Scale* s = data; for (long long i = 0; i < s->n; i++) s->x[i] *= s->factor; }
-// Two kernels of elementwise.cu are run. Of the others arguments 2.. are shown as two
+// Values combined in rank order: what collectives need beside messages.
+typedef struct { char *out, *own, *pieces; int rank, n_pieces, is_bf16, is_max; long long stride, n; } Combine;
+static float widened(const void* at, long long i, int is_bf16) {
+    if (!is_bf16) return ((const float*)at)[i];
+    unsigned bits = (unsigned)((const unsigned short*)at)[i] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static void combine(void* data) {
+    Combine* c = data;
+    for (long long i = 0; i < c->n; i++) {
+        float sum = 0;
+        for (int r = 0; r < c->n_pieces; r++) {
+            float x = widened(r == c->rank ? c->own : c->pieces + r * c->stride * (c->is_bf16 ? 2 : 4), i, c->is_bf16);
+            sum = r == 0 ? x : c->is_max ? (x > sum ? x : sum) : sum + x;
+        }
+        unsigned bits;
+        memcpy(&bits, &sum, 4);
+        if (c->is_bf16) ((unsigned short*)c->out)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        else ((float*)c->out)[i] = sum;
+    }
+}
+// Two kernels of elementwise.cu and those of ordered.cu are run. Of the others arguments 2.. are shown as two
 // matrices, a table, two ints and a float: those of attention on Hopper.
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
                    Stream* stream, void** args, void** extra) {
@@ -190,6 +238,12 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     if (!strcmp(function, "scale_f32")) {
         Scale s = {*(float**)args[0], *(long long*)args[1], *(float*)args[2]};
         ask(stream, scale, &s, sizeof s);
+        return 0;
+    }
+    if (!strncmp(function, "ordered_", 8)) {
+        Combine c = {*(char**)args[0], *(char**)args[1], *(char**)args[2], *(int*)args[3], *(int*)args[4], strstr(function, "bf16") != 0,
+                     strstr(function, "max") != 0, *(long long*)args[5], *(long long*)args[6]};
+        ask(stream, combine, &c, sizeof c);
         return 0;
     }
     TELL("%s on %u x %u x %u of %u x %u x %u, shares %u: %llu %llu %d %d %g\n", (char*)function, x, y, z, threads, ty, tz, shared,

@@ -22,7 +22,7 @@ fn values(x: &Tensor) -> Vec<f32> {
 }
 
 /// A copy on a stream, as a library asks for it: in the place of a collective.
-fn copy_on(stream: u64, to: &Tensor, from: &Tensor) {
+fn copy_on(cuda: &Cuda, stream: u64, to: &Tensor, from: &Tensor) {
     type CopyAsync = unsafe extern "C" fn(u64, u64, usize, *mut c_void) -> c_int;
     // SAFETY: the stand-in is loaded already and defines the function with this type; both tensors are memory of the device.
     unsafe {
@@ -30,7 +30,7 @@ fn copy_on(stream: u64, to: &Tensor, from: &Tensor) {
         let symbol = libc::dlsym(library, c"cuMemcpyDtoDAsync_v2".as_ptr());
         assert!(!symbol.is_null());
         let copy = std::mem::transmute::<*mut c_void, CopyAsync>(symbol);
-        let address = |x| Cuda::address_of(x).unwrap();
+        let address = |x| cuda.address_of(x).unwrap();
         assert_eq!(copy(address(to), address(from), from.n_bytes(), stream as *mut c_void), 0);
     }
 }
@@ -41,7 +41,7 @@ fn communicate() {
     let mut x = tensor(&cuda, &[1.0, 2.0, 3.0]);
     let mut y = tensor(&cuda, &[9.0; 3]);
     cuda.scale(&mut x, 2.0);
-    let under_way = stream.start(|handle| copy_on(handle, &y, &x));
+    let under_way = stream.start(|handle| copy_on(&cuda, handle, &y, &x));
     let mut other = tensor(&cuda, &[5.0; 3]);
     cuda.scale(&mut other, 7.0); // beside it
     let _ = under_way.is_done();
@@ -50,7 +50,7 @@ fn communicate() {
     cuda.scale(&mut x, 10.0);
     // Dropped, it joins as well.
     let mut z = tensor(&cuda, &[9.0; 3]);
-    drop(stream.start(|handle| copy_on(handle, &z, &x)));
+    drop(stream.start(|handle| copy_on(&cuda, handle, &z, &x)));
     cuda.scale(&mut z, 0.5);
     assert_eq!(values(&y), [6.0, 12.0, 18.0]);
     assert_eq!((values(&x), values(&z)), (vec![20.0, 40.0, 60.0], vec![10.0, 20.0, 30.0]));

@@ -105,8 +105,9 @@ pub struct Matrix {
 pub enum Stream {
     /// Kernels, products, zeros and small copies.
     Compute,
-    /// Collectives and messages of a library that runs on the device; before compute where both want the same processors.
-    Communication,
+    /// Collectives and messages of a library that runs on the device, one stream for each group of ranks, numbered from 0: a message
+    /// that is awaited must not hold up what another group does. Before compute where both want the same processors.
+    Communication(usize),
     /// Large copies from and to the host.
     Copies,
 }
@@ -178,4 +179,6 @@ pub trait Backend: Send + Sync {
     fn replay(&self, graph: Graph);
     /// Ends the use of recorded work.
     fn forget(&self, graph: Graph);
+    /// What tells this device from every other one (its UUID): two processes that read the same use the same device.
+    fn identity(&self) -> [u8; 16];
 }

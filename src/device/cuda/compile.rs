@@ -21,6 +21,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("elementwise", include_str!("../../../kernels/elementwise.cu")),
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("norm", include_str!("../../../kernels/norm.cu")),
+    ("ordered", include_str!("../../../kernels/ordered.cu")),
     ("rope", include_str!("../../../kernels/rope.cu")),
     ("sample", include_str!("../../../kernels/sample.cu")),
 ];

@@ -46,6 +46,7 @@ pub struct Driver {
     /// For cuBLASLt.
     workspace: u64,
     name: String,
+    identity: [u8; 16],
     processors: usize,
     architecture: String,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
@@ -110,6 +111,7 @@ impl Driver {
         let processors = context.attribute(multiprocessors).map_err(failed)? as usize;
         let gpu = context.name().map_err(failed)?;
         let name = format!("{gpu}, {processors} processors");
+        let identity = result::device::get_uuid(context.cu_device()).map_err(failed)?.bytes.map(|byte| byte as u8);
         let queues = Queues::open().map_err(failed)?;
         let copies = Copies::new().map_err(failed)?;
         // SAFETY: the context is current; freed when the driver is dropped.
@@ -125,6 +127,7 @@ impl Driver {
             blas,
             workspace,
             name,
+            identity,
             processors,
             architecture,
             modules: Mutex::default(),
@@ -381,6 +384,10 @@ impl Backend for Driver {
 
     fn forget(&self, graph: Graph) {
         self.call(&|| "ending recorded work".into(), || graphs::forget(graph.0 as sys::CUgraphExec));
+    }
+
+    fn identity(&self) -> [u8; 16] {
+        self.identity
     }
 }
 

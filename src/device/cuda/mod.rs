@@ -19,6 +19,7 @@ mod grid;
 mod matmul;
 mod norm;
 mod operations;
+mod ordered;
 mod recording;
 mod rope;
 mod sample;
@@ -29,6 +30,7 @@ use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
 use backend::{Algorithms, Arg, Backend};
+pub(crate) use ordered::Pieces;
 use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -45,9 +47,11 @@ pub struct Cuda {
     tape: Mutex<Option<Tape>>,
 }
 
-/// Live and peak memory.
+/// Live and peak memory, and what else of a machine is counted once.
 #[derive(Default)]
 struct Use {
+    /// Communication streams that were handed out.
+    n_streams: AtomicUsize,
     live_bytes: AtomicUsize,
     peak_bytes: AtomicUsize,
     n_tensors: AtomicUsize,
@@ -157,6 +161,18 @@ impl Cuda {
     fn address(tensor: &Tensor) -> u64 {
         let memory = tensor.foreign_handle().and_then(|handle| handle.downcast_ref::<Memory>());
         memory.expect("a tensor of this device").address + tensor.offset_bytes() as u64
+    }
+
+    /// Where the first element of a tensor lies in device memory, for those who hand it to CUDA's libraries. `None` for a tensor that
+    /// this device has not made.
+    pub fn address_of(&self, tensor: &Tensor) -> Option<u64> {
+        let memory = tensor.foreign_handle().and_then(|handle| handle.downcast_ref::<Memory>())?;
+        Arc::ptr_eq(&memory.backend, &self.backend).then(|| memory.address + tensor.offset_bytes() as u64)
+    }
+
+    /// What tells this GPU from every other one: its UUID.
+    pub fn identity(&self) -> [u8; 16] {
+        self.backend.identity()
     }
 
     /// A tensor to read, as an argument.

@@ -56,7 +56,7 @@ impl Cuda {
     }
 
     /// The same machine and account of memory.
-    fn sharing_memory(&self) -> Cuda {
+    pub fn sharing_memory(&self) -> Cuda {
         Cuda { hopper: self.hopper, ..Cuda::over(Arc::clone(&self.backend), Arc::clone(&self.use_of_memory)) }
     }
 

@@ -15,77 +15,68 @@
 
 use super::Cuda;
 use super::backend::{Backend, Event, Stream};
-use crate::tensor::Tensor;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The communication stream of a device. Clones are the same stream.
+/// A communication stream of a device. Clones are the same stream.
 #[derive(Clone)]
 pub struct CommunicationStream {
     backend: Arc<dyn Backend>,
+    stream: Stream,
 }
 
 impl CommunicationStream {
-    /// Of this device. `None` where no CUDA is below it (a machine that is emulated): such tensors travel through the host.
+    /// A new one of this device: each group of ranks has its own. `None` where no CUDA is below it (a machine that is emulated): such tensors travel through the host.
     pub fn of(cuda: &Cuda) -> Option<CommunicationStream> {
         let backend = Arc::clone(&cuda.backend);
-        backend.handle(Stream::Communication).map(|_| CommunicationStream { backend })
+        let stream = Stream::Communication(cuda.use_of_memory.n_streams.fetch_add(1, Ordering::Relaxed));
+        backend.handle(stream).map(|_| CommunicationStream { backend, stream })
     }
 
     /// Makes the device current on this thread, as calls of CUDA's libraries want it, and returns the stream's `CUstream`.
     pub fn handle(&self) -> u64 {
-        self.backend.handle(Stream::Communication).expect("a device that has streams keeps them")
+        self.backend.handle(self.stream).expect("a device that has streams keeps them")
     }
 
     /// Lets `ask` ask for work on the stream (given as `CUstream`, the device current on this thread), behind everything that was asked
     /// of the device before this call.
     pub fn start(&self, ask: impl FnOnce(u64)) -> UnderWay {
         let ready = self.backend.record(Stream::Compute);
-        self.backend.wait(Stream::Communication, ready);
+        self.backend.wait(self.stream, ready);
         self.backend.release(ready);
         ask(self.handle());
-        UnderWay { end: Some(self.backend.record(Stream::Communication)), backend: Arc::clone(&self.backend) }
+        let end = self.backend.record(self.stream);
+        UnderWay { end, is_joined: AtomicBool::new(false), backend: Arc::clone(&self.backend) }
     }
 }
 
 /// Work on the communication stream that the device's own work does not wait for yet. Dropped, it joins.
 #[must_use = "the device's work is behind it only after join()"]
 pub struct UnderWay {
-    end: Option<Event>,
+    end: Event,
+    is_joined: AtomicBool,
     backend: Arc<dyn Backend>,
 }
 
 impl UnderWay {
     /// What is asked of the device from now on begins after it. Does not block the host.
-    pub fn join(mut self) {
-        self.join_now();
+    pub fn join(&self) {
+        if !self.is_joined.swap(true, Ordering::Relaxed) {
+            self.backend.wait(Stream::Compute, self.end);
+        }
     }
 
     /// Whether it is done. For those who watch over a job; the result does not depend on asking.
     pub fn is_done(&self) -> bool {
-        self.end.is_none_or(|end| self.backend.is_complete(end))
-    }
-
-    fn join_now(&mut self) {
-        if let Some(end) = self.end.take() {
-            self.backend.wait(Stream::Compute, end);
-            self.backend.release(end);
-        }
+        self.backend.is_complete(self.end)
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            self.join_now();
+            self.join();
+            self.backend.release(self.end);
         }
-    }
-}
-
-impl Cuda {
-    /// Where the first element of a tensor lies in device memory, for those who hand it to CUDA's libraries. `None` for a tensor that
-    /// no CUDA device made.
-    pub fn address_of(tensor: &Tensor) -> Option<u64> {
-        let memory = tensor.foreign_handle().and_then(|handle| handle.downcast_ref::<super::Memory>());
-        memory.map(|memory| memory.address + tensor.offset_bytes() as u64)
     }
 }

@@ -2,13 +2,16 @@
 
 use crate::device::cuda::backend::Stream;
 use cudarc::driver::{DriverError, result, sys};
+use std::ffi::c_int;
 use std::sync::Mutex;
 
 /// Streams, and events that are not in use.
 pub struct Queues {
     compute: sys::CUstream,
-    communication: sys::CUstream,
     copies: sys::CUstream,
+    communication: Mutex<Vec<sys::CUstream>>,
+    /// Of the communication streams.
+    priority: c_int,
     idle: Mutex<Vec<sys::CUevent>>,
 }
 
@@ -20,19 +23,32 @@ impl Queues {
         let (least, greatest) = result::stream::get_priority_range()?;
         Ok(Queues {
             compute: result::stream::create_with_priority(kind(), least)?,
-            communication: result::stream::create_with_priority(kind(), greatest)?,
             copies: result::stream::create_with_priority(kind(), least)?,
+            communication: Mutex::default(),
+            priority: greatest,
             idle: Mutex::default(),
         })
     }
 
-    /// A stream's handle.
+    /// A stream's handle. One for communication is made at its first use, when the context must be current.
     pub fn of(&self, stream: Stream) -> sys::CUstream {
         match stream {
             Stream::Compute => self.compute,
-            Stream::Communication => self.communication,
             Stream::Copies => self.copies,
+            Stream::Communication(number) => {
+                let mut made = self.communication.lock().expect("no panic while holding the streams");
+                while made.len() <= number {
+                    let stream = result::stream::create_with_priority(result::stream::StreamKind::NonBlocking, self.priority);
+                    made.push(stream.unwrap_or_else(|error| panic!("making a stream for communication: {error}")));
+                }
+                made[number]
+            }
         }
+    }
+
+    fn all(&self) -> Vec<sys::CUstream> {
+        let communication = self.communication.lock().expect("no panic while holding the streams");
+        [self.compute, self.copies].iter().chain(&*communication).copied().collect()
     }
 
     /// An event at the end of what was asked of a stream; given back by `release`. The context must be current, here and below.
@@ -66,7 +82,7 @@ impl Queues {
 
     /// Blocks until all streams are empty.
     pub fn synchronize(&self) -> Result<(), DriverError> {
-        for stream in [self.compute, self.communication, self.copies] {
+        for stream in self.all() {
             // SAFETY: a live stream.
             unsafe { result::stream::synchronize(stream) }?;
         }
@@ -81,7 +97,7 @@ impl Queues {
             idle.into_iter().for_each(|event| {
                 let _ = result::event::destroy(event);
             });
-            for stream in [self.compute, self.communication, self.copies] {
+            for stream in self.all() {
                 let _ = result::stream::destroy(stream);
             }
         }
