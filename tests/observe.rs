@@ -32,6 +32,7 @@ fn recipe(dir: &Path) -> Pretrain {
     recipe.validation = Some(Validation { shards, every_steps: 2, samples: 4 });
     recipe.checkpoint.every_steps = 1;
     recipe.observe.compare_every_steps = 1;
+    recipe.observe.prometheus = Some(dir.join("run.prom"));
     recipe
 }
 
@@ -58,6 +59,8 @@ fn the_time_of_a_step_is_accounted_for() {
         assert_eq!(row.mfu, None, "no rate is stated for a CPU");
     }
     assert!(metrics.rows.windows(2).all(|pair| pair[0].unix_s < pair[1].unix_s));
+    let exposed = std::fs::read_to_string(dir.path().join("run.prom")).expect("written at each step");
+    assert!(exposed.contains("\ntrireme_step{run=\"") && exposed.contains("/run\"} 3.0\n"), "{exposed}");
     let job = metrics.last_job.expect("a job");
     assert_eq!((job.from_step, job.ranks), (0, 8));
     assert!(job.unix_s < metrics.rows[0].unix_s);

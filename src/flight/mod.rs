@@ -10,6 +10,7 @@
 //! the rings of all ranks, [`report`] finds who diverged first, and [`trace`] writes them for chrome://tracing and Perfetto.
 //! This module knows nothing of communicators: those that record call it (`comm::recorded`).
 
+mod clocks;
 mod record;
 mod recorder;
 pub mod report;
@@ -19,6 +20,7 @@ mod times;
 pub mod trace;
 mod words;
 
+pub use clocks::Shift;
 pub use record::{Event, GROUPS, Group, Name, Op, PHASES, Phase, Record};
 pub use recorder::{Blocked, Open, Recorder, Span};
 pub use times::Times;

@@ -1,5 +1,5 @@
 //! What the rings of all ranks tell together: who diverged first, where every rank is, who comes late, and where time is lost
-//! in communication that nothing hides. Times of different machines are compared as their clocks say them.
+//! in communication that nothing hides.
 //!
 //! A rank waits for those that have not entered its collective, or not posted the other end of its message. Following these
 //! edges from the longest wait leads to a rank that waits for nobody, which holds up the rest; or into a circle, where the
@@ -12,6 +12,8 @@ use std::fmt::Write;
 
 /// A process without a sign of life for longer than this before the last one of any rank has stopped, or was ended.
 const SILENCE_NS: u64 = 700_000_000;
+/// A communication that takes longer although all ranks are in it does not go on.
+const STUCK_S: f64 = 5.0;
 /// Ranks that a list names.
 const NAMED: usize = 12;
 
@@ -31,8 +33,13 @@ fn heading(rings: &Rings) -> String {
     let (layout, n) = (rings.layout, rings.all().count());
     let first = rings.all().map(|ring| ring.opened_ns).min().unwrap_or(0);
     let job = rings.all().next().map_or("", |ring| &ring.job);
+    let shifts = rings
+        .shifts
+        .iter()
+        .map(|shift| format!("  the clock of {} was {:+.1} ms off and is set\n", shift.host, shift.ahead_ns as f64 / 1e6));
+    let shifts: String = shifts.collect();
     format!(
-        "{}: job {job}, {n} rings of {} ranks = tp {} x pp {} (vp {}) x dp {}, from {} to {} UTC\n",
+        "{}: job {job}, {n} rings of {} ranks = tp {} x pp {} (vp {}) x dp {}, from {} to {} UTC\n{shifts}",
         rings.folder.display(),
         layout.world(),
         layout.tp,
@@ -56,13 +63,27 @@ pub fn divergence(rings: &Rings) -> Vec<String> {
     }
     match root(rings) {
         Some(root) => found.extend(describe(rings, &root)),
-        None => found.extend(silent_ranks(rings).into_iter().map(|ring| silence(rings, ring))),
+        None => {
+            found.extend(silent_ranks(rings).into_iter().map(|ring| silence(rings, ring)));
+            found.extend(stuck(rings));
+        }
     }
     if found.is_empty() {
         let all_closed = rings.all().all(|ring| ring.closed_ns > 0);
         found.push(if all_closed { "none: all ranks ended in good order" } else { "none: no rank waits for another" }.into());
     }
     found
+}
+
+/// The longest wait for an operation that every rank of it has entered.
+fn stuck(rings: &Rings) -> Option<String> {
+    let waiting = rings.all().filter(|ring| !is_silent(rings, ring)).filter_map(|ring| Some((ring, ring.waiting()?)));
+    let (ring, record) = waiting.min_by_key(|(_, record)| record.wait_ns)?;
+    let seconds = rings.newest_ns().saturating_sub(record.wait_ns) as f64 / 1e9;
+    (seconds > STUCK_S).then(|| {
+        let since = clock(record.wait_ns);
+        format!("rank {} waits in {} since {since}, though nobody is missing in it", ring.rank, operation(record))
+    })
 }
 
 /// An operation that ranks wait in, and the ranks that have not come.

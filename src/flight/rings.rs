@@ -1,5 +1,6 @@
 //! The rings of all ranks of a job, read while they are written or after the job's end.
 
+use super::clocks::{self, Shift};
 use super::record::{GROUPS, Group, Record, WORDS};
 use super::ring::{HEADER_BYTES, RECORD_BYTES};
 use super::words::{TEXT_WORDS, unpack_text, word};
@@ -92,6 +93,15 @@ impl RankRing {
         self.records.iter().rev().find(|record| record.is_open() && record.wait_ns > 0)
     }
 
+    /// Moves all of its times.
+    pub(super) fn shift(&mut self, by_ns: i64) {
+        let of_rank = [&mut self.opened_ns, &mut self.heartbeat_ns, &mut self.stop_ns, &mut self.hang_ns, &mut self.closed_ns];
+        let of_records = self.records.iter_mut().flat_map(|record| [&mut record.start_ns, &mut record.wait_ns, &mut record.end_ns]);
+        for time in of_rank.into_iter().chain(of_records).filter(|time| **time > 0) {
+            *time = time.saturating_add_signed(by_ns);
+        }
+    }
+
     /// `rank 17 (tp1 pp0 dp2, n042)`
     pub fn title(&self) -> String {
         let Coords { tp, pp, dp } = self.layout.coords(self.rank);
@@ -106,8 +116,10 @@ pub struct Rings {
     pub folder: PathBuf,
     /// Layout of the job.
     pub layout: ParallelLayout,
-    /// By rank; None: it left none.
+    /// By rank; None: it left none. All by the clock of the first.
     pub ranks: Vec<Option<RankRing>>,
+    /// Machines whose clocks were different.
+    pub shifts: Vec<Shift>,
 }
 
 impl Rings {
@@ -138,7 +150,9 @@ impl Rings {
                 ranks[rank] = Some(ring);
             }
         }
-        Ok(Rings { folder: folder.into(), layout, ranks })
+        let mut rings = Rings { folder: folder.into(), layout, ranks, shifts: Vec::new() };
+        rings.shifts = clocks::align(&mut rings);
+        Ok(rings)
     }
 
     /// The rings that there are.

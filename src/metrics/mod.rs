@@ -8,6 +8,7 @@
 mod events;
 mod goodput;
 mod plot;
+mod prometheus;
 mod svg;
 mod terminal;
 mod time;
@@ -20,6 +21,7 @@ pub use time::{Exposed, TimeUse};
 use crate::artifact::{LineWriter, whole_lines};
 use crate::error::{Error, IoContext, Result};
 use events::EventWriter;
+use prometheus::PrometheusFile;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -112,18 +114,27 @@ pub fn now_unix_s() -> f64 {
 pub struct MetricsWriter {
     lines: LineWriter,
     events: EventWriter,
+    prometheus: Option<PrometheusFile>,
 }
 
 impl MetricsWriter {
     /// Opens or creates the file, and [`EVENTS_FILE`] beside it. What was cut off by a kill is removed.
     pub fn open(path: &Path) -> Result<MetricsWriter> {
         let events = EventWriter::open(&path.with_file_name(EVENTS_FILE), now_unix_s())?;
-        Ok(MetricsWriter { lines: LineWriter::open(path)?, events })
+        Ok(MetricsWriter { lines: LineWriter::open(path)?, events, prometheus: None })
+    }
+
+    /// Writes the newest row to this file too, for Prometheus, labelled with the run.
+    pub fn expose(&mut self, path: &Path, run: &Path) {
+        self.prometheus = Some(PrometheusFile::new(path, run));
     }
 
     /// Appends a row, one write to each file.
     pub fn append(&mut self, row: &Row) -> Result<()> {
         self.write_line(&serde_json::to_string(row).expect("plain data"))?;
+        if let Some(file) = &mut self.prometheus {
+            file.write(row);
+        }
         self.events.append(row.step, row.unix_s, &scalars(row))
     }
 
@@ -138,7 +149,7 @@ impl MetricsWriter {
     }
 }
 
-/// What TensorBoard shows of a row: (tag, value).
+/// What TensorBoard and Prometheus show of a row: (tag, value).
 fn scalars(row: &Row) -> Vec<(&'static str, f64)> {
     let mut all = vec![
         ("loss/training", row.loss),

@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// Recording and watching.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -16,11 +17,14 @@ pub struct Observe {
     pub flight_records: u64,
     /// Steps between comparisons of what the replicas hold; 0: never.
     pub compare_every_steps: u64,
+    /// A file `NAME.prom` with the newest numbers for the textfile collector of Prometheus' node_exporter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prometheus: Option<PathBuf>,
 }
 
 impl Default for Observe {
     fn default() -> Self {
-        Observe { hang_after_s: 600.0, hang_in_files_after_s: 3600.0, flight_records: 8192, compare_every_steps: 100 }
+        Observe { hang_after_s: 600.0, hang_in_files_after_s: 3600.0, flight_records: 8192, compare_every_steps: 100, prometheus: None }
     }
 }
 
@@ -31,6 +35,12 @@ impl Observe {
             if !(0.0..=1e9).contains(&value) {
                 return Err(Error::recipe(format!("observe.{key} = {value}")).remedy("give seconds, or 0 for never"));
             }
+        }
+        if let Some(path) = &self.prometheus
+            && path.extension().is_none_or(|extension| extension != "prom")
+        {
+            let wrong = format!("observe.prometheus = \"{}\": the collector reads files named *.prom", path.display());
+            return Err(Error::recipe(wrong).remedy("name it so, in the collector's directory"));
         }
         // A step of the largest runs has some thousands.
         if !(64..=1 << 24).contains(&self.flight_records) {

@@ -78,6 +78,9 @@ impl Trainer<'_> {
     pub fn open_records(&mut self) -> Result<()> {
         let from_step = self.state.step;
         if let Some(metrics) = &mut self.metrics {
+            if let Some(path) = &self.job.recipe.observe.prometheus {
+                metrics.expose(path, self.job.out);
+            }
             let ranks = self.job.groups.world.size();
             metrics.job(metrics::Job { from_step, ranks, unix_s: self.job.groups.flight.began_unix_s(), deadline_unix_s: None })?;
         }
