@@ -6,9 +6,10 @@ use common::{counting_documents, tiny_recipe, train, write_megatron};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
-use trireme::flight::rings::Rings;
+use trireme::flight::rings::{RankRing, Rings};
 use trireme::flight::{Event, Group, Name, Op, Open, Phase, Record, Recorder, report, ring_path, trace};
 use trireme::parallel::layout::ParallelLayout;
+use trireme::rng::Random;
 
 fn layout(tp: usize, pp: usize, dp: usize) -> ParallelLayout {
     ParallelLayout { tp, pp, dp, vp: 1 }
@@ -155,6 +156,40 @@ fn a_full_ring_keeps_the_newest() {
     assert_eq!(numbers, (1000 - 64 + 1 + 16..=1000).collect::<Vec<u64>>());
     assert!(records.iter().all(|r| r.op == Op::AllReduce && r.sequence == r.number && r.end_ns >= r.start_ns), "{records:?}");
     assert!(records.windows(2).all(|pair| pair[0].end_ns <= pair[1].start_ns), "one after the other");
+}
+
+/// A ring that was cut or has flipped bits is read as what is left of it or refused in a line, and the report of it is text: a
+/// post-mortem must not die of what killed its subject.
+#[test]
+fn damaged_rings_are_read_or_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let ranks = recorders(dir.path(), layout(1, 1, 2), 64);
+    (1..=100).for_each(|sequence| ranks.iter().for_each(|rank| complete(rank, Op::AllReduce, Group::World, sequence)));
+    let open = ranks[0].enter(&event(Op::Barrier, Group::Dp, 1));
+    let path = ring_path(dir.path(), 0);
+    let whole = std::fs::read(&path).expect("readable");
+    let noise = Random::new(7, "damaged rings");
+    let mut n_refused = 0;
+    for round in 0..300 {
+        let mut bytes = whole.clone();
+        let draw = |i: u64, n: usize| (noise.bits(round * 16 + i) % n as u64) as usize;
+        if round % 3 == 0 {
+            bytes.truncate(draw(0, whole.len()));
+        }
+        let n = bytes.len().min(if round % 2 == 0 { 400 } else { usize::MAX });
+        // Mostly the header, where a wrong number does most.
+        (1..=1 + draw(1, 4) as u64).filter(|_| n > 0).for_each(|i| bytes[draw(1 + i, n)] ^= 1 << draw(8 + i, 8));
+        // A file of its own: the ring itself is mapped.
+        std::fs::remove_file(&path).expect("there");
+        std::fs::write(&path, &bytes).expect("writable");
+        n_refused += usize::from(RankRing::read(&path).is_err());
+        match Rings::read(dir.path()) {
+            Ok(rings) => assert!(report::of(&rings).lines().count() >= 5),
+            Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+        }
+    }
+    assert!((100..300).contains(&n_refused), "{n_refused} of 300 refused");
+    ranks[0].leave(open);
 }
 
 /// A whole run records every collective in the same order on all ranks of a group, with tensors, phases and micro-batches; all

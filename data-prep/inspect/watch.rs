@@ -16,6 +16,8 @@ use trireme::recipe::Pretrain;
 const RECENT: usize = 20;
 /// A rank without a sign of life for longer has ended; file systems of clusters show it late.
 const SILENCE_S: f64 = 60.0;
+/// Records of rank 0 that are looked at: its newest.
+const NEWEST: usize = 64;
 /// Size where there is no terminal.
 const PAPER: Size = Size { width: 80, height: 34 };
 /// Columns of the names of bars and of their numbers.
@@ -74,7 +76,7 @@ impl State {
         if run.join(MANIFEST).is_file() {
             return State::Finished;
         }
-        let Ok(ring) = RankRing::read(&flight::ring_path(&flight::folder(run), 0)) else { return State::Ended(None) };
+        let Ok(ring) = RankRing::read_newest(&flight::ring_path(&flight::folder(run), 0), NEWEST) else { return State::Ended(None) };
         let silent_s = now_s - ring.heartbeat_ns as f64 / 1e9;
         if ring.closed_ns > 0 || silent_s > SILENCE_S {
             return State::Ended(Some(silent_s));

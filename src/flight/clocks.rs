@@ -7,7 +7,7 @@ use super::rings::Rings;
 use std::collections::BTreeMap;
 
 /// Differences below it are within what messages and the scheduler take.
-const LEAST_NS: i64 = 1_000_000;
+const LEAST_NS: u64 = 1_000_000;
 /// Collectives below which nothing is concluded.
 const LEAST_COLLECTIVES: usize = 5;
 
@@ -33,17 +33,17 @@ pub(super) fn align(rings: &mut Rings) -> Vec<Shift> {
     let own_host = first.host.clone();
     let mut ahead: BTreeMap<String, Vec<i64>> = BTreeMap::new();
     for ring in rings.all().filter(|ring| ring.host != own_host) {
-        let pairs = ring.records.iter().filter(joins_all).filter_map(|r| Some(r.end_ns as i64 - *reference.get(&r.sequence)? as i64));
+        let pairs = ring.records.iter().filter(joins_all).filter_map(|r| Some(r.end_ns.wrapping_sub(*reference.get(&r.sequence)?) as i64));
         ahead.entry(ring.host.clone()).or_default().extend(pairs);
     }
     let mut shifts = Vec::new();
     for (host, mut differences) in ahead {
         differences.sort_unstable();
         let Some(&median) = differences.get(differences.len() / 2) else { continue };
-        if differences.len() < LEAST_COLLECTIVES || median.abs() < LEAST_NS {
+        if differences.len() < LEAST_COLLECTIVES || median.unsigned_abs() < LEAST_NS {
             continue;
         }
-        rings.ranks.iter_mut().flatten().filter(|ring| ring.host == host).for_each(|ring| ring.shift(-median));
+        rings.ranks.iter_mut().flatten().filter(|ring| ring.host == host).for_each(|ring| ring.shift(median.wrapping_neg()));
         shifts.push(Shift { host, ahead_ns: median });
     }
     shifts

@@ -222,7 +222,7 @@ fn state(rings: &Rings, rank: usize) -> String {
 }
 
 fn is_silent(rings: &Rings, ring: &RankRing) -> bool {
-    ring.closed_ns == 0 && rings.newest_ns() > ring.heartbeat_ns + SILENCE_NS
+    ring.closed_ns == 0 && rings.newest_ns() > ring.heartbeat_ns.saturating_add(SILENCE_NS)
 }
 
 fn silent_ranks(rings: &Rings) -> Vec<&RankRing> {
@@ -267,9 +267,11 @@ fn mismatch(rings: &Rings) -> Option<String> {
 }
 
 /// Each group once, with its ranks.
-fn all_groups(rings: &Rings) -> BTreeSet<(Vec<usize>, Group)> {
-    let of = |group: Group| (0..rings.layout.world()).map(move |rank| (rings.members(group, rank), group));
-    GROUPS.iter().flat_map(|&group| of(group)).filter(|(members, _)| members.len() > 1).collect()
+fn all_groups(rings: &Rings) -> Vec<(Vec<usize>, Group)> {
+    let n_ranks = |group: Group| if group == Group::World { 1 } else { rings.layout.world() };
+    let of = |group: Group| (0..n_ranks(group)).map(move |rank| (rank, rings.members(group, rank), group));
+    let all = GROUPS.iter().flat_map(|&group| of(group));
+    all.filter(|(rank, members, _)| members.len() > 1 && members[0] == *rank).map(|(_, members, group)| (members, group)).collect()
 }
 
 /// One line for each operation that ranks are in, the fullest first.

@@ -6,10 +6,16 @@ use super::ring::{HEADER_BYTES, RECORD_BYTES};
 use super::words::{TEXT_WORDS, unpack_text, word};
 use crate::error::{Error, IoContext, Result};
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Records at the old end of a full ring that may be overwritten while they are read, and are left out.
 const UNSURE: usize = 16;
+/// Records that are kept of all ranks together: some thousands of ranks are read within the memory of one of them.
+const KEPT_OF_ALL: usize = 1 << 21;
+/// Records that are kept of a rank however many there are.
+const KEPT_OF_ONE: usize = 256;
 
 /// The ring of one rank. Times are nanoseconds since 1970, 0: not.
 #[derive(Clone, PartialEq, Debug)]
@@ -43,12 +49,23 @@ pub struct RankRing {
 impl RankRing {
     /// Reads a ring. Errors: it cannot be read, or is not one.
     pub fn read(path: &Path) -> Result<RankRing> {
-        let bytes = std::fs::read(path).at(path)?;
+        RankRing::read_newest(path, usize::MAX)
+    }
+
+    /// The same with the newest so many records only.
+    pub fn read_newest(path: &Path, n_newest: usize) -> Result<RankRing> {
+        let file = File::open(path).at(path)?;
+        let n_file_bytes = file.metadata().at(path)?.len();
         let wrong = |what: String| Error::file(path, what).remedy("name a run directory or its folder flight");
-        if bytes.len() < HEADER_BYTES || bytes[..8] != *word::THIS_MAGIC {
+        let words_at = |at: usize, n_bytes: usize| -> Result<Vec<u64>> {
+            let mut bytes = vec![0u8; n_bytes];
+            file.read_exact_at(&mut bytes, at as u64).at(path)?;
+            Ok(bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes"))).collect())
+        };
+        let words = if n_file_bytes < HEADER_BYTES as u64 { vec![0] } else { words_at(0, HEADER_BYTES)? };
+        if words[word::MAGIC] != u64::from_le_bytes(*word::THIS_MAGIC) {
             return Err(wrong("not a flight ledger".into()));
         }
-        let words: Vec<u64> = bytes.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("8 bytes"))).collect();
         if words[word::VERSION] != word::THIS_VERSION {
             return Err(wrong(format!("version {} of the flight ledger, this program reads {}", words[word::VERSION], word::THIS_VERSION)));
         }
@@ -56,17 +73,27 @@ impl RankRing {
         let layout = ParallelLayout { tp, pp, dp, vp };
         let n_bytes = n_records.checked_mul(RECORD_BYTES).and_then(|n| n.checked_add(HEADER_BYTES));
         let product = [tp, pp, dp].iter().try_fold(1usize, |product, &n| product.checked_mul(n));
-        if n_bytes != Some(bytes.len()) || product != Some(size) || rank >= size {
-            return Err(wrong(format!("{} bytes, {n_records} records, rank {rank} of {size} do not fit together", bytes.len())));
+        if n_bytes.map(|n| n as u64) != Some(n_file_bytes) || product != Some(size) || rank >= size || n_records == 0 {
+            return Err(wrong(format!("{n_file_bytes} bytes, {n_records} records, rank {rank} of {size} do not fit together")));
         }
         let newest = words[word::BEGUN];
+        if newest > u64::MAX / 2 {
+            return Err(wrong(format!("{newest} records begun")));
+        }
         let oldest = (newest + 1).saturating_sub(n_records as u64).max(1);
-        let first = if newest > n_records as u64 { oldest + UNSURE.min(n_records / 2) as u64 } else { oldest };
-        let records = (first..=newest).filter_map(|number| {
-            let at = HEADER_BYTES / 8 + ((number - 1) % n_records as u64) as usize * WORDS;
-            let record = Record::unpack(words[at..at + WORDS].try_into().expect("a record"));
-            record.filter(|record| record.number == number)
-        });
+        let whole = if newest > n_records as u64 { oldest + UNSURE.min(n_records / 2) as u64 } else { oldest };
+        let first = whole.max((newest + 1).saturating_sub(n_newest as u64));
+        let mut records = Vec::new();
+        // At most two stretches of the file: the ring may go over its end.
+        let mut number = first;
+        while number <= newest {
+            let slot = ((number - 1) % n_records as u64) as usize;
+            let n = (n_records - slot).min((newest + 1 - number) as usize);
+            let stretch = words_at(HEADER_BYTES + slot * RECORD_BYTES, n * RECORD_BYTES)?;
+            let unpacked = stretch.chunks_exact(WORDS).map(|words| Record::unpack(words.try_into().expect("a record")));
+            records.extend((number..).zip(unpacked).filter_map(|(number, record)| record.filter(|record| record.number == number)));
+            number += n as u64;
+        }
         Ok(RankRing {
             rank,
             layout,
@@ -79,7 +106,7 @@ impl RankRing {
             hang_ns: words[word::HANG],
             closed_ns: words[word::CLOSED],
             entered: words[word::ENTERED..word::ENTERED + GROUPS.len()].to_vec(),
-            records: records.collect(),
+            records,
         })
     }
 
@@ -134,7 +161,7 @@ impl Rings {
         let mut found = Vec::new();
         let mut first_error = None;
         for path in &paths {
-            match RankRing::read(path) {
+            match RankRing::read_newest(path, (KEPT_OF_ALL / paths.len()).max(KEPT_OF_ONE)) {
                 Ok(ring) => found.push(ring),
                 Err(error) => first_error = first_error.or(Some(error)),
             }
