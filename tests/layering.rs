@@ -35,8 +35,9 @@ const CRATES: &[(&str, &[&str])] = &[
 const CUDA: &[&str] = &["device/cuda/driver", "device/cuda/blas", "device/cuda/compile", "device/cuda/tensor_map", "comm/nccl"];
 
 /// The only files or folders with `unsafe`: raw memory of tensors, SIMD kernels, the mmap reader, the mapped ring of the flight
-/// ledger, calls into C libraries, and signals with MPI_Abort.
-const UNSAFE: &[&[&str]] = &[&["tensor", "device/cpu", "data/index", "flight/ring", "comm/mpi", "checkpoint/h5", "runtime"], CUDA];
+/// ledger, communication that owns its tensors, calls into C libraries, and signals with MPI_Abort.
+const UNSAFE: &[&[&str]] =
+    &[&["tensor", "device/cpu", "data/index", "flight/ring", "comm/mpi", "comm/in_flight", "checkpoint/h5", "runtime"], CUDA];
 
 /// A source file by its path without `src/` and `.rs`; a folder's own file goes by the folder: `comm/mpi`, `comm`.
 struct Source {

@@ -6,8 +6,8 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, DecayShape, Health, LrDecay, Moments, Observe, Optimizer, Parallel, Phase, Precision, Pretrain, RampStage,
-    ScheduleKind, Source, Start, Train, Validation, Wsd,
+    Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, LrDecay, Moments, Observe, Optimizer, Parallel, Phase, Precision,
+    Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train, Validation, Wsd,
 };
 
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
@@ -32,9 +32,18 @@ fn sound() -> Pretrain {
             head: HeadKind::Vocabulary,
             init_std: 0.02,
         },
-        parallel: Parallel { tp: 2, pp: 2, dp: None, vp: 1, schedule: ScheduleKind::OneFOneB, sequence_parallel: true },
+        parallel: Parallel {
+            tp: 2,
+            pp: 2,
+            dp: None,
+            vp: 1,
+            schedule: ScheduleKind::OneFOneB,
+            sequence_parallel: true,
+            overlap: true,
+            layers: None,
+        },
         batch: Batch { seq_len: 32, micro: 2, global: 16, ramp: vec![] },
-        train: Train { samples: 1600, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0 },
+        train: Train { samples: 1600, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0, recompute: RecomputePlan::default() },
         optimizer: Optimizer {
             lr: 1e-3,
             min_lr: 1e-4,
@@ -56,6 +65,12 @@ fn sound() -> Pretrain {
         start: None,
         phase: vec![],
     }
+}
+
+/// Full recompute of these ranges of layers.
+fn full(ranges: &[&str]) -> RecomputePlan {
+    let range = |&layers: &&str| RecomputeRange { layers: layers.into(), kind: Recompute::Full };
+    RecomputePlan::Ranges(ranges.iter().map(range).collect())
 }
 
 /// Stages of a ramp: (until_sample, global).
@@ -240,13 +255,65 @@ fn missing_keys_are_named() {
     }
     let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
     let observed = ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
-    assert_eq!(optional, [&["checkpoint.every_steps".to_string()], &defaults[..], &observed[..]].concat());
+    let mechanics = ["parallel.overlap", "train.recompute", "checkpoint.every_steps"].map(String::from);
+    assert_eq!(optional, [&mechanics[..], &defaults[..], &observed[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
     let line = parse("", &[]).expect_err("empty");
     assert!(line.starts_with("r.toml: the recipe misses the key model"), "{line}");
     let without_validation = Pretrain { validation: None, ..sound() };
     assert_eq!(parse(&without_validation.to_toml(), &[]), Ok(without_validation));
+}
+
+/// Layers of stages and recompute are read in each of their forms, print as they were read, and what they say is what they give.
+#[test]
+fn layers_and_recompute_have_several_forms() {
+    let text = sound().to_toml();
+    let range = |layers: &str, kind| RecomputeRange { layers: layers.into(), kind };
+    let layers = [
+        ("\"auto\"", Layers::Auto, [2, 2]),
+        ("[1, 3]", Layers::List(vec![1, 3]), [1, 3]),
+        ("[4, 0]", Layers::List(vec![4, 0]), [4, 0]),
+        ("{ embedding = 2, head = 0.5 }", Layers::Weighed(EndWeights { embedding: 2.0, head: 0.5 }), [1, 3]),
+    ];
+    for (value, expected, counts) in layers {
+        let mut recipe = parse(&text, &[&format!("parallel.layers={value}")]).expect(value);
+        assert_eq!(recipe.parallel.layers, Some(expected), "{value}");
+        assert_eq!(parse(&recipe.to_toml(), &[]), Ok(recipe.clone()), "{value} printed");
+        // 512 rows of 64 in the head are 0.7 of a layer with 12 x 4096 weights and attention over 32 tokens: one less would be worse.
+        recipe.check(4).expect(value);
+        assert_eq!(recipe.stages().expect(value).counts(), counts, "{value}");
+        recipe.parallel.pp = 1;
+        recipe.parallel.layers = Some(Layers::Auto);
+        assert_eq!(recipe.stages().expect("one stage").counts(), [4]);
+    }
+    let (none, selective, full) = (Recompute::None, Recompute::Selective, Recompute::Full);
+    let ranges = "[{ layers = \"0..1\", kind = \"full\" }, { layers = \"2..4\", kind = \"selective\" }]";
+    let recompute = [
+        ("none", RecomputePlan::All(none), [none; 4]),
+        ("selective", RecomputePlan::All(selective), [selective; 4]),
+        ("\"full\"", RecomputePlan::All(full), [full; 4]),
+        (ranges, RecomputePlan::Ranges(vec![range("0..1", full), range("2..4", selective)]), [full, none, selective, selective]),
+    ];
+    for (value, expected, of_layers) in recompute {
+        let recipe = parse(&text, &[&format!("train.recompute={value}")]).expect(value);
+        assert_eq!(recipe.train.recompute, expected, "{value}");
+        assert_eq!(parse(&recipe.to_toml(), &[]), Ok(recipe.clone()), "{value} printed");
+        assert_eq!(recipe.train.recompute.of_layers(4).expect(value), of_layers, "{value}");
+    }
+    let wrong = [
+        ("train.recompute=ful", "train.recompute is \"ful\", expected one of \"none\", \"selective\", \"full\"; did you mean \"full\"?"),
+        ("train.recompute=3", "train.recompute is the whole number 3, expected one of \"none\", \"selective\", \"full\", or a list"),
+        ("train.recompute=[{ layer = \"0..4\", kind = \"full\" }]", "did you mean train.recompute.0.layers?"),
+        ("parallel.layers=autto", "parallel.layers is \"autto\", expected one of \"auto\"; did you mean \"auto\"?"),
+        ("parallel.layers=[1, -1]", "parallel.layers.1 is the whole number -1"),
+        ("parallel.layers=true", "parallel.layers is true, expected \"auto\", a list of whole numbers, or { embedding, head }"),
+        ("parallel.schedule=zbh1", "did you mean \"zb-h1\"?"),
+    ];
+    for (set, expected) in wrong {
+        let line = parse(&text, &[set]).expect_err(set);
+        assert!(line.contains(expected), "{set}: {line}");
+    }
 }
 
 /// A value of a wrong type is named with its place, what it is, and what it should be.
@@ -351,6 +418,48 @@ fn mismatches_offer_values_that_work() {
         (|r| (r.batch.seq_len, r.batch.micro) = (31, 1), 8, "parallel.tp = 2 does not divide batch.micro x batch.seq_len"),
         (|r| r.parallel.pp = 3, 12, "parallel.pp x parallel.vp = 3 x 1 = 3 does not divide model.n_layers = 4; set parallel.pp = 2 or 4"),
         (|r| r.parallel.vp = 2, 8, "parallel.vp = 2 with parallel.schedule = \"1f1b\""),
+        (
+            |r| (r.parallel.vp, r.parallel.schedule) = (2, ScheduleKind::ZeroBubbleH1),
+            8,
+            "parallel.vp = 2 with parallel.schedule = \"zb-h1\", which has one chunk a stage; set parallel.vp = 1",
+        ),
+        (
+            |r| r.parallel.layers = Some(Layers::List(vec![1, 2])),
+            8,
+            "parallel.layers = [1, 2] adds up to 3, model.n_layers is 4; set parallel.layers = [2, 2]",
+        ),
+        (
+            |r| r.parallel.layers = Some(Layers::List(vec![4])),
+            8,
+            "parallel.layers has 1 numbers for parallel.pp x parallel.vp = 2 x 1 chunks; set parallel.layers = [2, 2]",
+        ),
+        (
+            |r| (r.parallel.pp, r.parallel.layers) = (3, Some(Layers::List(vec![2, 0, 2]))),
+            12,
+            "parallel.layers = [2, 0, 2] leaves chunk 1 empty",
+        ),
+        (
+            |r| (r.parallel.pp, r.parallel.layers) = (7, Some(Layers::Auto)),
+            28,
+            "model.n_layers = 4 leave some of the 5 inner chunks of parallel.pp x parallel.vp = 7 x 1 empty; set parallel.pp to at most 6",
+        ),
+        (|r| r.parallel.layers = Some(Layers::Weighed(EndWeights { embedding: -1.0, head: 0.0 })), 8, "parallel.layers.embedding = -1"),
+        (
+            |r| r.train.recompute = full(&["0-4"]),
+            8,
+            "train.recompute.0.layers = \"0-4\" is no range; write first..end, e.g. \"0..4\" for the first four",
+        ),
+        (
+            |r| r.train.recompute = full(&["2..5"]),
+            8,
+            "train.recompute.0.layers = \"2..5\" is empty or outside of the layers 0..4 of the model; set it to \"2..4\"",
+        ),
+        (|r| r.train.recompute = full(&["3..3"]), 8, "set it to \"0..4\""),
+        (
+            |r| r.train.recompute = full(&["0..2", "1..4"]),
+            8,
+            "train.recompute.1.layers = \"1..4\" has layer 1, which is in train.recompute.0 as well",
+        ),
         (|r| r.parallel.schedule = ScheduleKind::Interleaved, 8, "parallel.vp = 1 with parallel.schedule = \"interleaved\""),
         (
             |r| (r.parallel.schedule, r.parallel.vp, r.batch.global) = (ScheduleKind::Interleaved, 2, 12),

@@ -18,6 +18,10 @@ use trireme::train::pretrain::{self, Ended, Job};
 /// Everything scientific is in the recipe; the command line says where. Started again on the same --out it goes on from the
 /// newest checkpoint; when the run is finished it says so and does nothing. SIGTERM and SIGUSR1 save and exit with 75.
 ///
+/// Pipelines (parallel.schedule): "gpipe", "1f1b", "interleaved" (parallel.vp chunks a stage), "zb-h1" (backward in halves). Stages
+/// have equally many layers, or those of parallel.layers: a list, "auto", or { embedding, head } in layers. train.recompute trades
+/// work for memory: "none", "selective", "full", or ranges of layers. parallel.overlap = false waits for each exchange at once.
+///
 /// Examples:
 ///   trireme-pretrain --recipe slurm/recipes/quickstart.toml --out runs/first
 ///   mpirun -n 4 trireme-pretrain --recipe r.toml --set parallel.tp=2 --set optimizer.lr=3e-4 --out runs/tp2dp2

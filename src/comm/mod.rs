@@ -6,6 +6,7 @@
 //! f32 to the library, whose order is another. Calls do not return `Result`: a failed collective panics, and the hook in `runtime`
 //! ends the job.
 
+mod in_flight;
 mod mailbox;
 pub mod mpi;
 pub mod nccl;
@@ -18,6 +19,7 @@ pub mod threads;
 use crate::flight::{Group, Recorder};
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
 use crate::tensor::Tensor;
+pub use in_flight::InFlight;
 pub use recorded::recorded;
 pub use staging::{Staging, StagingBuffer};
 
@@ -118,8 +120,14 @@ pub trait Communicator: std::marker::Send + Sync {
     fn staging(&self) -> &Staging;
     /// The root's bytes on all ranks.
     fn broadcast_bytes(&self, data: &mut [u8], root: usize);
-    /// All sends and receives posted together: both directions at once cannot deadlock.
+    /// All sends and receives posted together: both directions at once cannot deadlock. Groups started one after another are
+    /// independent: any of them may complete first, unless `groups_are_in_order`.
     fn start_group<'a>(&'a self, sends: Vec<Send<'a>>, recvs: Vec<Recv<'a>>) -> Pending<'a>;
+    /// Whether a group of messages begins only when the one before it is complete. Schedules then keep to groups that all ranks
+    /// start in one order.
+    fn groups_are_in_order(&self) -> bool {
+        false
+    }
 
     /// full[R*size, ..] = the shards [R, ..] in rank order.
     fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {

@@ -119,6 +119,10 @@ impl Communicator for Recorded {
         })
     }
 
+    fn groups_are_in_order(&self) -> bool {
+        self.inner.groups_are_in_order()
+    }
+
     fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {
         self.starting(Op::AllGather, full.n_bytes(), shape(shard), |inner| inner.start_all_gather(shard, full))
     }

@@ -8,7 +8,7 @@ use crate::model::chunk::{Chunk, MicroBatch};
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::parallel::schedule::{self, PipelineShape};
 use crate::text::Tokenizer;
-use crate::train::executor::{self, Keep};
+use crate::train::executor::{self, Keep, Nothing};
 use serde::{Deserialize, Serialize};
 use std::io::BufRead;
 use std::path::Path;
@@ -184,7 +184,7 @@ fn passes(
         let batch = micro_batch(device, sequences, asked, pack)?;
         let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: 1, n_micro: 1 });
         let starts = batch.sequence_starts.clone();
-        let passed = executor::run(&schedule, chunks, &ctx, groups, (&[batch], Keep::Nothing), |_, _| {});
+        let passed = executor::run(&schedule, chunks, &ctx, groups, (&[batch], Keep::Nothing), &mut Nothing);
         let values = match asked {
             Asked::Losses => &passed.token_losses[0],
             Asked::Attributes => &passed.attributes[0],

@@ -8,6 +8,7 @@ use super::chunk::MicroBatch;
 use super::ctx::Ctx;
 use super::mlp::{Mlp, MlpDeferred, MlpSaved};
 use super::norm::{Norm, NormSaved, Residual};
+use super::param::Param;
 use crate::device::{CacheSpan, KvCache, ScratchTensor};
 use crate::recipe::Recompute;
 use crate::tensor::Tensor;
@@ -112,6 +113,20 @@ impl BlockKept {
 }
 
 impl Block {
+    /// Its parameters, in model order.
+    pub fn params(&self) -> Vec<&Param> {
+        let attention = [&self.attention.qkv.weight, &self.attention.out.weight];
+        let mlp = [&self.mlp.up.weight, &self.mlp.down.weight];
+        self.attention_norm.params().chain(attention).chain(self.mlp_norm.params()).chain(mlp).collect()
+    }
+
+    /// Its parameters, in model order, to change.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
+        let attention = [&mut self.attention.qkv.weight, &mut self.attention.out.weight];
+        let mlp = [&mut self.mlp.up.weight, &mut self.mlp.down.weight];
+        self.attention_norm.params_mut().chain(attention).chain(self.mlp_norm.params_mut()).chain(mlp).collect()
+    }
+
     /// residual[T', H] -> (delta[T', H], saved); the block's output is saved.stream() + delta.
     pub fn forward(&self, ctx: &Ctx, residual: Residual, batch: &MicroBatch) -> (ScratchTensor, BlockSaved) {
         let (normed1, norm1) = self.attention_norm.forward(ctx, residual);

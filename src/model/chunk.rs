@@ -22,6 +22,7 @@ use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::recipe::Recompute;
 use crate::tensor::{DType, Tensor};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// The tokens of one forward pass: whole sequences one after another, no padding.
 pub struct MicroBatch {
@@ -77,6 +78,17 @@ pub enum Output {
     /// Attributes of each sequence [N, R], row by row, from the last chunk of a reward model.
     Attributes(Vec<f32>),
 }
+
+/// The parameters of the embedding, of a block, or of the head.
+pub struct Part<'a> {
+    /// Index in `Chunk::params` of the first.
+    pub first_idx: usize,
+    /// In model order.
+    pub params: Vec<&'a mut Param>,
+}
+
+/// Hears of parts in the order in which a pass reaches them.
+pub type OnPart<'a> = &'a mut dyn FnMut(Part);
 
 /// What a chunk's backward needs.
 #[derive(Default)]
@@ -183,7 +195,7 @@ impl Parts {
 }
 
 impl Chunk {
-    /// Zeroed parameters of chunk `chunk_idx` (0..vp) of stage `at.pp`. Err: out of memory.
+    /// Zeroed parameters of chunk `chunk_idx` (0..vp) of stage `at.pp`, with layers divided evenly. Err: out of memory.
     pub fn new(
         device: &dyn Device,
         config: &ModelConfig,
@@ -193,14 +205,26 @@ impl Chunk {
         dtype: DType,
         purpose: Purpose,
     ) -> Result<Chunk> {
+        let layers = layout.layers(at.pp, chunk_idx, config.n_layers);
+        Chunk::of_layers(device, config, (layout, at), (chunk_idx, layers), dtype, purpose)
+    }
+
+    /// The same with these layers.
+    pub fn of_layers(
+        device: &dyn Device,
+        config: &ModelConfig,
+        (layout, at): (&ParallelLayout, Coords),
+        (chunk_idx, layers): (usize, Range<usize>),
+        dtype: DType,
+        purpose: Purpose,
+    ) -> Result<Chunk> {
         let make = |spec: ParamSpec| -> Result<(String, Param)> {
             let name = spec.name.clone();
             Ok((name, Param::new(device, spec, (layout, at), dtype, purpose)?))
         };
-        let params = config.chunk_specs(layout, at.pp, chunk_idx).into_iter().map(make).collect::<Result<_>>()?;
+        let params = config.specs_of_layers(layout, at.pp, chunk_idx, layers.clone()).into_iter().map(make).collect::<Result<_>>()?;
         let mut parts = Parts { params };
         let (first, last) = (layout.is_first(at.pp, chunk_idx), layout.is_last(at.pp, chunk_idx));
-        let layers = layout.layers(at.pp, chunk_idx, config.n_layers);
         let blocks: Vec<Block> = layers.map(|layer| parts.block(layer, config, layout.tp)).collect();
         let recompute = vec![Recompute::None; blocks.len()];
         let embedding = first.then(|| VocabParallelEmbedding { weight: parts.take("embedding.weight") });
@@ -239,42 +263,42 @@ impl Chunk {
     /// All parameters, in model order.
     pub fn params(&self) -> Vec<&Param> {
         let mut all: Vec<&Param> = self.embedding.iter().map(|embedding| &embedding.weight).collect();
-        fn norm<'a>(norm: &'a Norm, all: &mut Vec<&'a Param>) {
-            all.push(&norm.gain);
-            all.extend(&norm.bias);
-        }
-        for block in &self.blocks {
-            norm(&block.attention_norm, &mut all);
-            all.extend([&block.attention.qkv.weight, &block.attention.out.weight]);
-            norm(&block.mlp_norm, &mut all);
-            all.extend([&block.mlp.up.weight, &block.mlp.down.weight]);
-        }
-        if let Some(head) = &self.head {
-            norm(head.norm(), &mut all);
-            all.extend(head.weights());
-        }
+        self.blocks.iter().for_each(|block| all.extend(block.params()));
+        self.head.iter().for_each(|head| all.extend(head.params()));
         all
     }
 
     /// All parameters, in model order, to change.
     pub fn params_mut(&mut self) -> Vec<&mut Param> {
         let mut all: Vec<&mut Param> = self.embedding.iter_mut().map(|embedding| &mut embedding.weight).collect();
-        fn norm<'a>(norm: &'a mut Norm, all: &mut Vec<&'a mut Param>) {
-            all.push(&mut norm.gain);
-            all.extend(&mut norm.bias);
-        }
-        for block in &mut self.blocks {
-            norm(&mut block.attention_norm, &mut all);
-            all.extend([&mut block.attention.qkv.weight, &mut block.attention.out.weight]);
-            norm(&mut block.mlp_norm, &mut all);
-            all.extend([&mut block.mlp.up.weight, &mut block.mlp.down.weight]);
-        }
-        if let Some(head) = &mut self.head {
-            let (head_norm, weights) = head.parts_mut();
-            norm(head_norm, &mut all);
-            all.extend(weights);
-        }
+        self.blocks.iter_mut().for_each(|block| all.extend(block.params_mut()));
+        self.head.iter_mut().for_each(|head| all.extend(head.params_mut()));
         all
+    }
+
+    /// Number of parameters before block `idx`, or before the head when there is no such block.
+    fn first_idx(&self, idx: usize) -> usize {
+        usize::from(self.embedding.is_some()) + self.blocks[..idx].iter().map(|block| block.params().len()).sum::<usize>()
+    }
+
+    /// Calls `on` with each part in model order.
+    pub fn each_part(&mut self, on: OnPart) {
+        self.embedding_part().into_iter().for_each(&mut *on);
+        (0..self.blocks.len()).for_each(|idx| on(self.block_part(idx)));
+        self.head_part().into_iter().for_each(on);
+    }
+
+    fn embedding_part(&mut self) -> Option<Part<'_>> {
+        self.embedding.as_mut().map(|embedding| Part { first_idx: 0, params: vec![&mut embedding.weight] })
+    }
+
+    fn block_part(&mut self, idx: usize) -> Part<'_> {
+        Part { first_idx: self.first_idx(idx), params: self.blocks[idx].params_mut() }
+    }
+
+    fn head_part(&mut self) -> Option<Part<'_>> {
+        let first_idx = self.first_idx(self.blocks.len());
+        self.head.as_mut().map(|head| Part { first_idx, params: head.params_mut() })
     }
 
     /// Index in `params()` of a tied embedding; when the model has several chunks, the other copy is in another one.
@@ -303,6 +327,25 @@ impl Chunk {
         for idx in 0..self.blocks.len() {
             passing = self.pass_block(ctx, idx, passing, batch, &mut saved);
         }
+        self.leave(ctx, passing, batch, saved)
+    }
+
+    /// As `forward`; `ready` is called with each part before it computes with it.
+    pub fn forward_when(
+        &mut self,
+        ctx: &Ctx,
+        input: Option<&Tensor>,
+        batch: &MicroBatch,
+        mut saved: Option<&mut ChunkSaved>,
+        ready: OnPart,
+    ) -> Output {
+        self.embedding_part().into_iter().for_each(&mut *ready);
+        let mut passing = self.enter(ctx, input, batch);
+        for idx in 0..self.blocks.len() {
+            ready(self.block_part(idx));
+            passing = self.pass_block(ctx, idx, passing, batch, &mut saved);
+        }
+        self.head_part().into_iter().for_each(ready);
         self.leave(ctx, passing, batch, saved)
     }
 
@@ -349,7 +392,19 @@ impl Chunk {
 
     /// doutput[T', H] from the next chunk (None for the last) -> gradient of the input (None for the first); weight gradients
     /// accumulated.
-    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: ChunkSaved, doutput: Option<&Tensor>) -> Option<ScratchTensor> {
+    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: ChunkSaved, doutput: Option<&Tensor>) -> Option<ScratchTensor> {
+        self.backward_then(ctx, batch, saved, doutput, &mut |_| {})
+    }
+
+    /// As `backward`; `done` is called with each part after its gradients.
+    pub fn backward_then(
+        &mut self,
+        ctx: &Ctx,
+        batch: &MicroBatch,
+        mut saved: ChunkSaved,
+        doutput: Option<&Tensor>,
+        done: OnPart,
+    ) -> Option<ScratchTensor> {
         let mut dx = match (&mut self.head, doutput) {
             (Some(head), None) => {
                 let tied = self.embedding.as_mut().map(|embedding| &mut embedding.weight);
@@ -358,18 +413,17 @@ impl Chunk {
             (None, Some(doutput)) => ctx.copy_of(doutput),
             _ => panic!("exactly the last chunk has no output gradient"),
         };
-        for block in self.blocks.iter_mut().rev() {
-            let kept = saved.blocks.pop().expect("a forward that saved");
+        self.head_part().into_iter().for_each(&mut *done);
+        for idx in (0..self.blocks.len()).rev() {
+            let (block, kept) = (&mut self.blocks[idx], saved.blocks.pop().expect("a forward that saved"));
             let block_saved = block.restore(ctx, batch, kept);
             block.backward(ctx, batch, &block_saved, &mut dx);
+            done(self.block_part(idx));
         }
-        match &mut self.embedding {
-            Some(embedding) => {
-                embedding.backward(ctx, &batch.tokens, &dx);
-                None
-            }
-            None => Some(dx),
-        }
+        let Some(embedding) = &mut self.embedding else { return Some(dx) };
+        embedding.backward(ctx, &batch.tokens, &dx);
+        self.embedding_part().into_iter().for_each(done);
+        None
     }
 
     /// The first half of `backward`: the gradient of the input; the gradients of the norms accumulated.
@@ -401,28 +455,28 @@ impl Chunk {
 
     /// The second half: the gradients of the matrices accumulated, in the order of `backward`.
     pub fn backward_weights(&mut self, ctx: &Ctx, batch: &MicroBatch, deferred: ChunkDeferred) {
+        self.backward_weights_then(ctx, batch, deferred, &mut |_| {});
+    }
+
+    /// As `backward_weights`; `done` is called with each part after its gradients.
+    pub fn backward_weights_then(&mut self, ctx: &Ctx, batch: &MicroBatch, deferred: ChunkDeferred, done: OnPart) {
         if let (Some(head), Some(deferred)) = (&mut self.head, &deferred.head) {
             head.backward_weight(ctx, deferred, self.embedding.as_mut().map(|embedding| &mut embedding.weight));
         }
-        for (block, deferred) in self.blocks.iter_mut().rev().zip(deferred.blocks) {
-            block.backward_weights(ctx, &deferred);
+        self.head_part().into_iter().for_each(&mut *done);
+        for (idx, deferred) in (0..self.blocks.len()).rev().zip(deferred.blocks) {
+            self.blocks[idx].backward_weights(ctx, &deferred);
+            done(self.block_part(idx));
         }
         if let (Some(embedding), Some(dembedded)) = (&mut self.embedding, &deferred.dembedded) {
             embedding.backward(ctx, &batch.tokens, dembedded);
         }
+        self.embedding_part().into_iter().for_each(done);
     }
 
-    /// Once a step, after the last backward and before the sum over replicas. Under sequence parallelism each rank has seen T/tp
-    /// rows at the norms, so the gradients of parameters that every rank holds are partial sums: a classic silent bug.
+    /// Once a step, after the last backward and before the sum over replicas, for all parameters: see [`finish_gradient`].
     pub fn finish_gradients(&mut self, ctx: &Ctx) {
-        if !ctx.is_sharded() {
-            return;
-        }
-        for param in self.params_mut() {
-            if param.is_replicated_over_tp() {
-                ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
-            }
-        }
+        self.params_mut().into_iter().for_each(|param| finish_gradient(ctx, param));
     }
 
     /// Caches for `n_slots` sequences of up to `max_tokens`, one a block.
@@ -479,5 +533,13 @@ fn residual<'a>(stream: &'a Option<ScratchTensor>, saved: Option<&'a ChunkSaved>
     match stream.as_deref().or_else(kept) {
         Some(x) => Residual::Sum { x, delta },
         None => Residual::Whole(delta),
+    }
+}
+
+/// Once a step and parameter, after its last backward and before the sum over replicas. Under sequence parallelism each rank has seen
+/// T/tp rows at the norms, so the gradients of parameters that every rank holds are partial sums: a classic silent bug.
+pub fn finish_gradient(ctx: &Ctx, param: &mut Param) {
+    if ctx.is_sharded() && param.is_replicated_over_tp() {
+        ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
     }
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::parallel::slice::Slice;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Everything that decides the function the model computes (not how it is trained).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -221,7 +222,11 @@ impl ModelConfig {
     /// The parameters of one chunk, in model order. With tied embeddings the last chunk holds a second copy of
     /// `embedding.weight` when it is not the first chunk itself.
     pub fn chunk_specs(&self, layout: &ParallelLayout, stage: usize, chunk: usize) -> Vec<ParamSpec> {
-        let layers = layout.layers(stage, chunk, self.n_layers);
+        self.specs_of_layers(layout, stage, chunk, layout.layers(stage, chunk, self.n_layers))
+    }
+
+    /// The same for a chunk with these layers.
+    pub fn specs_of_layers(&self, layout: &ParallelLayout, stage: usize, chunk: usize, layers: Range<usize>) -> Vec<ParamSpec> {
         let (first, last) = (layout.is_first(stage, chunk), layout.is_last(stage, chunk));
         let tied_copy = self.ties_embeddings() && last && !first;
         let here = |spec: &ParamSpec| match spec.place {

@@ -3,7 +3,7 @@
 use super::chunk::{MicroBatch, Output};
 use super::ctx::Ctx;
 use super::head::{HeadDeferred as VocabularyDeferred, HeadSaved as VocabularySaved, OutputHead};
-use super::norm::{Norm, Residual};
+use super::norm::Residual;
 use super::param::Param;
 use super::reward::{RewardDeferred, RewardHead, RewardSaved};
 use crate::device::ScratchTensor;
@@ -97,27 +97,19 @@ impl Head {
         }
     }
 
-    /// The norm before it.
-    pub fn norm(&self) -> &Norm {
+    /// Its own parameters, in model order.
+    pub fn params(&self) -> Vec<&Param> {
         match self {
-            Head::Vocabulary(head) => &head.norm,
-            Head::Reward(head) => &head.norm,
+            Head::Vocabulary(head) => head.norm.params().chain(&head.weight).collect(),
+            Head::Reward(head) => head.norm.params().chain([&head.weight, &head.bias]).collect(),
         }
     }
 
-    /// Its own matrices and vectors, in the order of the parameter table.
-    pub fn weights(&self) -> Vec<&Param> {
+    /// Its own parameters, in model order, to change.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
         match self {
-            Head::Vocabulary(head) => head.weight.iter().collect(),
-            Head::Reward(head) => vec![&head.weight, &head.bias],
-        }
-    }
-
-    /// Norm and weights, to change.
-    pub fn parts_mut(&mut self) -> (&mut Norm, Vec<&mut Param>) {
-        match self {
-            Head::Vocabulary(head) => (&mut head.norm, head.weight.iter_mut().collect()),
-            Head::Reward(head) => (&mut head.norm, vec![&mut head.weight, &mut head.bias]),
+            Head::Vocabulary(head) => head.norm.params_mut().chain(&mut head.weight).collect(),
+            Head::Reward(head) => head.norm.params_mut().chain([&mut head.weight, &mut head.bias]).collect(),
         }
     }
 }

@@ -37,6 +37,16 @@ pub struct NormSaved {
 }
 
 impl Norm {
+    /// Its parameters, in model order.
+    pub fn params(&self) -> impl Iterator<Item = &Param> {
+        [&self.gain].into_iter().chain(&self.bias)
+    }
+
+    /// Its parameters, in model order, to change.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        [&mut self.gain].into_iter().chain(&mut self.bias)
+    }
+
     /// y[T', H] = norm(residual); the residual as a whole is in the saved part.
     pub fn forward(&self, ctx: &Ctx, residual: Residual) -> (ScratchTensor, NormSaved) {
         let bias = self.bias.as_ref().map(Param::weight);

@@ -1,5 +1,5 @@
-//! The time a schedule takes under a model of costs: an event simulation in which exchanges are blocking rendezvous, as in
-//! `Schedule::check`. This file knows nothing of how schedules are made or executed.
+//! The time a schedule takes under a model of costs: an event simulation in which messages are rendezvous, as in
+//! `Schedule::check`: on their way from the moment both ends are posted. This file knows nothing of how schedules are made or executed.
 
 use crate::parallel::schedule::{Action, Parcel, Schedule, What};
 use std::collections::HashMap;
@@ -10,11 +10,30 @@ pub trait CostModel {
     fn forward_s(&self, stage: usize, chunk: usize) -> f64;
     /// One micro-batch backwards through a chunk.
     fn backward_s(&self, stage: usize, chunk: usize) -> f64;
+    /// The first half of it: the gradient of the input.
+    fn backward_input_s(&self, stage: usize, chunk: usize) -> f64 {
+        0.5 * self.backward_s(stage, chunk)
+    }
+    /// The second half: the gradients of the weights.
+    fn backward_weights_s(&self, stage: usize, chunk: usize) -> f64 {
+        0.5 * self.backward_s(stage, chunk)
+    }
     /// One message, from the moment both sides have posted it.
     fn message_s(&self, from: usize, to: usize, what: What) -> f64;
     /// The reduction of a chunk's gradients over the replicas.
     fn reduce_s(&self, _stage: usize, _chunk: usize) -> f64 {
         0.0
+    }
+    /// An action of a stage's list that is no message: by the above, unless each was measured.
+    fn action_s(&self, stage: usize, _action_idx: usize, action: &Action) -> f64 {
+        match *action {
+            Action::Forward { chunk, .. } => self.forward_s(stage, chunk),
+            Action::Backward { chunk, .. } => self.backward_s(stage, chunk),
+            Action::BackwardInput { chunk, .. } => self.backward_input_s(stage, chunk),
+            Action::BackwardWeights { chunk, .. } => self.backward_weights_s(stage, chunk),
+            Action::ReduceGrads { chunk } => self.reduce_s(stage, chunk),
+            Action::Exchange { .. } | Action::Post { .. } | Action::Await { .. } => 0.0,
+        }
     }
 }
 
@@ -36,7 +55,7 @@ pub struct Event {
 pub struct Timeline {
     /// From the first start to the last end.
     pub makespan_s: f64,
-    /// Time each stage computes (forwards and backwards).
+    /// Time each stage computes (forwards and backwards, whole or in halves).
     pub busy_s: Vec<f64>,
     /// Share of the makespan in which the average stage does not compute: 1 - mean(busy) / makespan.
     pub bubble_fraction: f64,
@@ -68,21 +87,35 @@ pub fn simulate(schedule: &Schedule, cost: &dyn CostModel) -> Timeline {
             while let Some(action) = actions.get(next[stage]) {
                 let start_s = now_s[stage];
                 let end_s = match action {
-                    &Action::Forward { chunk, .. } => start_s + cost.forward_s(stage, chunk),
-                    &Action::Backward { chunk, .. } => start_s + cost.backward_s(stage, chunk),
-                    &Action::ReduceGrads { chunk } => start_s + cost.reduce_s(stage, chunk),
-                    Action::Exchange { sends, recvs } => {
+                    Action::Exchange { sends, recvs } | Action::Post { sends, recvs } | Action::Await { sends, recvs } => {
                         let outgoing = |p: &Parcel| (stage, p.peer, p.what, p.chunk, p.micro);
                         let incoming = |p: &Parcel| (p.peer, stage, p.what, p.chunk, p.micro);
-                        sends.iter().for_each(|p| progress |= send_s.insert(outgoing(p), start_s).is_none());
-                        recvs.iter().for_each(|p| progress |= recv_s.insert(incoming(p), start_s).is_none());
-                        let sent = sends.iter().map(|p| Some(recv_s.get(&outgoing(p))? + cost.message_s(stage, p.peer, p.what)));
-                        let received = recvs.iter().map(|p| Some(send_s.get(&incoming(p))? + cost.message_s(p.peer, stage, p.what)));
-                        let Some(end_s) = sent.chain(received).try_fold(start_s, |end, at| Some(end.max(at?))) else { break };
-                        end_s
+                        if !matches!(action, Action::Await { .. }) {
+                            let mut post = |ends: &mut HashMap<Message, f64>, message| {
+                                progress |= !ends.contains_key(&message);
+                                ends.entry(message).or_insert(start_s);
+                            };
+                            sends.iter().for_each(|p| post(&mut send_s, outgoing(p)));
+                            recvs.iter().for_each(|p| post(&mut recv_s, incoming(p)));
+                        }
+                        if matches!(action, Action::Post { .. }) {
+                            start_s
+                        } else {
+                            let complete = |message: Message| {
+                                let (from, to, what, ..) = message;
+                                Some(send_s.get(&message)?.max(*recv_s.get(&message)?) + cost.message_s(from, to, what))
+                            };
+                            let (sent, received) = (sends.iter().map(outgoing), recvs.iter().map(incoming));
+                            let Some(end_s) = sent.chain(received).try_fold(start_s, |end, message| Some(end.max(complete(message)?)))
+                            else {
+                                break;
+                            };
+                            end_s
+                        }
                     }
+                    _ => start_s + cost.action_s(stage, next[stage], action),
                 };
-                if matches!(action, Action::Forward { .. } | Action::Backward { .. }) {
+                if is_computation(action) {
                     busy_s[stage] += end_s - start_s;
                 }
                 events[stage].push(Event { stage, action_idx: next[stage], start_s, end_s });
@@ -99,4 +132,9 @@ pub fn simulate(schedule: &Schedule, cost: &dyn CostModel) -> Timeline {
     let makespan_s = now_s.iter().copied().fold(0.0, f64::max);
     let bubble_fraction = 1.0 - busy_s.iter().sum::<f64>() / (n_stages as f64 * makespan_s);
     Timeline { makespan_s, busy_s, bubble_fraction, events: events.concat() }
+}
+
+fn is_computation(action: &Action) -> bool {
+    use Action::{Backward, BackwardInput, BackwardWeights, Forward};
+    matches!(action, Forward { .. } | Backward { .. } | BackwardInput { .. } | BackwardWeights { .. })
 }

@@ -154,8 +154,7 @@ impl Pretrain {
         let (pp, vp, kind) = (self.parallel.pp, self.parallel.vp, self.parallel.schedule);
         let interleaves = kind == ScheduleKind::Interleaved;
         require(interleaves || vp == 1, || {
-            let name = if kind == ScheduleKind::GPipe { "gpipe" } else { "1f1b" };
-            let wrong = format!("parallel.vp = {vp} with parallel.schedule = \"{name}\", which has one chunk a stage");
+            let wrong = format!("parallel.vp = {vp} with parallel.schedule = \"{}\", which has one chunk a stage", kind.name());
             (wrong, "set parallel.vp = 1, or parallel.schedule = \"interleaved\"".into())
         })?;
         require(!interleaves || vp >= 2, || {
@@ -164,14 +163,18 @@ impl Pretrain {
         })?;
         require(vp <= MAX_CHUNKS, || (format!("parallel.vp = {vp}"), format!("set parallel.vp to at most {MAX_CHUNKS}")))?;
         let n_layers = self.model.n_layers;
-        require(n_layers % (pp * vp) == 0, || {
+        self.train.recompute.of_layers(n_layers)?;
+        self.stages()?;
+        let is_even = self.parallel.layers.is_none();
+        require(!is_even || n_layers % (pp * vp) == 0, || {
             let wrong = format!("parallel.pp x parallel.vp = {pp} x {vp} = {} does not divide model.n_layers = {n_layers}", pp * vp);
             let works_pp = nearest(pp, n_layers, |pp| n_layers % (pp * vp) == 0);
             let works_vp = nearest(vp, n_layers, |vp| n_layers % (pp * vp) == 0 && (!interleaves || vp >= 2));
             let ways = [("pp", works_pp), ("vp", works_vp)];
             let ways: Vec<String> =
                 ways.iter().filter(|(_, v)| !v.is_empty()).map(|(key, values)| format!("parallel.{key} = {values}")).collect();
-            let remedy = if ways.is_empty() { "change model.n_layers".into() } else { format!("set {}", ways.join(", or ")) };
+            let auto = "parallel.layers = \"auto\"";
+            let remedy = if ways.is_empty() { format!("set {auto}") } else { format!("set {}, or {auto}", ways.join(", or ")) };
             (wrong, remedy)
         })
     }

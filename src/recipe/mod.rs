@@ -12,13 +12,15 @@ mod observe;
 mod phases;
 mod recompute;
 mod schedule;
+mod stages;
 mod strict;
 
 pub use health::Health;
 pub use observe::Observe;
 pub use phases::{MAIN_PHASE, Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
-pub use recompute::Recompute;
+pub use recompute::{Recompute, RecomputePlan, RecomputeRange};
 pub use schedule::{DecayShape, LrDecay, LrSchedule, Wsd};
+pub use stages::{EndWeights, Layers};
 
 use crate::model::config::ModelConfig;
 use serde::{Deserialize, Serialize};
@@ -74,6 +76,15 @@ pub struct Parallel {
     pub schedule: ScheduleKind,
     /// Whether activations between tensor-parallel regions are divided over tp.
     pub sequence_parallel: bool,
+    /// Whether stages and replicas exchange while they compute; false waits for each exchange at once, with the same bits.
+    #[serde(default = "yes")]
+    pub overlap: bool,
+    /// Layers of each chunk; absent: the same number.
+    pub layers: Option<Layers>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Pipeline schedules.
@@ -88,6 +99,21 @@ pub enum ScheduleKind {
     /// 1F1B over virtual stages (Narayanan et al. 2021).
     #[serde(rename = "interleaved")]
     Interleaved,
+    /// 1F1B with backwards in halves, weight gradients where stages would wait (Qi et al. 2023: ZB-H1).
+    #[serde(rename = "zb-h1")]
+    ZeroBubbleH1,
+}
+
+impl ScheduleKind {
+    /// As recipes write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ScheduleKind::GPipe => "gpipe",
+            ScheduleKind::OneFOneB => "1f1b",
+            ScheduleKind::Interleaved => "interleaved",
+            ScheduleKind::ZeroBubbleH1 => "zb-h1",
+        }
+    }
 }
 
 /// Samples a step. A sample is `seq_len` tokens (and one more for the last target).
@@ -117,6 +143,9 @@ pub struct Train {
     pub precision: Precision,
     /// Largest global gradient norm.
     pub clip_grad_norm: f64,
+    /// What the backward makes again instead of keeping it; the same bits, less memory, more work.
+    #[serde(default)]
+    pub recompute: RecomputePlan,
 }
 
 /// Storage of weights and activations; accumulation and master weights are always f32.

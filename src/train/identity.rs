@@ -107,7 +107,8 @@ fn kind_of(key: &str) -> Changed {
     }
 }
 
-/// Keys and values of a recipe but for the layout, the micro-batch, the places of shards, the cadence of checkpoints and what is recorded.
+/// Keys and values of a recipe but for the layout, recompute, the micro-batch, the places of shards, the cadence of checkpoints and
+/// what is recorded.
 fn identity(recipe_toml: &str) -> Vec<(String, String)> {
     let table: toml::Table = recipe_toml.parse().unwrap_or_default();
     let mut lines = Vec::new();
@@ -115,6 +116,7 @@ fn identity(recipe_toml: &str) -> Vec<(String, String)> {
     let is_free = |key: &str| {
         key.starts_with("parallel.")
             || key.starts_with("checkpoint.")
+            || key.starts_with("train.recompute")
             || key.starts_with("observe.")
             || key == "batch.micro"
             || key.ends_with(".shards")

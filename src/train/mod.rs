@@ -1,8 +1,9 @@
-//! Training: the pipeline executor, the sharded optimizer, the batch, the run directory and the pretraining loop, with the
-//! judgement of each step's numbers and the ledger of what it consumed. Nothing here knows the planner, and nothing here names
-//! a device or a communicator's kind.
+//! Training: the pipeline executor, the sharded optimizer, what replicas exchange, the batch, the run directory and the
+//! pretraining loop, with the judgement of each step's numbers and the ledger of what it consumed. Nothing here knows the
+//! planner, and nothing here names a device or a communicator's kind.
 
 pub mod batch;
+pub mod exchanges;
 pub mod executor;
 mod health;
 pub mod identity;

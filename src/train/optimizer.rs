@@ -1,10 +1,11 @@
 //! AdamW with its state sharded over the data-parallel replicas (ZeRO-1; Rajbhandari et al. 2020), by rectangles: a rank owns a
 //! row block of each tensor's tensor-parallel part, so a shard is a `Slice` of a global tensor and a checkpoint is a set of
 //! slices. A step: reduce-scatter the gradients, clip by the global norm, AdamW on the owned rows of the f32 master weights,
-//! all-gather the weights.
+//! all-gather the weights; `exchanges` says when the exchanges start and are waited for.
 
+use super::exchanges::Exchanges;
 use crate::comm::{Groups, Recv, Send};
-use crate::device::{Adamw, AdamwShard, Device, Scratch};
+use crate::device::{Adamw, AdamwShard, Device, Scratch, ScratchTensor};
 use crate::error::Result;
 use crate::model::chunk::Chunk;
 use crate::model::param::Param;
@@ -26,6 +27,18 @@ pub struct Shard {
     pub v: Tensor,
     /// Reduced gradient; None when dp = 1, where the parameter's own gradient is the sum already.
     grad: Option<Tensor>,
+}
+
+impl Shard {
+    /// Memory for the reduced gradient, to receive it.
+    pub(super) fn take_gradient(&mut self) -> Option<Tensor> {
+        self.grad.take()
+    }
+
+    /// Gives it back.
+    pub(super) fn set_gradient(&mut self, sum: Tensor) {
+        self.grad = Some(sum);
+    }
 }
 
 /// Optimizer state of one rank: shards of each parameter of each chunk, in the chunks' order.
@@ -57,17 +70,6 @@ impl ShardedAdamW {
         };
         let of_chunk = |chunk: &Chunk| chunk.params().into_iter().map(shard).collect::<Result<Vec<Shard>>>();
         Ok(ShardedAdamW { shards: chunks.iter().map(of_chunk).collect::<Result<_>>()? })
-    }
-
-    /// Sums the gradients of a chunk over the replicas: each replica receives the rows it owns. A tied embedding is left
-    /// out: its two copies are on different stages and are summed first, by [`ShardedAdamW::reduce_tied`].
-    pub fn reduce_chunk(&mut self, chunks: &mut [Chunk], chunk: usize, groups: &Groups) {
-        let tied = tied_across_stages(&chunks[chunk], groups);
-        for (idx, param) in chunks[chunk].params().into_iter().enumerate() {
-            if Some(idx) != tied {
-                reduce(param, &mut self.shards[chunk][idx], groups);
-            }
-        }
     }
 
     /// Sums the gradients of the two copies of a tied embedding (first chunk and last chunk), then over the replicas.
@@ -119,11 +121,19 @@ impl ShardedAdamW {
         groups.world.sum_f64(sum).sqrt()
     }
 
-    /// AdamW on the owned rows, then all replicas receive all rows of the new weights. Gradients are zeroed for the next step.
-    pub fn update(&mut self, device: &dyn Device, scratch: &Scratch, chunks: &mut [Chunk], groups: &Groups, how: (&Settings, Update)) {
+    /// AdamW on the owned rows, then all rows of the new weights are on their way to all replicas. Gradients are zeroed for the
+    /// next step.
+    pub fn update(
+        &mut self,
+        device: &dyn Device,
+        scratch: &Scratch,
+        chunks: &mut [Chunk],
+        exchanges: &mut Exchanges,
+        how: (&Settings, Update),
+    ) {
         let (settings, update) = how;
-        for (chunk, shards) in chunks.iter_mut().zip(&mut self.shards) {
-            for (param, shard) in chunk.params_mut().into_iter().zip(shards) {
+        for (chunk_idx, (chunk, shards)) in chunks.iter_mut().zip(&mut self.shards).enumerate() {
+            for (idx, (param, shard)) in chunk.params_mut().into_iter().zip(shards).enumerate() {
                 let adamw = Adamw {
                     lr: update.lr as f32,
                     beta1: settings.beta1 as f32,
@@ -133,7 +143,9 @@ impl ShardedAdamW {
                     step: update.step,
                     grad_scale: update.grad_scale as f32,
                 };
-                update_one(device, scratch, (param, shard), groups, adamw);
+                if let Some(rows) = update_one(device, scratch, (&mut *param, shard), adamw) {
+                    exchanges.gather((chunk_idx, idx), rows, param);
+                }
             }
         }
     }
@@ -162,7 +174,7 @@ impl ShardedAdamW {
 const TIED_TAG: u32 = i32::MAX as u32 - 2;
 
 /// The index of the tied embedding in a chunk whose other copy lives in another chunk.
-fn tied_across_stages(chunk: &Chunk, groups: &Groups) -> Option<usize> {
+pub(super) fn tied_across_stages(chunk: &Chunk, groups: &Groups) -> Option<usize> {
     if groups.layout.n_chunks() > 1 { chunk.tied_param() } else { None }
 }
 
@@ -173,23 +185,23 @@ fn reduce(param: &Param, shard: &mut Shard, groups: &Groups) {
     }
 }
 
-fn update_one(device: &dyn Device, scratch: &Scratch, of: (&mut Param, &mut Shard), groups: &Groups, how: Adamw) {
+/// The owned rows of the new weight, when they are not all of it.
+fn update_one(device: &dyn Device, scratch: &Scratch, of: (&mut Param, &mut Shard), how: Adamw) -> Option<ScratchTensor> {
     let (param, shard) = of;
-    if shard.grad.is_some() {
-        groups.flight.name(&param.spec.name);
-    }
     let (value, full_grad) = param.value_and_grad_mut();
-    match &shard.grad {
+    let rows = match &shard.grad {
         None => {
             let to = AdamwShard { master: &mut shard.master, m: &mut shard.m, v: &mut shard.v, grad: full_grad, weight: value };
             device.adamw(to, how);
+            None
         }
         Some(grad) => {
             let mut weight = scratch.take(device, shard.master.dims(), value.dtype());
             let to = AdamwShard { master: &mut shard.master, m: &mut shard.m, v: &mut shard.v, grad, weight: &mut weight };
             device.adamw(to, how);
-            groups.dp.all_gather(&weight, value);
+            Some(weight)
         }
-    }
+    };
     device.fill_zero(full_grad);
+    rows
 }

@@ -54,8 +54,12 @@ fn hash(param: &Param, block: &mut Vec<u8>) -> u64 {
 }
 
 /// Compares at the steps that the recipe asks for. Collective.
-pub(super) fn compare_regularly(trainer: &Trainer) -> Result<()> {
-    if is_due(trainer) { compare_now(trainer) } else { Ok(()) }
+pub(super) fn compare_regularly(trainer: &mut Trainer) -> Result<()> {
+    if !is_due(trainer) {
+        return Ok(());
+    }
+    trainer.finish_weights();
+    compare_now(trainer)
 }
 
 /// Compares before a save too, unless it was just done: what differs is never saved. Collective.

@@ -31,6 +31,10 @@ impl Trainer<'_> {
             layout.dp,
             if recipe.parallel.sequence_parallel { "on" } else { "off" }
         );
+        let (parallel, layers) = (&recipe.parallel, recipe.stages().expect("a checked recipe").counts().to_vec());
+        let overlap = if parallel.overlap { "overlap with computation" } else { "are waited for at once" };
+        log::info!("pipeline    {}, layers of each chunk {layers:?}; exchanges {overlap}", parallel.schedule.name());
+        log::info!("recompute   {}", recipe.train.recompute);
         for stretch in self.plan.stretches() {
             let batch = self.batch(stretch.global);
             log::info!(

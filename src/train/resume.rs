@@ -174,6 +174,7 @@ impl Trainer<'_> {
         if path.join(artifact::MANIFEST).exists() {
             return Ok(()); // stopped right after the regular save of this step
         }
+        self.finish_weights();
         replicas::compare_before_save(self)?;
         let started = Instant::now();
         let _saving = self.job.groups.flight.span(Phase::Save);

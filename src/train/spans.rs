@@ -28,8 +28,10 @@ pub fn of_action(flight: &Recorder, action: &Action, keep: Keep) -> Option<Span>
     Some(match action {
         Action::Forward { chunk, micro } if keep == Keep::Nothing => flight.span_at(Phase::HeldOut, *chunk, Some(*micro)),
         Action::Forward { chunk, micro } => flight.span_at(Phase::Forward, *chunk, Some(*micro)),
-        Action::Backward { chunk, micro } => flight.span_at(Phase::Backward, *chunk, Some(*micro)),
+        Action::Backward { chunk, micro } | Action::BackwardInput { chunk, micro } | Action::BackwardWeights { chunk, micro } => {
+            flight.span_at(Phase::Backward, *chunk, Some(*micro))
+        }
         Action::ReduceGrads { chunk } => flight.span_at(Phase::Reduce, *chunk, None),
-        Action::Exchange { .. } => return None,
+        Action::Exchange { .. } | Action::Post { .. } | Action::Await { .. } => return None,
     })
 }

@@ -9,6 +9,7 @@ use crate::model::chunk::{Chunk, Purpose};
 use crate::model::config::ModelConfig;
 use crate::model::param::{self, Param};
 use crate::parallel::slice::Slice;
+use crate::parallel::stages::Stages;
 use crate::recipe::Moments;
 use crate::tensor::DType;
 use std::path::Path;
@@ -44,8 +45,16 @@ pub struct SavedAs<'a> {
 impl TrainState {
     /// Memory for weights, gradients and optimizer state; contents are zero until `initialise` or `load`.
     pub fn new(device: &dyn Device, model: &ModelConfig, groups: &Groups, dtype: DType) -> Result<TrainState> {
+        TrainState::with_stages(device, model, groups, dtype, &Stages::even(&groups.layout, model.n_layers))
+    }
+
+    /// The same with layers divided in another way.
+    pub fn with_stages(device: &dyn Device, model: &ModelConfig, groups: &Groups, dtype: DType, stages: &Stages) -> Result<TrainState> {
         let (layout, at) = (groups.layout, groups.at);
-        let chunk = |chunk| Chunk::new(device, model, &layout, at, chunk, dtype, Purpose::Training);
+        let chunk = |chunk| {
+            let layers = stages.layers(&layout, at.pp, chunk);
+            Chunk::of_layers(device, model, (&layout, at), (chunk, layers), dtype, Purpose::Training)
+        };
         let chunks = (0..layout.vp).map(chunk).collect::<Result<Vec<Chunk>>>()?;
         let optimizer = ShardedAdamW::new(device, &chunks, &layout, at)?;
         Ok(TrainState { step: 0, updates: 0, consumed_samples: 0, chunks, optimizer })

@@ -2,7 +2,8 @@
 //! clip -> AdamW. What is written to the run directory stands in `report` and `resume`.
 
 use super::batch::{BatchShape, Samples, micro_batch};
-use super::executor::{self, Keep};
+use super::exchanges::{Exchanges, Overlap};
+use super::executor::{self, Keep, Nothing};
 use super::health::{Health, History, Verdict};
 use super::ledger::{self, LedgerWriter};
 use super::optimizer::Update;
@@ -19,7 +20,7 @@ use crate::flight::{Phase, Times};
 use crate::metrics::MetricsWriter;
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
-use crate::parallel::schedule::{self, PipelineShape, Schedule};
+use crate::parallel::schedule::{self, Messages, PipelineShape, Schedule};
 use crate::recipe::{LrSchedule, Precision, Pretrain, StepPlan};
 use crate::tensor::DType;
 use std::collections::BTreeMap;
@@ -40,6 +41,7 @@ pub(super) struct Trainer<'a> {
     pub ledger: Option<LedgerWriter>,
     /// Of each phase.
     rates: Vec<LrSchedule>,
+    exchanges: Exchanges<'a>,
     scratch: Scratch,
     /// By the number of micro-batches, one for each batch size of the plan.
     schedules: BTreeMap<usize, Schedule>,
@@ -75,7 +77,7 @@ impl<'a> Trainer<'a> {
         let world = &*groups.world;
         let dtype = dtype_of(recipe);
         let plan = recipe.plan();
-        let state = agree(world, TrainState::new(job.device, &recipe.model, groups, dtype))?;
+        let state = agree(world, new_state(job, dtype))?;
         // All ranks measure at once, as they will compute at once.
         world.barrier();
         let mine = (job.ceiling)(dtype);
@@ -88,8 +90,9 @@ impl<'a> Trainer<'a> {
         let ledger = agree(world, ledger)?;
         let rates = recipe.phases().iter().map(|phase| phase.lr).collect();
         let health = Health::new(&recipe.health, History::default());
+        let exchanges = Exchanges::new(groups, if recipe.parallel.overlap { Overlap::WithComputation } else { Overlap::Nothing });
         let (scratch, lineage, schedules) = (Scratch::new(), Lineage::new(data), BTreeMap::new());
-        Ok(Trainer { job, data, state, plan, health, lineage, ceiling, metrics, ledger, rates, scratch, schedules })
+        Ok(Trainer { job, data, state, plan, health, lineage, ceiling, metrics, ledger, rates, exchanges, scratch, schedules })
     }
 
     /// Steps of the run after this job, as planned.
@@ -101,6 +104,8 @@ impl<'a> Trainer<'a> {
     /// layout cannot divide.
     pub fn make_schedules(&mut self) -> Result<()> {
         let (recipe, layout) = (self.job.recipe, self.job.groups.layout);
+        let ahead = recipe.parallel.overlap && !self.job.groups.pp.groups_are_in_order();
+        let messages = if ahead { Messages::Ahead } else { Messages::Together };
         for stretch in self.plan.stretches() {
             let (first, end) = (stretch.first_step, stretch.first_step + stretch.n_steps);
             if end <= self.state.step || first >= self.last_step() {
@@ -109,7 +114,8 @@ impl<'a> Trainer<'a> {
             let doing = || format!("planning steps {}..{end}", first + 1);
             recipe.check_batch_size(layout.dp, stretch.global).doing(doing)?;
             let n_micro = stretch.global / (layout.dp * recipe.batch.micro);
-            let schedule = schedule::training(recipe.parallel.schedule, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro })?;
+            let shape = PipelineShape { pp: layout.pp, vp: layout.vp, n_micro };
+            let schedule = schedule::training(recipe.parallel.schedule, shape, messages)?;
             schedule.check().unwrap_or_else(|problem| panic!("the generated schedule is wrong: {problem}"));
             self.schedules.insert(n_micro, schedule);
         }
@@ -125,6 +131,11 @@ impl<'a> Trainer<'a> {
     pub fn load(&mut self, from: &crate::checkpoint::Stored, moments: crate::recipe::Moments) -> Result<()> {
         let loaded = self.state.load(self.job.device, &self.scratch, self.job.groups, (from, moments));
         agree(&*self.job.groups.world, loaded)
+    }
+
+    /// Waits for the weights of the last update: before anything but the next step reads them.
+    pub fn finish_weights(&mut self) {
+        self.exchanges.finish_weights(&mut self.state.chunks);
     }
 
     /// How a step of `global` samples is divided.
@@ -157,10 +168,11 @@ impl<'a> Trainer<'a> {
         let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
         let TrainState { chunks, optimizer, updates, .. } = &mut self.state;
         let schedule = &self.schedules[&batch.n_micro()];
-        let passed = executor::run(schedule, chunks, &ctx, groups, (&batches, Keep::Saved), |chunks, chunk| {
-            chunks[chunk].finish_gradients(&ctx);
-            optimizer.reduce_chunk(chunks, chunk, groups);
-        });
+        let mut during = self.exchanges.during(ctx, optimizer, chunks);
+        let passed = executor::run(schedule, chunks, &ctx, groups, (&batches, Keep::Saved), &mut during);
+        let reducing = groups.flight.span(Phase::Reduce);
+        self.exchanges.finish_gradients(chunks, optimizer);
+        drop(reducing);
         let updating = groups.flight.span(Phase::Optimizer);
         optimizer.reduce_tied(device, &self.scratch, chunks, groups);
         let loss = mean_loss(&passed.token_losses, groups, n_tokens);
@@ -172,7 +184,7 @@ impl<'a> Trainer<'a> {
                 *updates += 1;
                 let grad_scale = (recipe.train.clip_grad_norm / (grad_norm + 1e-6)).min(1.0);
                 let update = Update { step: *updates, lr, grad_scale };
-                optimizer.update(device, &self.scratch, chunks, groups, (&recipe.optimizer, update));
+                optimizer.update(device, &self.scratch, chunks, &mut self.exchanges, (&recipe.optimizer, update));
                 None
             }
             Verdict::Skip(reason) => {
@@ -201,6 +213,7 @@ impl<'a> Trainer<'a> {
 
     /// Mean loss over the held-out samples, in nats a token. Collective.
     pub fn held_out_loss(&mut self) -> Result<f64> {
+        self.finish_weights();
         let held_out = self.data.validation.as_ref().expect("asked for only when there is some");
         let (groups, batch) = (self.job.groups, &self.job.recipe.batch);
         let (dp, micro_samples, seq_len) = (groups.layout.dp, batch.micro, batch.seq_len);
@@ -214,9 +227,20 @@ impl<'a> Trainer<'a> {
         let _measuring = groups.flight.span(Phase::HeldOut);
         let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
         let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
-        let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), |_, _| {});
+        let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), &mut Nothing);
         Ok(mean_loss(&passed.token_losses, groups, held_out.n_samples * seq_len))
     }
+}
+
+/// Memory for this rank's stage, its layers as the recipe divides them and with what they make again.
+fn new_state(job: &Job, dtype: DType) -> Result<TrainState> {
+    let (recipe, groups) = (job.recipe, job.groups);
+    let (stages, recompute) = (recipe.stages()?, recipe.train.recompute.of_layers(recipe.model.n_layers)?);
+    let mut state = TrainState::with_stages(job.device, &recipe.model, groups, dtype, &stages)?;
+    for (idx, chunk) in state.chunks.iter_mut().enumerate() {
+        chunk.set_recompute(&recompute[stages.layers(&groups.layout, groups.at.pp, idx)]);
+    }
+    Ok(state)
 }
 
 /// Sum of all token losses over `n_tokens`, the same bits on every rank. The ranks of one tensor-parallel group hold the same

@@ -9,7 +9,7 @@ use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, Health, LrDecay, Observe, Optimizer, Parallel, Precision, Pretrain, ScheduleKind, Source, Train,
+    Batch, Checkpoint, Data, Health, LrDecay, Observe, Optimizer, Parallel, Precision, Pretrain, RecomputePlan, ScheduleKind, Source, Train,
 };
 use trireme::rng::Random;
 use trireme::train::identity::Changed;
@@ -84,9 +84,18 @@ pub fn tiny_model() -> ModelConfig {
 pub fn tiny_recipe(shards: &Path) -> Pretrain {
     Pretrain {
         model: tiny_model(),
-        parallel: Parallel { tp: 1, pp: 1, dp: None, vp: 1, schedule: ScheduleKind::OneFOneB, sequence_parallel: true },
+        parallel: Parallel {
+            tp: 1,
+            pp: 1,
+            dp: None,
+            vp: 1,
+            schedule: ScheduleKind::OneFOneB,
+            sequence_parallel: true,
+            overlap: true,
+            layers: None,
+        },
         batch: Batch { seq_len: 16, micro: 1, global: 8, ramp: vec![] },
-        train: Train { samples: 3 * 8, seed: 5, precision: Precision::F32, clip_grad_norm: 1.0 },
+        train: Train { samples: 3 * 8, seed: 5, precision: Precision::F32, clip_grad_norm: 1.0, recompute: RecomputePlan::default() },
         optimizer: Optimizer {
             lr: 1e-2,
             min_lr: 1e-3,

@@ -11,9 +11,10 @@ use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, MicroBatch, Purpos
 use trireme::model::config::Split;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::parallel::layout::{Coords, ParallelLayout};
-use trireme::parallel::schedule::{self, PipelineShape};
+use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::recipe::{LrDecay, Optimizer, ScheduleKind};
 use trireme::tensor::{DType, Tensor};
+use trireme::train::exchanges::{Exchanges, Overlap};
 use trireme::train::executor::{self, Keep};
 use trireme::train::optimizer::Update;
 use trireme::train::state::TrainState;
@@ -159,7 +160,7 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
     let n_micro = layout.pp.min(2);
     let batches = golden.batches(device, n_micro);
     let kind = if layout.vp > 1 { ScheduleKind::Interleaved } else { ScheduleKind::OneFOneB };
-    let schedule = schedule::training(kind, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro }).unwrap();
+    let schedule = schedule::training(kind, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro }, Messages::Ahead).unwrap();
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded };
     let settings = Optimizer {
         lr: 1e-2,
@@ -171,13 +172,13 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
         eps: 1e-4,
         weight_decay: 0.1,
     };
+    let mut exchanges = Exchanges::new(&groups, Overlap::WithComputation);
     let mut losses = Vec::new();
     for step in 1..=3 {
         let TrainState { chunks, optimizer, .. } = &mut state;
-        let passed = executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), |chunks, chunk| {
-            chunks[chunk].finish_gradients(&ctx);
-            optimizer.reduce_chunk(chunks, chunk, &groups);
-        });
+        let mut during = exchanges.during(ctx, optimizer, chunks);
+        let passed = executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), &mut during);
+        exchanges.finish_gradients(chunks, optimizer);
         optimizer.reduce_tied(device, &scratch, chunks, &groups);
         let mine: f64 = passed.token_losses.iter().flatten().map(|&loss| f64::from(loss)).sum();
         let n_tokens = n_micro * batches[0].n_tokens();
@@ -187,9 +188,10 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
         }
         let norm = optimizer.grad_norm(device, chunks, &groups);
         let update = Update { step, lr: settings.lr, grad_scale: (1.0 / (norm + 1e-6)).min(1.0) };
-        optimizer.update(device, &scratch, chunks, &groups, (&settings, update));
+        optimizer.update(device, &scratch, chunks, &mut exchanges, (&settings, update));
         device.finish();
     }
+    exchanges.finish_weights(&mut state.chunks);
     save(&state.chunks, &groups, &out.join("weights"), stored.meta(), |param| &param.value);
     losses
 }

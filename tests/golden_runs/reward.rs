@@ -9,11 +9,11 @@ use trireme::comm::{Communicator, Groups, threads};
 use trireme::device::{Device, Scratch};
 use trireme::model::chunk::{MicroBatch, Ratings};
 use trireme::model::ctx::{Ctx, SequenceMode};
-use trireme::parallel::schedule::{self, PipelineShape};
+use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::parallel::slice::Slice;
 use trireme::recipe::ScheduleKind;
 use trireme::tensor::{DType, Tensor};
-use trireme::train::executor::{self, Keep};
+use trireme::train::executor::{self, Keep, Nothing};
 use trireme::train::state::TrainState;
 
 const N_ATTRIBUTES: usize = 5;
@@ -60,12 +60,14 @@ fn one_pass(golden: &Tensors, from: &Path, device: &dyn Device, how: (How, usize
     let all = sequences(golden);
     let n_labels = all.iter().flat_map(|(_, labels)| labels).filter(|label| !label.is_nan()).count();
     let batches: Vec<MicroBatch> = all.chunks(all.len() / n_micro).map(|part| micro_batch(device, part, 1.0 / n_labels as f32)).collect();
-    let schedule = schedule::training(ScheduleKind::OneFOneB, PipelineShape { pp: layout.pp, vp: 1, n_micro }).unwrap();
+    let shape = PipelineShape { pp: layout.pp, vp: 1, n_micro };
+    let schedule = schedule::training(ScheduleKind::OneFOneB, shape, Messages::Ahead).unwrap();
     // 26 tokens in one micro-batch divide by two; single sequences do not.
     let sequence = if n_micro == 1 { SequenceMode::Sharded } else { SequenceMode::Replicated };
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence };
     let work = (&batches[..], Keep::Saved);
-    let passed = executor::run(&schedule, &mut state.chunks, &ctx, &groups, work, |chunks, chunk| chunks[chunk].finish_gradients(&ctx));
+    let passed = executor::run(&schedule, &mut state.chunks, &ctx, &groups, work, &mut Nothing);
+    state.chunks.iter_mut().for_each(|chunk| chunk.finish_gradients(&ctx));
     save(&state.chunks, &groups, &out.join("gradients"), stored.meta(), |param| param.grad());
     let params = state.chunks.iter_mut().flat_map(|chunk| chunk.params_mut());
     params.filter(|param| param.spec.name == "reward.bias").for_each(|param| device.fill_zero(param.grad_mut()));

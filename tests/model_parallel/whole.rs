@@ -12,6 +12,8 @@ use trireme::model::param::Param;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
+use trireme::train::exchanges::{Exchanges, Overlap};
+use trireme::train::executor::Between;
 use trireme::train::optimizer::ShardedAdamW;
 
 pub const SEED: u64 = 17;
@@ -309,7 +311,7 @@ fn replicated_parameters_are_counted_once() {
 
 fn grad_norm(config: &ModelConfig, groups: Groups, element: impl Fn(&str, usize) -> f32) -> f64 {
     let (device, scratch) = (Cpu::new(), Scratch::new());
-    let Groups { layout, at, .. } = groups;
+    let (layout, at) = (groups.layout, groups.at);
     let chunk = |i| Chunk::new(&device, config, &layout, at, i, DType::F32, Purpose::Training).unwrap();
     let mut chunks: Vec<Chunk> = (0..layout.vp).map(chunk).collect();
     for chunk in &mut chunks {
@@ -327,7 +329,13 @@ fn grad_norm(config: &ModelConfig, groups: Groups, element: impl Fn(&str, usize)
         }
     }
     let mut optimizer = ShardedAdamW::new(&device, &chunks, &layout, at).unwrap();
-    (0..chunks.len()).for_each(|chunk| optimizer.reduce_chunk(&mut chunks, chunk, &groups));
+    let mut exchanges = Exchanges::new(&groups, Overlap::WithComputation);
+    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let mut during = exchanges.during(ctx, &mut optimizer, &chunks);
+    for (i, chunk) in chunks.iter_mut().enumerate() {
+        chunk.each_part(&mut |part| during.gradients_done(i, part));
+    }
+    exchanges.finish_gradients(&mut chunks, &mut optimizer);
     optimizer.reduce_tied(&device, &scratch, &mut chunks, &groups);
     optimizer.grad_norm(&device, &chunks, &groups)
 }

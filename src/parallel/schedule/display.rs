@@ -21,14 +21,20 @@ impl fmt::Display for Action {
         match self {
             Action::Forward { chunk, micro } => write!(f, "F{chunk}.{micro}"),
             Action::Backward { chunk, micro } => write!(f, "B{chunk}.{micro}"),
+            Action::BackwardInput { chunk, micro } => write!(f, "I{chunk}.{micro}"),
+            Action::BackwardWeights { chunk, micro } => write!(f, "W{chunk}.{micro}"),
             Action::ReduceGrads { chunk } => write!(f, "R{chunk}"),
-            Action::Exchange { sends, recvs } => {
-                let sends = sends.iter().map(|parcel| format!(">{parcel}"));
-                let recvs = recvs.iter().map(|parcel| format!("<{parcel}"));
-                write!(f, "[{}]", sends.chain(recvs).collect::<Vec<_>>().join(" "))
-            }
+            Action::Exchange { sends, recvs } => write!(f, "[{}]", parcels(sends, recvs)),
+            Action::Post { sends, recvs } => write!(f, "({})", parcels(sends, recvs)),
+            Action::Await { sends, recvs } => write!(f, "{{{}}}", parcels(sends, recvs)),
         }
     }
+}
+
+fn parcels(sends: &[Parcel], recvs: &[Parcel]) -> String {
+    let sends = sends.iter().map(|parcel| format!(">{parcel}"));
+    let recvs = recvs.iter().map(|parcel| format!("<{parcel}"));
+    sends.chain(recvs).collect::<Vec<_>>().join(" ")
 }
 
 impl fmt::Display for Parcel {

@@ -41,6 +41,34 @@ pub fn interleaved(shape: PipelineShape) -> Result<Schedule> {
     Ok(Schedule { shape, stages: (0..pp).map(stage).collect() })
 }
 
+/// ZB-H1 (Qi et al. 2023, section 2): 1F1B with backwards in halves. Stage s runs pp - 1 - s forwards ahead, as in 1F1B, and its
+/// weight gradients lag s micro-batches behind its input gradients: so the last stage, which 1F1B keeps from sending gradients
+/// up, sends them at once, and the weight gradients that are left fill the end of the step. At most pp micro-batches are between
+/// forward and weight gradients on any stage: 1F1B's peak on its first stage. Needs vp = 1.
+pub fn zero_bubble_h1(shape: PipelineShape) -> Result<Schedule> {
+    require_one_chunk("zb-h1", shape)?;
+    let order: Vec<(usize, usize)> = (0..shape.n_micro).map(|micro| (0, micro)).collect();
+    let stage = |stage: usize| {
+        let mut actions = Vec::with_capacity(3 * shape.n_micro + 1);
+        for action in alternate(&order, &order, shape.pp - 1 - stage) {
+            match action {
+                Action::Backward { chunk, micro } => {
+                    actions.push(Action::BackwardInput { chunk, micro });
+                    actions.extend(micro.checked_sub(stage).map(|micro| Action::BackwardWeights { chunk, micro }));
+                }
+                Action::ReduceGrads { chunk } => {
+                    let left = shape.n_micro.saturating_sub(stage)..shape.n_micro;
+                    actions.extend(left.map(|micro| Action::BackwardWeights { chunk, micro }));
+                    actions.push(Action::ReduceGrads { chunk });
+                }
+                other => actions.push(other),
+            }
+        }
+        actions
+    };
+    Ok(Schedule { shape, stages: (0..shape.pp).map(stage).collect() })
+}
+
 /// Forwards alone, any shape: micro-batches in groups of pp through all chunks, so few activations wait between chunks.
 pub fn forward_only(shape: PipelineShape) -> Schedule {
     let order = grouped(shape, |chunk| chunk);

@@ -43,23 +43,85 @@ pub fn insert_messages(compute: &Schedule, rhythm: Rhythm) -> Schedule {
         gaps[from.stage][gap_at(from.stage, tick)].sends.push(parcel(at.stage));
         gaps[at.stage][gap_at(at.stage, tick)].recvs.push(parcel(from.stage));
     }
-    let merge = |(actions, gaps): (&Vec<Action>, Vec<Gap>)| {
-        let mut merged = Vec::new();
-        for (i, gap) in gaps.into_iter().enumerate() {
-            if !gap.sends.is_empty() || !gap.recvs.is_empty() {
-                merged.push(Action::Exchange { sends: gap.sends, recvs: gap.recvs });
-            }
-            merged.extend(actions.get(i).cloned());
-        }
-        merged
-    };
-    Schedule { shape: compute.shape, stages: compute.stages.iter().zip(gaps).map(merge).collect() }
+    let exchange = |gap: Gap| vec![Action::Exchange { sends: gap.sends, recvs: gap.recvs }];
+    let gaps = gaps.into_iter().map(|gaps| gaps.into_iter().map(exchange).collect());
+    merge(compute, gaps)
 }
 
 #[derive(Clone, Default)]
 struct Gap {
     sends: Vec<Parcel>,
     recvs: Vec<Parcel>,
+}
+
+/// Sends of one kind to one stage that may be under way at once: the one just made, and one that the reader is late for.
+const SENDS_UNDER_WAY: usize = 2;
+
+/// Adds messages that overlap with computation. A send is posted as soon as it is made; a receive one computation before the one
+/// that reads it, so that it is under way meanwhile (Megatron-LM's overlap in warm-up and steady state), and is waited for right
+/// before. A send is waited for when its kind and stage has `SENDS_UNDER_WAY` later ones, or at the end. Needs a communicator whose
+/// messages complete in any order.
+pub fn post_ahead(compute: &Schedule) -> Schedule {
+    let works = |stage: usize| compute.stages[stage].iter().enumerate().filter_map(move |(i, action)| Some((work(stage, action)?, i)));
+    let place: HashMap<Work, usize> = (0..compute.stages.len()).flat_map(works).collect();
+    let mut gaps: Vec<Vec<Ahead>> = compute.stages.iter().map(|actions| vec![Ahead::default(); actions.len() + 1]).collect();
+    for stage in 0..compute.stages.len() {
+        for (reader, read) in works(stage) {
+            let (what, at, micro) = reader;
+            let Some(from) = source(compute, reader).filter(|from| from.stage != stage) else { continue };
+            let parcel = |peer| Parcel { what, chunk: at.chunk, micro, peer };
+            let made = place[&(what, from, micro)];
+            gaps[from.stage][made + 1].post.sends.push(parcel(stage));
+            gaps[stage][read.saturating_sub(1)].post.recvs.push(parcel(from.stage));
+            gaps[stage][read].wait.recvs.push(parcel(from.stage));
+        }
+    }
+    gaps.iter_mut().for_each(|gaps| make_room(gaps));
+    let actions = |gap: Ahead| {
+        let room = Action::Await { sends: gap.wait.sends, recvs: Vec::new() };
+        let post = Action::Post { sends: gap.post.sends, recvs: gap.post.recvs };
+        vec![room, post, Action::Await { sends: Vec::new(), recvs: gap.wait.recvs }]
+    };
+    merge(compute, gaps.into_iter().map(|gaps| gaps.into_iter().map(actions).collect()))
+}
+
+/// A gap of `post_ahead`.
+#[derive(Clone, Default)]
+struct Ahead {
+    post: Gap,
+    wait: Gap,
+}
+
+/// Places the waits for a stage's sends.
+fn make_room(gaps: &mut [Ahead]) {
+    let mut sent: HashMap<(usize, What), Vec<(usize, Parcel)>> = HashMap::new();
+    for (i, gap) in gaps.iter().enumerate() {
+        gap.post.sends.iter().for_each(|parcel| sent.entry((parcel.peer, parcel.what)).or_default().push((i, *parcel)));
+    }
+    let mut waits: Vec<(usize, Parcel)> = Vec::new();
+    for sends in sent.values() {
+        for (i, (_, parcel)) in sends.iter().enumerate() {
+            let at = sends.get(i + SENDS_UNDER_WAY).map_or(gaps.len() - 1, |&(gap, _)| gap);
+            waits.push((at, *parcel));
+        }
+    }
+    waits.sort_by_key(|(at, parcel)| (*at, parcel.what, parcel.peer, parcel.micro, parcel.chunk));
+    waits.into_iter().for_each(|(at, parcel)| gaps[at].wait.sends.push(parcel));
+}
+
+/// The computation with messages in its gaps, but for empty ones: before each action, and after the last.
+fn merge(compute: &Schedule, gaps: impl Iterator<Item = Vec<Vec<Action>>>) -> Schedule {
+    let is_something = |action: &Action| match action {
+        Action::Exchange { sends, recvs } | Action::Post { sends, recvs } | Action::Await { sends, recvs } => {
+            !sends.is_empty() || !recvs.is_empty()
+        }
+        _ => true,
+    };
+    let stage = |(actions, gaps): (&Vec<Action>, Vec<Vec<Action>>)| {
+        let own = actions.iter().map(|action| Some(action.clone())).chain([None]);
+        gaps.into_iter().zip(own).flat_map(|(gap, own)| gap.into_iter().filter(is_something).chain(own)).collect()
+    };
+    Schedule { shape: compute.shape, stages: compute.stages.iter().zip(gaps).map(stage).collect() }
 }
 
 /// The chunk that makes what `reader` reads, if a chunk does.
@@ -80,7 +142,9 @@ fn sorted(start: &HashMap<Work, usize>) -> Vec<(Work, usize)> {
 fn work(stage: usize, action: &Action) -> Option<Work> {
     match *action {
         Action::Forward { chunk, micro } => Some((What::Activation, ChunkAt { stage, chunk }, micro)),
-        Action::Backward { chunk, micro } => Some((What::Gradient, ChunkAt { stage, chunk }, micro)),
+        Action::Backward { chunk, micro } | Action::BackwardInput { chunk, micro } => {
+            Some((What::Gradient, ChunkAt { stage, chunk }, micro))
+        }
         _ => None,
     }
 }
@@ -89,7 +153,8 @@ fn work(stage: usize, action: &Action) -> Option<Work> {
 struct Clock {
     /// The tick of each forward and backward.
     start: HashMap<Work, usize>,
-    /// The tick of each action of each stage. `ReduceGrads` takes no time: it stands at the tick after the backward before it.
+    /// The tick of each action of each stage. `BackwardWeights` has a tick of its own that nobody waits for; `ReduceGrads` takes no
+    /// time: it stands at the tick after the backward before it.
     ticks: Vec<Vec<usize>>,
 }
 
@@ -108,6 +173,9 @@ impl Clock {
                     let Some(tick) = ready else { break };
                     for work in works() {
                         start.insert(work, tick);
+                        free[stage] = tick + 1;
+                    }
+                    if let Action::BackwardWeights { .. } = actions[ticks[stage].len()] {
                         free[stage] = tick + 1;
                     }
                     ticks[stage].extend(together.iter().map(|_| tick));

@@ -1,7 +1,8 @@
 //! Pipeline schedules as data: what each stage does in one step, as a list. Made by a pure function ([`gpipe`],
-//! [`one_f_one_b`], [`interleaved`], [`forward_only`]), completed by [`insert_messages`], proved by [`Schedule::check`], then
-//! priced (`parallel::simulate`) or executed. Sources: Huang et al. 2019 (GPipe), Narayanan et al. 2019 (1F1B) and 2021
-//! (interleaving; the order is Megatron-LM's). This file knows nothing of tensors, time or communicators.
+//! [`one_f_one_b`], [`interleaved`], [`zero_bubble_h1`], [`forward_only`]), completed with messages by [`insert_messages`] or
+//! [`post_ahead`], proved by [`Schedule::check`], then priced (`parallel::simulate`) or executed. Sources: Huang et al. 2019
+//! (GPipe), Narayanan et al. 2019 (1F1B) and 2021 (interleaving; the order is Megatron-LM's), Qi et al. 2023 (zero bubble).
+//! This file knows nothing of tensors, time or communicators.
 //!
 //! # Executing a schedule
 //!
@@ -13,14 +14,18 @@
 //!   (Activation, next.chunk, micro); **this very stage** (one stage with several chunks), put it in the inbox, no message.
 //! - `Backward {chunk, micro}`: unless the chunk ends the model, take (Gradient, chunk, micro) out of the inbox. The gradient of
 //!   its input goes to [`PipelineShape::previous`] in the same way.
+//! - `BackwardInput {chunk, micro}`: as `Backward`, but the gradients of the weight matrices are left to
+//!   `BackwardWeights {chunk, micro}`, some time later.
 //! - `Exchange {sends, recvs}`: post all of them together (sends out of the outbox, recvs into the inbox), then wait for all.
+//! - `Post {sends, recvs}`: post each by itself and go on. `Await {sends, recvs}`: wait for these, posted before.
 //! - `ReduceGrads {chunk}`: no more gradient is added to this chunk's weights; reduce them over the replicas.
 //!
 //! # Text
 //!
-//! A schedule prints as one line a stage: `F0.3` forward of chunk 0, micro-batch 3; `B0.3` its backward; `R0` reduce the
-//! gradients of chunk 0; `[>a0.3@1 <g0.1@1]` one exchange: send the activation for chunk 0, micro-batch 3 to stage 1 and
-//! receive the gradient for chunk 0, micro-batch 1 from stage 1.
+//! A schedule prints as one line a stage: `F0.3` forward of chunk 0, micro-batch 3; `B0.3` its backward, or in halves `I0.3` the
+//! gradient of its input and `W0.3` those of its weights; `R0` reduce the gradients of chunk 0; `[>a0.3@1 <g0.1@1]` one exchange:
+//! send the activation for chunk 0, micro-batch 3 to stage 1 and receive the gradient for chunk 0, micro-batch 1 from stage 1;
+//! `(>a0.3@1)` post that message, `{>a0.3@1}` wait for it.
 
 mod check;
 mod display;
@@ -28,8 +33,8 @@ mod generate;
 mod messages;
 
 pub use check::Liveness;
-pub use generate::{forward_only, gpipe, interleaved, one_f_one_b};
-pub use messages::{Rhythm, insert_messages};
+pub use generate::{forward_only, gpipe, interleaved, one_f_one_b, zero_bubble_h1};
+pub use messages::{Rhythm, insert_messages, post_ahead};
 
 use crate::error::Result;
 use crate::recipe::ScheduleKind;
@@ -124,6 +129,34 @@ pub enum Action {
         /// Micro-batch.
         micro: usize,
     },
+    /// Run a chunk backwards on a micro-batch, but for the gradients of its matrices.
+    BackwardInput {
+        /// Chunk on this stage.
+        chunk: usize,
+        /// Micro-batch.
+        micro: usize,
+    },
+    /// The gradients of a chunk's matrices from a micro-batch whose `BackwardInput` is done.
+    BackwardWeights {
+        /// Chunk on this stage.
+        chunk: usize,
+        /// Micro-batch.
+        micro: usize,
+    },
+    /// Post messages and go on.
+    Post {
+        /// Messages to other stages.
+        sends: Vec<Parcel>,
+        /// Messages from other stages.
+        recvs: Vec<Parcel>,
+    },
+    /// Wait for messages that were posted.
+    Await {
+        /// Messages to other stages.
+        sends: Vec<Parcel>,
+        /// Messages from other stages.
+        recvs: Vec<Parcel>,
+    },
     /// Post all messages together, then wait for all.
     Exchange {
         /// Messages to other stages.
@@ -147,14 +180,29 @@ pub struct Schedule {
     pub stages: Vec<Vec<Action>>,
 }
 
+/// When messages are posted and waited for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Messages {
+    /// All between two computations at once, and waited for at once: for communicators that carry out groups of messages one
+    /// after another.
+    Together,
+    /// Each by itself: sends when they are made, receives one computation ahead, so that they are under way meanwhile.
+    Ahead,
+}
+
 /// The complete schedule of a training step. Errors: a recipe error when the shape does not suit the kind.
-pub fn training(kind: ScheduleKind, shape: PipelineShape) -> Result<Schedule> {
-    Ok(match kind {
-        ScheduleKind::GPipe => insert_messages(&gpipe(shape)?, Rhythm::Single),
-        ScheduleKind::OneFOneB => insert_messages(&one_f_one_b(shape)?, Rhythm::Single),
-        // With a single group of micro-batches some stages never alternate, so pairs cannot go in step.
-        ScheduleKind::Interleaved if shape.n_micro == shape.pp => insert_messages(&interleaved(shape)?, Rhythm::Single),
-        ScheduleKind::Interleaved => insert_messages(&interleaved(shape)?, Rhythm::Pairs),
+pub fn training(kind: ScheduleKind, shape: PipelineShape, messages: Messages) -> Result<Schedule> {
+    let compute = match kind {
+        ScheduleKind::GPipe => gpipe(shape)?,
+        ScheduleKind::OneFOneB => one_f_one_b(shape)?,
+        ScheduleKind::Interleaved => interleaved(shape)?,
+        ScheduleKind::ZeroBubbleH1 => zero_bubble_h1(shape)?,
+    };
+    // With a single group of micro-batches some stages never alternate, so pairs cannot go in step.
+    let in_step = kind == ScheduleKind::Interleaved && shape.n_micro != shape.pp;
+    Ok(match messages {
+        Messages::Ahead => post_ahead(&compute),
+        Messages::Together => insert_messages(&compute, if in_step { Rhythm::Pairs } else { Rhythm::Single }),
     })
 }
 
