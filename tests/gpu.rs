@@ -6,16 +6,22 @@
 mod cases;
 #[path = "operations/check.rs"]
 mod check;
+mod decode_cases;
 #[path = "golden_runs/mod.rs"]
 mod golden_runs;
 #[path = "operations/oracle.rs"]
 mod oracle;
 
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::backend::Algorithms;
 
 /// The first GPU of this machine.
 fn gpu() -> Option<Cuda> {
-    match Cuda::open(0) {
+    gpu_with(Algorithms::Measured)
+}
+
+fn gpu_with(algorithms: Algorithms) -> Option<Cuda> {
+    match Cuda::open_with(0, algorithms) {
         Ok(cuda) => Some(cuda),
         Err(error) => {
             assert!(std::env::var_os("TRIREME_NEEDS_GPU").is_none(), "{error}");
@@ -27,8 +33,9 @@ fn gpu() -> Option<Cuda> {
 
 mod operations {
     use crate::cases::{self, Case, Kind, Vocabulary};
-    use crate::{check, gpu};
+    use crate::{check, decode_cases, gpu, gpu_with};
     use trireme::device::cuda::Cuda;
+    use trireme::device::cuda::backend::Algorithms;
     use trireme::device::{Activation, Device, Gemm};
     use trireme::tensor::{DType, Tensor};
 
@@ -45,6 +52,55 @@ mod operations {
     #[test]
     fn matrix_products_match_the_oracle() {
         check_all(check::gemm_cases());
+    }
+
+    /// As above, with the algorithms that add whole sums in a fixed order; their bits come twice, also from another start of the library.
+    #[test]
+    fn fixed_matrix_products_match_the_oracle() {
+        let Some(first) = gpu_with(Algorithms::Fixed) else { return };
+        check::gemm_cases().iter().for_each(|case| check::check(&first, case, DType::BF16));
+        let second = gpu_with(Algorithms::Fixed).expect("a GPU");
+        let long = cases::gemm(Gemm::TN.accumulate(), (515, 1032, 4096), Kind::F32);
+        assert!(outputs(&first, &long, DType::BF16) == outputs(&second, &long, DType::BF16));
+    }
+
+    /// Large copies arrive whole, chunk by chunk, in order with the kernels before and after them, and beside a thread that saves.
+    #[test]
+    fn large_copies_are_in_order_with_kernels() {
+        let Some(cuda) = gpu() else { return };
+        const MANY: usize = (7 << 21) + 12_345;
+        let pattern = |seed: usize| (0..MANY).map(|i| ((i * 31 + seed) % 8191) as f32).collect::<Vec<f32>>();
+        let (mut x, mut y) = (cuda.alloc(&[MANY], DType::F32).unwrap(), cuda.alloc(&[MANY], DType::F32).unwrap());
+        let values = |x: &Tensor| bytemuck::cast_slice::<u8, f32>(&x.host_bytes()).to_vec();
+        cuda.upload(bytemuck::cast_slice(&pattern(1)), &mut x);
+        Device::copy(&cuda, &mut y, &x);
+        let saved = std::thread::scope(|scope| {
+            let saving = scope.spawn(|| values(&x));
+            (0..50).for_each(|_| cuda.scale(&mut y, 2.0));
+            saving.join().unwrap()
+        });
+        cuda.scale(&mut x, 3.0);
+        cuda.upload(bytemuck::cast_slice(&pattern(5)), &mut y);
+        cuda.scale(&mut y, 4.0);
+        assert!(saved == pattern(1));
+        assert!(values(&x).iter().zip(pattern(1)).all(|(found, was)| *found == 3.0 * was));
+        assert!(values(&y).iter().zip(pattern(5)).all(|(found, was)| *found == 4.0 * was));
+    }
+
+    /// The device takes the token that the host takes, for the same logits and noise.
+    #[test]
+    fn tokens_are_drawn_as_on_the_host() {
+        if let Some(cuda) = gpu() {
+            decode_cases::sample::check(&cuda);
+        }
+    }
+
+    /// Decode steps launched as a graph have the bits of those that are asked for one by one, and use no memory that comes and goes.
+    #[test]
+    fn recorded_steps_see_new_values() {
+        if let Some(cuda) = gpu_with(Algorithms::Fixed) {
+            decode_cases::check(&cuda, |_| {});
+        }
     }
 
     /// As above, for everything that works on rows, and rows of every form of the norms' kernels.

@@ -3,9 +3,9 @@
 # share the card, and the benches with PyTorch beside them. Sums up in one table; logs and tables go to $OUT (target/gpu).
 #
 #   bash slurm/bundle.sh --tests target/bundle/gpu      where there is a compiler
-#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: tests runs operations train sanitizer
+#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: tests runs operations decode train sanitizer
 #
-# Where a command may take ten minutes: first "tests runs operations", then "train sanitizer" (PyTorch compiles for minutes).
+# Where a command may take ten minutes: first "tests runs operations decode", then "train sanitizer" (PyTorch compiles for minutes).
 #
 # Takes target/bundle/gpu or unpacks target/bundle/gpu.tar.xz. CUDA's libraries (NVRTC, cuBLASLt) are taken from LD_LIBRARY_PATH, from
 # /usr/local/cuda or from the Python packages of the python3 in the path; PyTorch from the same python3, when it has it.
@@ -96,21 +96,24 @@ runs() {
 
 operations() { "$bin/bench/gpu"; }
 
+decode() { "$bin/bench/decode" cuda; }
+
 train() { "$bin/bench/train_step" cuda; }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee "$out/machine.log" ||
   { echo "no nvidia-smi: is this a machine with an NVIDIA GPU?" >&2; exit 2; }
-export -f tests sanitizer compare runs operations train
+export -f tests sanitizer compare runs operations decode train
 export bin repository
-wanted=" ${*:-tests runs operations train sanitizer} "
+wanted=" ${*:-tests runs operations decode train sanitizer} "
 for name in $wanted; do
   case $name in
     tests) part tests 180 bash -c tests ;;
     sanitizer) part sanitizer 120 bash -c sanitizer ;;
     runs) part runs 120 bash -c runs ;;
     operations) part operations 240 bash -c operations ;;
+    decode) part decode 120 bash -c decode ;;
     train) part train 420 bash -c train ;;
-    *) echo "no such part: $name (tests sanitizer runs operations train)" >&2; exit 2 ;;
+    *) echo "no such part: $name (tests sanitizer runs operations decode train)" >&2; exit 2 ;;
   esac
 done
 

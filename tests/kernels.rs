@@ -13,6 +13,7 @@ mod common;
 mod compile;
 #[path = "kernels/decode.rs"]
 mod decode;
+mod decode_cases;
 #[path = "kernels/driver.rs"]
 mod driver;
 #[path = "kernels/emulator.rs"]

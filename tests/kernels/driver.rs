@@ -93,7 +93,7 @@ fn calls_are_those_a_gpu_needs() {
     let Some(()) = stand_ins(folder.path()) else { return };
     let logs = [(); 2].map(|()| {
         let mut log = inside(folder.path(), "driver::calls_are_those_a_gpu_needs", &[]);
-        log.retain(|line| !line.contains("algorithm")); // see products.rs
+        log.retain(|line| !line.contains("algorithm") && !line.contains("asked for")); // see products.rs and below
         log
     });
     let launch = "attention_hopper_d128_bf16 on 4 x 1 x 1 of 384 x 1 x 1, shares 164936: 128 128 70 2 0.0883883";
@@ -110,4 +110,40 @@ fn calls_are_those_a_gpu_needs() {
     };
     assert_eq!(logs[0], expected(&["compiled attention_hopper_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));
+}
+
+/// On the stand-ins, whose GPUs have 256 MiB.
+fn fill_the_memory() {
+    let cuda = Cuda::open(0).unwrap();
+    let take = |mib: usize| cuda.alloc(&[mib << 18], DType::F32);
+    let asked = |mib: usize| eprintln!("stand-in: test: {mib} MiB");
+    let mut kept = take(100).unwrap();
+    cuda.upload(&vec![7u8; 100 << 20], &mut kept);
+    for _ in 0..3 {
+        asked(100);
+        drop(take(100).unwrap());
+    }
+    // 32 MiB are cuBLASLt's: there is no room beside the two pieces, one of which is free.
+    asked(110);
+    let other = take(110).unwrap();
+    assert!(take(20).is_err());
+    assert!(kept.host_bytes().iter().all(|byte| *byte == 7) && other.host_bytes().iter().all(|byte| *byte == 0));
+}
+
+/// Freed memory is lent again without asking the driver, and goes back to it when a piece of another size finds no room; what is in use
+/// stays as it is.
+#[test]
+fn free_memory_goes_back_when_there_is_none_left() {
+    if is_inside() {
+        return fill_the_memory();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(()) = stand_ins(folder.path()) else { return };
+    let mut log = inside(folder.path(), "driver::free_memory_goes_back_when_there_is_none_left", &[]);
+    log.retain(|line| line.contains("asked for") || line.starts_with("test: ") || line.starts_with("end"));
+    let mib = |n: usize| format!("{} bytes of memory asked for", n << 20);
+    let test = |n: usize| format!("test: {n} MiB");
+    let expected =
+        [mib(32), mib(100), test(100), mib(100), test(100), test(100), test(110), mib(110), "end with 0 pieces of memory".into()];
+    assert_eq!(log, expected);
 }

@@ -150,17 +150,24 @@ int cuGraphLaunch(List* executable, Stream* stream) {
 }
 
 // Memory.
+// 256 MiB. A piece's size stands before it.
+static size_t used;
 int cuMemAlloc_v2(Address* at, size_t bytes) {
     if (!current) return INVALID;
-    if (bytes > 1ull << 40) return OUT_OF_MEMORY;
-    *at = (Address)aligned_alloc(512, (bytes + 511) / 512 * 512);
-    memset((void*)*at, 0xff, bytes);
+    if (bytes > (256 << 20) - used) return OUT_OF_MEMORY;
+    char* all = aligned_alloc(512, (bytes + 1023) / 512 * 512);
+    *(size_t*)all = bytes;
+    memset(all + 512, 0xff, bytes);
+    *at = (Address)all + 512;
+    used += bytes;
     live++;
+    TELL("%zu bytes of memory asked for\n", bytes);
     return 0;
 }
 int cuMemFree_v2(Address at) {
     LOCKED(run_all());
-    free((void*)at);
+    used -= *(size_t*)(at - 512);
+    free((char*)at - 512);
     live--;
     return 0;
 }

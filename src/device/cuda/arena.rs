@@ -7,6 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 /// Sizes are multiples of this, which is also the alignment of what the driver gives.
 const GRAIN_BYTES: usize = 512;
 
+/// Below this size a piece is a power of two, so that tables whose sizes change from call to call find one.
+const SMALL_BYTES: usize = 1 << 20;
+
 /// Pieces of memory, lent and free.
 #[derive(Default)]
 pub struct Arena {
@@ -20,7 +23,7 @@ impl Arena {
     /// A piece of at least `bytes`: a free one that is larger by no more than an eighth, else a new one from `ask` (given the size, a
     /// multiple of 512). `None` when `ask` has none.
     pub fn take(&mut self, bytes: usize, ask: impl FnOnce(usize) -> Option<u64>) -> Option<u64> {
-        let wanted = bytes.max(1).next_multiple_of(GRAIN_BYTES);
+        let wanted = if bytes < SMALL_BYTES { bytes.next_power_of_two().max(GRAIN_BYTES) } else { bytes.next_multiple_of(GRAIN_BYTES) };
         let fitting = self.free.range(wanted..=wanted + wanted / 8).next().map(|(size, _)| *size);
         let (address, size) = match fitting {
             Some(size) => (self.take_free(size), size),

@@ -1,0 +1,108 @@
+//! Decode steps on the CUDA device, as `infer::decode` runs them, against the same steps asked for operation by operation: over the
+//! emulator and on a GPU.
+#![allow(dead_code)] // not every test program uses all
+
+pub mod sample;
+
+use trireme::comm::solo::Solo;
+use trireme::device::cuda::Cuda;
+use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, Scratch};
+use trireme::infer::decode::{Decoder, NewTokens};
+use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
+use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::rng::Random;
+use trireme::tensor::{DType, Tensor};
+
+/// Caches so long that keys are shared out between blocks.
+const MAX_TOKENS: usize = 600;
+const SLOTS: usize = 4;
+
+fn model() -> ModelConfig {
+    ModelConfig {
+        n_layers: 2,
+        hidden: 32,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 16,
+        ffn_hidden: 48,
+        vocab_size: 61,
+        vocab_divisor: 8,
+        max_tokens: MAX_TOKENS,
+        norm: NormKind::LayerNorm1P,
+        norm_eps: 1e-5,
+        activation: Activation::SquaredRelu,
+        rotary_fraction: 0.5,
+        rope_base: 10000.0,
+        tied_embeddings: false,
+        head: HeadKind::Vocabulary,
+        init_std: 0.1,
+    }
+}
+
+/// A model with caches whose every row holds something.
+fn model_and_caches(device: &dyn Device) -> (Chunk, Vec<KvCache>) {
+    let (layout, at) = (ParallelLayout::SINGLE, Coords { tp: 0, pp: 0, dp: 0 });
+    let mut chunk = Chunk::new(device, &model(), &layout, at, 0, DType::F32, Purpose::Inference).unwrap();
+    chunk.initialise(device, 3);
+    let mut caches = chunk.new_caches(device, SLOTS, MAX_TOKENS).unwrap();
+    let noise = Random::new(8, "caches");
+    for (i, tensor) in caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).enumerate() {
+        let n = tensor.n_elements() as u64;
+        let values: Vec<f32> = (0..n).map(|j| noise.normal(i as u64 * n + j) as f32).collect();
+        device.upload(bytemuck::cast_slice(&values), tensor);
+    }
+    (chunk, caches)
+}
+
+/// Slots and pasts of a step's sequences, each with one new token.
+fn spans(places: &[(usize, usize)]) -> Vec<CacheSpan> {
+    places.iter().enumerate().map(|(row, (slot, past))| CacheSpan { rows: row..row + 1, slot: *slot, past: *past }).collect()
+}
+
+/// Steps of two sizes in turn, of sequences that grow, leave their slots and come to others.
+fn steps() -> Vec<Vec<CacheSpan>> {
+    let grown = |by: usize| spans(&[(2, 5 + by), (0, 254 + by), (3, 509 + by)]);
+    let mut steps: Vec<_> = (0..5).map(grown).collect();
+    steps.insert(2, spans(&[(1, 40)]));
+    steps.insert(4, spans(&[(1, 41)]));
+    steps.extend([spans(&[(1, 42)]), spans(&[(3, 0)]), spans(&[(1, 0), (3, 599), (0, 17)]), spans(&[(0, 300)])]);
+    steps
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    bytemuck::cast_slice(&tensor.host_bytes()).to_vec()
+}
+
+/// A step asked for in one call has the bits, in its logits and in what it adds to the caches, of the same step asked for one by one.
+/// `after_step` is told how many steps of that size came before.
+pub fn check(device: &Cuda, mut after_step: impl FnMut(usize)) {
+    let solo = Solo::new();
+    let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device), model_and_caches(device));
+    let scratch = Scratch::new();
+    let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let mut decoder = Decoder::default();
+    for (i, spans) in steps().iter().enumerate() {
+        let tokens: Vec<u32> = (0..spans.len()).map(|row| ((7 * i + 13 * row) % 61) as u32).collect();
+        let positions: Vec<u32> = spans.iter().map(|span| span.past as u32).collect();
+        let found = bits(decoder.logits(&ctx, &chunk, &NewTokens { tokens: &tokens, positions: &positions, spans }, &mut caches));
+        // Steps of a size are the first, the recorded one, and then those that are asked for in one call.
+        after_step(steps()[..i].iter().filter(|other| other.len() == spans.len()).count());
+        let tensor = |values: &[u32]| {
+            let mut tensor = device.alloc(&[values.len()], DType::U32).unwrap();
+            device.upload(bytemuck::cast_slice(values), &mut tensor);
+            tensor
+        };
+        let (tokens, positions) = (tensor(&tokens), tensor(&positions));
+        let rows: Vec<usize> = (0..spans.len()).collect();
+        let once = Scratch::new();
+        let ctx = Ctx { scratch: &once, ..ctx };
+        let expected = chunk.forward_cached(&ctx, CachedInput::Tokens(&tokens), &positions, spans, &mut expected_caches, &rows);
+        let CachedOutput::Logits(expected) = expected else { panic!("the whole model") };
+        assert_eq!(found, bits(&expected), "step {i}: {spans:?}");
+    }
+    for (found, expected) in caches.iter().zip(&expected_caches) {
+        assert!(bits(&found.keys) == bits(&expected.keys) && bits(&found.values) == bits(&expected.values));
+    }
+}
