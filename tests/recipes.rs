@@ -374,12 +374,14 @@ fn overrides_apply() {
         "data.train.0.weight=0.25",
         "parallel.dp=3",
     ];
+    let lists = ["batch.ramp.0.until_sample=64", "batch.ramp.0.global=8"];
     let more = ["data.train.2.shards=/x/y=z", "data.train.2.weight=3", "validation.shards=runs/1", "model.head={ reward = 5 }"];
-    let read = parse(&text, &[&sets[..], &more[..]].concat()).expect("known keys");
+    let read = parse(&text, &[&sets[..], &more[..], &lists[..]].concat()).expect("known keys");
     let mut expected = sound();
     expected.train.samples = 8;
     expected.train.precision = Precision::Bf16;
     expected.data.train[0].weight = 0.25;
+    expected.batch.ramp = ramp(&[(64, 8)]);
     expected.parallel.dp = Some(3);
     expected.data.train.push(Source { shards: "/x/y=z".into(), weight: 3.0 });
     expected.validation.as_mut().expect("has one").shards = "runs/1".into();

@@ -73,8 +73,8 @@ fn apply(table: &mut Table, set: &str) -> Result<String> {
     }
     let (last, parents) = keys.split_last().expect("split gives at least one");
     let mut here = Place::Table(table);
-    for key in parents {
-        here = here.enter(key).map_err(&fail)?;
+    for (i, key) in parents.iter().enumerate() {
+        here = here.enter(key, keys[i + 1]).map_err(&fail)?;
     }
     here.set(last, parse_value(text)).map_err(&fail)?;
     Ok(keys.join("."))
@@ -94,9 +94,11 @@ enum Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    fn enter(self, key: &str) -> std::result::Result<Place<'a>, String> {
+    /// What is at `key`; what is not there yet becomes a list when its item 0 comes next, else a table.
+    fn enter(self, key: &str, next: &str) -> std::result::Result<Place<'a>, String> {
+        let new = || if next == "0" { Value::Array(Vec::new()) } else { Value::Table(Table::new()) };
         let value = match self {
-            Place::Table(table) => table.entry(key).or_insert_with(|| Value::Table(Table::new())),
+            Place::Table(table) => table.entry(key).or_insert_with(new),
             Place::List(items) => {
                 let index = index_in(items, key)?;
                 if index == items.len() {

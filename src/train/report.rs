@@ -147,7 +147,7 @@ impl Trainer<'_> {
             row.tokens_per_s,
             100.0 * row.share_of_gemm_ceiling
         );
-        if let Some(reason) = &result.skipped {
+        if let Some(reason) = result.skipped.as_ref().filter(|_| world.rank() == 0) {
             let taken = self.plan.step(self.state.step - 1);
             let (first, name) = (taken.first_in_phase, &self.data.phases[taken.phase].name);
             let end = first + taken.global as u64;

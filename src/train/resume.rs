@@ -121,7 +121,7 @@ impl Trainer<'_> {
             self.health = Health::new(&self.job.recipe.health, kept.health);
             (self.lineage.accepted, self.lineage.started_from) = (kept.accepted_changes, kept.started_from);
         }
-        for change in &accepted {
+        for change in accepted.iter().filter(|_| self.job.groups.world.rank() == 0) {
             log::warn!("{} changed at step {} from {} to {}, as accepted", change.what.name(), change.at_step, change.was, change.is);
         }
         self.lineage.accepted.extend(accepted);

@@ -55,14 +55,16 @@ impl RunDir {
             run_dir.adopt(recipe_toml)?;
             return Ok(Opened::Ours(run_dir));
         }
-        let finished = path.join(artifact::MANIFEST).exists();
-        if finished || checkpoint::list(path)?.is_empty() {
-            let old = fs::read_to_string(&recipe_path).at(&recipe_path)?;
-            let accepted = if finished { &[] } else { accepted };
-            identity::accept(&path.display().to_string(), identity::recipe_differences(&old, recipe_toml), accepted, 0)?;
-        }
-        if finished {
+        let old = || fs::read_to_string(&recipe_path).at(&recipe_path);
+        if path.join(artifact::MANIFEST).exists() {
+            if let Some(difference) = identity::recipe_differences(&old()?, recipe_toml).into_iter().next() {
+                let wrong = format!("a run that was finished with {}, this job has {}", difference.was, difference.is);
+                return Err(Error::file(path, wrong).remedy("choose another --out"));
+            }
             return Ok(Opened::Finished(Manifest::load(path)?));
+        }
+        if checkpoint::list(path)?.is_empty() {
+            identity::accept(&path.display().to_string(), identity::recipe_differences(&old()?, recipe_toml), accepted, 0)?;
         }
         Ok(Opened::Ours(RunDir { path: path.into(), _lock: lock }))
     }

@@ -93,6 +93,9 @@ fn steps_that_meet_nan_are_skipped_and_nothing_else() {
             let changed = differing(&before, &after);
             assert_eq!(changed.is_empty(), expected.contains(&step), "step {step}: {changed:?}");
         }
+        // Bias correction counts updates: that of the run it started from, and those that were made.
+        let stored = checkpoint::open(&run).unwrap();
+        assert_eq!(stored.meta().trainer["updates"], 1 + 12 - expected.len());
         // Nothing but the damaged row is not a number in the end.
         let nans: usize = bits(&run, &recipe.model).iter().flat_map(|(_, bits)| bits).filter(|&&b| f32::from_bits(b).is_nan()).count();
         assert_eq!(nans, recipe.model.hidden);

@@ -89,6 +89,13 @@ fn what_changed_is_refused_with_both_values() {
     std::fs::rename(dir.path().join("shards"), dir.path().join("moved")).unwrap();
     let moved = change(&|r| r.data.train[0].shards = dir.path().join("moved"));
     assert_eq!(train(&moved, &run, None).unwrap(), Ended::Finished);
+    // A finished run is the same work or it is refused: by recipe and by data.
+    assert_eq!(train(&moved, &run, None).unwrap(), Ended::WasFinished);
+    let all = [Changed::Data, Changed::Recipe];
+    let line = train_accepting(&Pretrain { data: cases[1].1.data.clone(), ..moved.clone() }, &run, None, &all).unwrap_err().to_string();
+    assert!(line.contains("finished with `data.seed = 9`, this job has `data.seed = 10`"), "{line}");
+    let line = train(&Pretrain { data: cases[0].1.data.clone(), ..moved }, &run, None).unwrap_err().to_string();
+    assert!(line.contains("was finished with data") && fingerprints(&line).len() == 2, "{line}");
 }
 
 /// A change that is meant goes on, and every later checkpoint, the run's manifest and trireme-inspect say what changed, when, and
