@@ -17,7 +17,7 @@ mod strict;
 
 pub use health::Health;
 pub use observe::Observe;
-pub use phases::{MAIN_PHASE, Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
+pub use phases::{Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
 pub use recompute::{Recompute, RecomputePlan, RecomputeRange};
 pub use schedule::{DecayShape, LrDecay, LrSchedule, Wsd};
 pub use stages::{EndWeights, Layers};

@@ -70,7 +70,7 @@ pub struct PhaseView<'a> {
 }
 
 /// The name of the first phase.
-pub const MAIN_PHASE: &str = "main";
+const MAIN_PHASE: &str = "main";
 
 impl Pretrain {
     /// All phases in order, the main one first.

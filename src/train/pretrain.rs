@@ -4,7 +4,7 @@
 use super::identity::Changed;
 use super::replicas;
 use super::resume::Lineage;
-use super::run_data::RunData;
+use super::run_data::{Reading, RunData};
 use super::run_dir::{Opened, RunDir};
 use super::spans;
 use super::trainer::{StepResult, Trainer};
@@ -53,7 +53,7 @@ pub enum Ended {
 /// Runs the job to its end. An interruption (signal) is an error of kind Requeue after the checkpoint is durable.
 pub fn run(job: &Job) -> Result<Ended> {
     let world = &*job.groups.world;
-    let data = RunData::open(job.recipe, job.groups)?;
+    let data = RunData::open(job.recipe, job.groups, reading(job))?;
     let recipe_toml = job.recipe.to_toml();
     let Some(run_dir) = agree_on_run_dir(job, &recipe_toml, &data)? else { return Ok(Ended::WasFinished) };
     spans::open_ledger(job.groups, job.out, &job.recipe.observe)?;
@@ -78,6 +78,14 @@ pub fn run(job: &Job) -> Result<Ended> {
         agree(world, run_dir.map_or(Ok(()), finish))?;
     }
     Ok(ended)
+}
+
+/// Rank 0 reads the data through once a run, when it begins or its data change on purpose; a job that goes on knows them by their
+/// fingerprint, so that it starts as fast with a large corpus as with a small one.
+fn reading(job: &Job) -> Reading {
+    let goes_on = || checkpoint::list(job.out).is_ok_and(|checkpoints| !checkpoints.is_empty());
+    let is_known = job.groups.world.rank() > 0 || (goes_on() && !job.accepted.contains(&Changed::Data));
+    if is_known { Reading::Opened } else { Reading::Through }
 }
 
 /// The resolved recipe as it stands in manifests.

@@ -52,9 +52,9 @@ impl Samples for Sequential {
 }
 
 impl RunData {
-    /// Opens all shards; rank 0 also reads each set through and compares checksums. Collective.
-    pub fn open(recipe: &Pretrain, groups: &Groups) -> Result<RunData> {
-        let opened = Opener { recipe, is_first: groups.world.rank() == 0, seen: Vec::new(), inputs: Vec::new(), tokenizer: None };
+    /// Opens all shards; this rank also reads each set through and compares checksums when it is told to. Collective.
+    pub fn open(recipe: &Pretrain, groups: &Groups, reading: Reading) -> Result<RunData> {
+        let opened = Opener { recipe, reading, seen: Vec::new(), inputs: Vec::new(), tokenizer: None };
         agree(&*groups.world, opened.run_data(groups.layout.dp).doing(|| "opening the training data".into()))
     }
 
@@ -64,11 +64,20 @@ impl RunData {
     }
 }
 
+/// How much of the shards is read before training.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Reading {
+    /// Everything, against its checksums.
+    Through,
+    /// Sizes, index and fingerprint: what takes no longer on a larger corpus.
+    Opened,
+}
+
 /// Opens shards one after the other and remembers what they have in common.
 struct Opener<'a> {
     recipe: &'a Pretrain,
-    is_first: bool,
-    /// Sets read through already.
+    reading: Reading,
+    /// Sets opened already.
     seen: Vec<(PathBuf, Split)>,
     inputs: Vec<Input>,
     /// The first tokenizer met, and where.
@@ -107,7 +116,7 @@ impl Opener<'_> {
         self.check_tokenizer(path, &shards)?;
         let set = (path.to_path_buf(), split);
         if !self.seen.contains(&set) {
-            if self.is_first {
+            if self.reading == Reading::Through {
                 shards.verify()?;
             }
             self.inputs.push(shards.as_input(role, path));

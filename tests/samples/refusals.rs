@@ -5,6 +5,8 @@ use crate::tools::{inspect, shards, step_dir};
 use std::path::{Path, PathBuf};
 use trireme::artifact::{ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint;
+use trireme::data::order::DataOrder;
+use trireme::data::shards::{Split, TokenShards};
 use trireme::recipe::{Moments, Pretrain, RampStage, Start};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::Ended;
@@ -92,7 +94,8 @@ fn what_changed_is_refused_with_both_values() {
     // A finished run is the same work or it is refused: by recipe and by data.
     assert_eq!(train(&moved, &run, None).unwrap(), Ended::WasFinished);
     let all = [Changed::Data, Changed::Recipe];
-    let line = train_accepting(&Pretrain { data: cases[1].1.data.clone(), ..moved.clone() }, &run, None, &all).unwrap_err().to_string();
+    let reseeded = change(&|r| (r.data.train[0].shards, r.data.seed) = (dir.path().join("moved"), 10));
+    let line = train_accepting(&reseeded, &run, None, &all).unwrap_err().to_string();
     assert!(line.contains("finished with `data.seed = 9`, this job has `data.seed = 10`"), "{line}");
     let line = train(&Pretrain { data: cases[0].1.data.clone(), ..moved }, &run, None).unwrap_err().to_string();
     assert!(line.contains("was finished with data") && fingerprints(&line).len() == 2, "{line}");
@@ -140,6 +143,28 @@ fn a_checkpoint_must_be_a_step_of_the_plan() {
     let error = train_accepting(&recipe, &run, None, &[Changed::Recipe]).unwrap_err();
     let line = error.to_string();
     assert!(error.exit_code() == 3 && line.contains("stands at step 2, 16 samples; no step of this recipe ends there"), "{line}");
+}
+
+/// A job that goes on does not read its data through, which would take hours of a large corpus at every restart: a token that was
+/// damaged meanwhile, outside of what is trained on, does not stop it. A job that begins, or whose data change, does read it.
+#[test]
+fn going_on_reads_no_more_than_it_trains_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, run) = begun(dir.path());
+    let (bin, seq_len) = (dir.path().join("shards/train.bin"), recipe.batch.seq_len);
+    let order =
+        DataOrder::new(vec![(TokenShards::open(&dir.path().join("shards"), Split::Train).unwrap(), 1.0)], seq_len, recipe.data.seed);
+    let order = order.unwrap();
+    let used: Vec<u64> = (0..24).map(|index| order.locate(index).1).collect();
+    let unused = (1..).find(|sample| !used.contains(sample) && !used.contains(&(sample - 1))).unwrap();
+    let mut bytes = std::fs::read(&bin).unwrap();
+    bytes[4 * seq_len * unused as usize] ^= 1;
+    std::fs::write(&bin, bytes).unwrap();
+    for (out, accepted) in [("fresh", &[][..]), ("run", &[Changed::Data][..])] {
+        let line = train_accepting(&recipe, &dir.path().join(out), None, accepted).unwrap_err().to_string();
+        assert!(line.contains("train.bin: checksum"), "{line}");
+    }
+    assert_eq!(train(&recipe, &run, None).unwrap(), Ended::Finished);
 }
 
 /// Sources of two tokenizers in one run are refused with both fingerprints: ids would mean two things.
