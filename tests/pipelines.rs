@@ -16,7 +16,9 @@ use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::parallel::slice::Slice;
-use trireme::recipe::{EndWeights, Layers, Precision, Pretrain, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Validation};
+use trireme::recipe::{
+    EndWeights, Layers, Parallel, Precision, Pretrain, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Validation,
+};
 use trireme::tensor::{DType, Tensor};
 use trireme::train::exchanges::{During, Exchanges, Overlap};
 use trireme::train::executor::{self, Between, Keep};
@@ -152,7 +154,7 @@ fn uneven_stages_train_like_one_rank() {
         }
         if i == 0 {
             // The first two steps with even stages.
-            let even = Pretrain { parallel: trireme::recipe::Parallel { layers: None, ..recipe.parallel.clone() }, ..recipe.clone() };
+            let even = Pretrain { parallel: Parallel { layers: None, ..recipe.parallel.clone() }, ..recipe.clone() };
             assert_eq!(train(&even, &out, Some(2)).unwrap(), Ended::StoppedAsPlanned);
         }
         train(&recipe, &out, None).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -169,6 +171,62 @@ fn uneven_stages_train_like_one_rank() {
             let worst = found.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
             assert!(worst <= allowed, "{what}: {name} differs by {worst:.2e}, allowed {allowed:.2e}");
         }
+    }
+}
+
+/// Layers of stages and recompute are read in each of their forms, print as they were read, and what they say is what they give.
+#[test]
+fn layers_and_recompute_have_several_forms() {
+    let two_stages = Pretrain { parallel: Parallel { pp: 2, ..tiny_recipe(Path::new("x")).parallel }, ..tiny_recipe(Path::new("x")) };
+    let text = two_stages.to_toml();
+    let parse = |text: &str, sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+        Pretrain::parse(text, "r.toml", &sets).map_err(|error| error.to_string())
+    };
+    let range = |layers: &str, kind| RecomputeRange { layers: layers.into(), kind };
+    let layers = [
+        ("\"auto\"", Layers::Auto, [2, 2]),
+        ("[1, 3]", Layers::List(vec![1, 3]), [1, 3]),
+        ("[4, 0]", Layers::List(vec![4, 0]), [4, 0]),
+        ("{ embedding = 2, head = 0.5 }", Layers::Weighed(EndWeights { embedding: 2.0, head: 0.5 }), [1, 3]),
+    ];
+    for (value, expected, counts) in layers {
+        let mut recipe = parse(&text, &[&format!("parallel.layers={value}")]).expect(value);
+        assert_eq!(recipe.parallel.layers, Some(expected), "{value}");
+        assert_eq!(parse(&recipe.to_toml(), &[]), Ok(recipe.clone()), "{value} printed");
+        // The head, 64 x 24 weights, is a sixth of a layer: one layer less beside it would be worse.
+        recipe.check(2).expect(value);
+        assert_eq!(recipe.stages().expect(value).counts(), counts, "{value}");
+        recipe.parallel.pp = 1;
+        recipe.parallel.layers = Some(Layers::Auto);
+        assert_eq!(recipe.stages().expect("one stage").counts(), [4]);
+    }
+    let (none, selective, full) = (Recompute::None, Recompute::Selective, Recompute::Full);
+    let ranges = "[{ layers = \"0..1\", kind = \"full\" }, { layers = \"2..4\", kind = \"selective\" }]";
+    let recompute = [
+        ("none", RecomputePlan::All(none), [none; 4]),
+        ("selective", RecomputePlan::All(selective), [selective; 4]),
+        ("\"full\"", RecomputePlan::All(full), [full; 4]),
+        (ranges, RecomputePlan::Ranges(vec![range("0..1", full), range("2..4", selective)]), [full, none, selective, selective]),
+    ];
+    for (value, expected, of_layers) in recompute {
+        let recipe = parse(&text, &[&format!("train.recompute={value}")]).expect(value);
+        assert_eq!(recipe.train.recompute, expected, "{value}");
+        assert_eq!(parse(&recipe.to_toml(), &[]), Ok(recipe.clone()), "{value} printed");
+        assert_eq!(recipe.train.recompute.of_layers(4).expect(value), of_layers, "{value}");
+    }
+    let wrong = [
+        ("train.recompute=ful", "train.recompute is \"ful\", expected one of \"none\", \"selective\", \"full\"; did you mean \"full\"?"),
+        ("train.recompute=3", "train.recompute is the whole number 3, expected one of \"none\", \"selective\", \"full\", or a list"),
+        ("train.recompute=[{ layer = \"0..4\", kind = \"full\" }]", "did you mean train.recompute.0.layers?"),
+        ("parallel.layers=autto", "parallel.layers is \"autto\", expected one of \"auto\"; did you mean \"auto\"?"),
+        ("parallel.layers=[1, -1]", "parallel.layers.1 is the whole number -1"),
+        ("parallel.layers=true", "parallel.layers is true, expected \"auto\", a list of whole numbers, or { embedding, head }"),
+        ("parallel.schedule=zbh1", "did you mean \"zb-h1\"?"),
+    ];
+    for (set, expected) in wrong {
+        let line = parse(&text, &[set]).expect_err(set);
+        assert!(line.contains(expected), "{set}: {line}");
     }
 }
 

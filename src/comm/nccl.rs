@@ -305,6 +305,11 @@ impl Communicator for Nccl {
         })
     }
 
+    // One stream carries them all out.
+    fn groups_are_in_order(&self) -> bool {
+        true
+    }
+
     fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {
         super::ordered::check_division("all-gather", self.size(), full, shard);
         let Some(addresses) = self.both(shard, full) else { return self.host.start_all_gather(shard, full) };

@@ -1,4 +1,5 @@
-//! Parallel layout, the division of layers, slices of tensors, pipeline schedules and their simulation: pure values. No I/O, no MPI, no device.
+//! Parallel layout, the division of layers, slices of tensors, pipeline schedules and their simulation: pure values. No I/O, no MPI,
+//! no device.
 
 pub mod layout;
 pub mod schedule;

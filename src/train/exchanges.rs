@@ -9,6 +9,7 @@ use super::executor::Between;
 use super::optimizer::{Shard, ShardedAdamW, tied_across_stages};
 use crate::comm::{Groups, InFlight};
 use crate::device::ScratchTensor;
+use crate::flight::Phase;
 use crate::model::chunk::{Chunk, Part, finish_gradient};
 use crate::model::ctx::Ctx;
 use crate::model::param::Param;
@@ -123,6 +124,7 @@ impl Between for During<'_, '_> {
     }
 
     fn gradients_done(&mut self, chunk: usize, part: Part) {
+        let _reducing = self.exchanges.groups.flight.span_at(Phase::Reduce, chunk, None);
         for (idx, param) in (part.first_idx..).zip(part.params) {
             finish_gradient(&self.ctx, param);
             if self.tied[chunk] != Some(idx) {

@@ -234,3 +234,37 @@ fn memory_in_flight_is_the_formula() {
         }
     }
 }
+
+/// Gradients accumulate in f32 whatever the weights are stored as: a micro-batch seen n = 256 times gives n times its gradient up to
+/// the roundings of n additions in f32, n * eps / 2. Accumulated in bf16 (8 bits) the sum would stop growing where a term is below
+/// half a unit in its last place, after 2^8 to 2^9 of them, and be off by far more than that.
+#[test]
+fn gradients_accumulate_in_f32() {
+    let (n, config) = (256, nemotron());
+    let case = Case {
+        config: &config,
+        layout: ParallelLayout::SINGLE,
+        sequence: SequenceMode::Replicated,
+        dtype: DType::BF16,
+        recompute: &[Recompute::None],
+        backward: Backward::Whole,
+    };
+    let sum_of = |n: usize| {
+        let solo = trireme::comm::solo::Solo::new();
+        let (device, scratch) = (Cpu::new(), Scratch::new());
+        let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: case.sequence };
+        let mut chunks = chunks(case, &device, 0);
+        for _ in 0..n {
+            step(case, &ctx, &mut chunks, &[micro_batch(&[9, 3], 1)]);
+        }
+        chunks[0].params().into_iter().map(|param| (param.spec.name.clone(), param.grad().f32().to_vec())).collect::<Vec<_>>()
+    };
+    for ((name, once), (_, sum)) in sum_of(1).iter().zip(&sum_of(n)) {
+        for (i, (once, sum)) in once.iter().zip(sum).enumerate() {
+            let expected = f64::from(*once) * n as f64;
+            // A gain's gradient adds rows in blocks, not the finished sum of each micro-batch: as many roundings for each row.
+            let allowed = 12.0 * n as f64 * f64::from(f32::EPSILON) / 2.0 * expected.abs();
+            assert!((f64::from(*sum) - expected).abs() <= allowed, "{name}[{i}]: {n} times {once} is {sum}");
+        }
+    }
+}
