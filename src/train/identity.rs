@@ -1,6 +1,6 @@
 //! What makes a run the run it is, and what may change from one job to the next: the layout, the micro-batch, where the shards
-//! lie, when to save and what to record may; data, tokenizer, model and the rest of the recipe only when the user says so, which is then part
-//! of the run's lineage.
+//! lie, when to save and what to record may; data, tokenizer, model and the rest of the recipe only when the user says so, which
+//! is then part of the run's lineage.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -107,8 +107,8 @@ fn kind_of(key: &str) -> Changed {
     }
 }
 
-/// Keys and values of a recipe but for the layout, recompute, the micro-batch, the places of shards, the cadence of checkpoints and
-/// what is recorded.
+/// Keys and values of a recipe but for the layout, recompute, the micro-batch, the places of shards, the cadence of
+/// checkpoints and what is recorded.
 fn identity(recipe_toml: &str) -> Vec<(String, String)> {
     let table: toml::Table = recipe_toml.parse().unwrap_or_default();
     let mut lines = Vec::new();

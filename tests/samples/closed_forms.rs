@@ -92,7 +92,8 @@ proptest! {
             while sample < phase_start + length {
                 let batch = ramp.iter().find(|stage| stage.until_sample > sample).map_or(global, |stage| stage.global);
                 let planned = plan.step(step);
-                prop_assert_eq!((planned.phase, planned.first_sample, planned.first_in_phase, planned.global), (phase, sample, sample - phase_start, batch));
+                let found = (planned.phase, planned.first_sample, planned.first_in_phase, planned.global);
+                prop_assert_eq!(found, (phase, sample, sample - phase_start, batch));
                 (sample, step) = (sample + batch as u64, step + 1);
                 borders.push(sample);
             }
