@@ -15,6 +15,7 @@ use trireme::flight::{Group, Op, Phase};
 use trireme::model::chunk::MicroBatch;
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Action, Messages, PipelineShape, Schedule, What};
 use trireme::parallel::simulate::{CostModel, simulate};
@@ -87,7 +88,7 @@ fn run_rank(how: How, steps: u64, folder: &Path, world: Box<dyn Communicator>) -
     state.initialise(&device, &scratch, &groups, 1);
     let batches: Vec<MicroBatch> = (0..how.n_micro).map(|micro| batch(&device, micro, how)).collect();
     let schedule = how.schedule();
-    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let mut exchanges = Exchanges::new(&groups, how.overlap);
     let settings = Optimizer {
         lr: 1e-4,
@@ -106,7 +107,7 @@ fn run_rank(how: How, steps: u64, folder: &Path, world: Box<dyn Communicator>) -
         groups.flight.take_times();
         let started = std::time::Instant::now();
         let TrainState { chunks, optimizer, .. } = &mut state;
-        let mut during = exchanges.during(ctx, optimizer, chunks);
+        let mut during = exchanges.during(ctx, optimizer);
         executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), &mut during);
         exchanges.finish_gradients(chunks, optimizer);
         let update = Update { step, lr: settings.lr, grad_scale: 1.0 };

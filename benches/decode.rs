@@ -13,6 +13,7 @@ use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -81,7 +82,7 @@ impl<'a> Subject<'a> {
     /// Seconds of the steps that give token `first`.. of each of n sequences, each drawn from the logits of the one before.
     fn steps_s(&mut self, n: usize, first: usize) -> f64 {
         let (solo, scratch) = (Solo::new(), Scratch::new());
-        let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated };
+        let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
         let vocab_size = self.chunk.config().vocab_size;
         let mut tokens: Vec<u32> = (0..n as u32).collect();
         let started = Instant::now();

@@ -13,6 +13,7 @@ use trireme::device::cpu::Cpu;
 use trireme::metrics;
 use trireme::model::chunk::{MicroBatch, Part};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::parallel::slice::Slice;
@@ -350,7 +351,7 @@ fn two_steps(overlap: Overlap, kind: ScheduleKind) -> (Vec<Vec<Event>>, Vec<Vec<
         };
         let batches = [batch(0), batch(1)];
         let schedule = schedule::training(kind, PipelineShape { pp: 1, vp: 1, n_micro: 2 }, Messages::Ahead).unwrap();
-        let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded };
+        let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded, numerics: Numerics::Fast };
         let mut exchanges = Exchanges::new(&groups, overlap);
         let mut parts = Vec::new();
         state.chunks[0].each_part(&mut |part| parts.push(part.first_idx..part.first_idx + part.params.len()));
@@ -358,7 +359,7 @@ fn two_steps(overlap: Overlap, kind: ScheduleKind) -> (Vec<Vec<Event>>, Vec<Vec<
         log.lock().unwrap().clear();
         for step in 1..=2 {
             let TrainState { chunks, optimizer, .. } = &mut state;
-            let mut noted = Noted { inner: exchanges.during(ctx, optimizer, chunks), log: &log };
+            let mut noted = Noted { inner: exchanges.during(ctx, optimizer), log: &log };
             executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), &mut noted);
             exchanges.finish_gradients(chunks, optimizer);
             let settings = tiny_recipe(Path::new("")).optimizer;

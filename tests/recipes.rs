@@ -6,8 +6,8 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, LrDecay, Moments, Observe, Optimizer, Parallel, Phase, Precision,
-    Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train, Validation, Wsd,
+    Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, LrDecay, Mode, Moments, Numerics, Observe, Optimizer, Parallel, Phase,
+    Precision, Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train, Validation, Wsd,
 };
 
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
@@ -44,6 +44,7 @@ fn sound() -> Pretrain {
         },
         batch: Batch { seq_len: 32, micro: 2, global: 16, ramp: vec![] },
         train: Train { samples: 1600, seed: 1, precision: Precision::F32, clip_grad_norm: 1.0, recompute: RecomputePlan::default() },
+        numerics: Numerics::default(),
         optimizer: Optimizer {
             lr: 1e-3,
             min_lr: 1e-4,
@@ -127,6 +128,7 @@ fn any_recipe() -> impl Strategy<Value = Pretrain> {
             recipe.model.head = model.7.map_or(HeadKind::Vocabulary, HeadKind::Reward);
             recipe.parallel.schedule = [ScheduleKind::GPipe, ScheduleKind::OneFOneB, ScheduleKind::Interleaved][model.5 as usize];
             recipe.parallel.dp = dp;
+            recipe.numerics.mode = if model.4 { Mode::Reproducible } else { Mode::Fast };
             recipe.optimizer.lr = optimizer.0;
             recipe.optimizer.min_lr = optimizer.1;
             recipe.optimizer.warmup_samples = optimizer.2.into();
@@ -255,7 +257,8 @@ fn missing_keys_are_named() {
     }
     let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
     let observed = ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
-    let mechanics = ["parallel.overlap", "train.recompute", "checkpoint.every_steps"].map(String::from);
+    let mechanics =
+        ["parallel.overlap", "train.recompute", "numerics.mode", "numerics.batch_blocks", "checkpoint.every_steps"].map(String::from);
     assert_eq!(optional, [&mechanics[..], &defaults[..], &observed[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
@@ -475,6 +478,32 @@ fn mismatches_offer_values_that_work() {
             "pretraining predicts tokens, a reward head reads 5 attributes; set model.head = \"vocabulary\"",
         ),
         (|r| r.model.head = HeadKind::Reward(0), 8, "model.head has 0 reward attributes"),
+        (
+            |r| (r.numerics.mode, r.parallel.schedule) = (Mode::Reproducible, ScheduleKind::GPipe),
+            8,
+            "numerics.mode = \"reproducible\": parallel.schedule = \"gpipe\" runs the backwards from the last micro-batch to the first; \
+             set parallel.schedule = \"1f1b\", or numerics.mode = \"fast\"",
+        ),
+        (
+            |r| (r.numerics.mode, r.batch.micro) = (Mode::Reproducible, 1),
+            64,
+            "16 replicas do not divide the 8 blocks of 16 samples; set numerics.batch_blocks = 16",
+        ),
+        (
+            |r| (r.numerics.mode, r.batch.global) = (Mode::Reproducible, 24),
+            12,
+            "3 replicas do not divide the 8 blocks of 24 samples; take 2 or 4 replicas",
+        ),
+        (|r| r.numerics.batch_blocks = 6, 8, "numerics.batch_blocks = 6 is not a power of two; set numerics.batch_blocks = 8"),
+        (
+            |r| {
+                r.numerics.mode = Mode::Reproducible;
+                (r.model.n_heads, r.model.n_kv_heads, r.model.ffn_hidden, r.model.vocab_divisor) = (6, 6, 120, 96);
+                (r.parallel.tp, r.batch.seq_len) = (3, 33);
+            },
+            12,
+            "parallel.tp = 3 does not divide the 8 pieces of each sum; set parallel.tp to 1, 2, 4 or 8",
+        ),
         (|r| r.model.n_kv_heads = 3, 8, "model.n_kv_heads = 3 does not divide model.n_heads = 8"),
     ];
     for (change, world, expected) in cases {

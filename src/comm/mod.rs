@@ -28,6 +28,9 @@ pub use staging::{Staging, StagingBuffer};
 pub enum ReduceOp {
     /// Added in rank order.
     Sum,
+    /// Added in pairs, ((x0 + x1) + (x2 + x3)) + ..: the tree that sums in a canonical order continue over ranks. The number of
+    /// ranks must be a power of two.
+    SumInPairs,
     /// The largest.
     Max,
 }
@@ -135,7 +138,11 @@ pub trait Communicator: std::marker::Send + Sync {
     }
     /// shard[R, ..] = rows rank*R.. of the sum over ranks of full[R*size, ..]; same dtype. The result is assigned at `wait`.
     fn start_reduce_scatter<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
-        ordered::start_reduce_scatter(self, full, shard)
+        ordered::start_reduce_scatter(self, full, shard, ReduceOp::Sum)
+    }
+    /// As `start_reduce_scatter`, added in pairs.
+    fn start_reduce_scatter_in_pairs<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+        ordered::start_reduce_scatter(self, full, shard, ReduceOp::SumInPairs)
     }
     /// x = the sum or the maximum over all ranks; any shape, f32 or bf16.
     fn all_reduce(&self, x: &mut Tensor, op: ReduceOp) {

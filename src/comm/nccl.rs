@@ -319,7 +319,7 @@ impl Communicator for Nccl {
 
     fn start_reduce_scatter<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
         super::ordered::check_division("reduce-scatter", self.size(), full, shard);
-        super::ordered::check_summable("reduce-scatter", full);
+        super::ordered::check_summable("reduce-scatter", (full, ReduceOp::Sum), self.size());
         let Some((from, to)) = self.both(full, shard) else { return self.host.start_reduce_scatter(full, shard) };
         let (n, dtype) = (shard.n_elements(), shard.dtype());
         if dtype == DType::F32 && self.options.sums == Sums::Library {
@@ -341,8 +341,9 @@ impl Communicator for Nccl {
     }
 
     fn all_reduce(&self, x: &mut Tensor, op: ReduceOp) {
-        super::ordered::check_summable("all-reduce", x);
-        let Some(address) = self.cuda.address_of(x) else { return self.host.all_reduce(x, op) };
+        super::ordered::check_summable("all-reduce", (x, op), self.size());
+        let on_device = self.cuda.address_of(x).filter(|_| op != ReduceOp::SumInPairs); // pairs go through the host
+        let Some(address) = on_device else { return self.host.all_reduce(x, op) };
         let (n, dtype) = (x.n_elements(), x.dtype());
         if dtype != DType::F32 || op != ReduceOp::Sum || self.options.sums == Sums::Ordered {
             return self.all_reduce_ordered(address, n, dtype, op);

@@ -1,5 +1,6 @@
 //! Collectives on tensors from the byte primitives: pieces exchanged, then added in rank order (see the head of `comm`).
-//! Every element is x_0 + x_1 + .. in f32 with one rounding to the tensor's dtype, whichever way its bytes travelled.
+//! Every element is x_0 + x_1 + .. (or the same in pairs) in f32 with one rounding to the tensor's dtype, whichever way its bytes
+//! travelled.
 //!
 //! Tensors that are not in host memory travel through it, and their collectives are complete when they were started: all ranks
 //! start them in the same order, so that waiting at once cannot deadlock.
@@ -28,23 +29,28 @@ pub(super) fn start_all_gather<'a, C: Communicator + ?Sized>(comm: &'a C, shard:
     comm.start_all_gather_bytes(shard.bytes(), full.bytes_mut())
 }
 
-pub(super) fn start_reduce_scatter<'a, C: Communicator + ?Sized>(comm: &'a C, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+pub(super) fn start_reduce_scatter<'a, C: Communicator + ?Sized>(
+    comm: &'a C,
+    full: &'a Tensor,
+    shard: &'a mut Tensor,
+    op: ReduceOp,
+) -> Pending<'a> {
     check_division("reduce-scatter", comm.size(), full, shard);
-    check_summable("reduce-scatter", full);
+    check_summable("reduce-scatter", (full, op), comm.size());
     let dtype = full.dtype();
     if !shard.is_host() || !full.is_host() {
         let all = on_host(comm, full);
         let mut sum = comm.staging().take(shard.n_bytes());
-        comm.start_all_to_all_bytes(all.bytes(), Box::new(|pieces| combine(pieces, sum.bytes_mut(), dtype, ReduceOp::Sum))).wait();
+        comm.start_all_to_all_bytes(all.bytes(), Box::new(|pieces| combine(pieces, sum.bytes_mut(), dtype, op))).wait();
         shard.write_bytes(0, sum.bytes());
         return Pending::done();
     }
-    let finish = move |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, ReduceOp::Sum);
+    let finish = move |pieces: &[&[u8]]| combine(pieces, shard.bytes_mut(), dtype, op);
     comm.start_all_to_all_bytes(full.bytes(), Box::new(finish))
 }
 
 pub(super) fn all_reduce<C: Communicator + ?Sized>(comm: &C, x: &mut Tensor, op: ReduceOp) {
-    check_summable("all-reduce", x);
+    check_summable("all-reduce", (x, op), comm.size());
     if comm.size() == 1 {
         return;
     }
@@ -144,12 +150,17 @@ pub(super) fn check_division(what: &str, size: usize, full: &Tensor, shard: &Ten
     assert!(fits, "{what} over {size} ranks: {full:?} is not {size} times {shard:?}");
 }
 
-pub(super) fn check_summable(what: &str, x: &Tensor) {
+pub(super) fn check_summable(what: &str, (x, op): (&Tensor, ReduceOp), size: usize) {
     assert!(x.dtype() != DType::U32, "{what} of {x:?}: integers are gathered, not summed");
+    assert!(op != ReduceOp::SumInPairs || size.is_power_of_two(), "{what} in pairs over {size} ranks, not a power of two");
 }
 
 /// out = the pieces combined in rank order; all of one length and dtype.
 fn combine(pieces: &[&[u8]], out: &mut [u8], dtype: DType, op: ReduceOp) {
+    // Up to two pieces are a pair.
+    if op == ReduceOp::SumInPairs && pieces.len() > 2 {
+        return combine_in_pairs(pieces, out, dtype);
+    }
     match dtype {
         DType::F32 => {
             let pieces: Vec<&[f32]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
@@ -172,6 +183,39 @@ fn in_blocks<T: Copy + Send + Sync>(pieces: &[&[T]], out: &mut [T], block: impl 
         let part: Vec<&[T]> = pieces.iter().map(|piece| &piece[i * BLOCK..i * BLOCK + out.len()]).collect();
         block(&part, out);
     });
+}
+
+/// out = ((p0 + p1) + (p2 + p3)) + ..
+fn combine_in_pairs(pieces: &[&[u8]], out: &mut [u8], dtype: DType) {
+    match dtype {
+        DType::F32 => {
+            let pieces: Vec<&[f32]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
+            in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| pairs(pieces, out, |x| x, |x| x));
+        }
+        DType::BF16 => {
+            let pieces: Vec<&[u16]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
+            in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| pairs(pieces, out, widen, round_to_bf16));
+        }
+        DType::U32 => unreachable!("refused before anything is sent"),
+    }
+}
+
+/// One block: sums of 1, 2, 4 .. pieces wait for as many more; which ones wait is the binary number of the pieces added.
+fn pairs<T: Copy>(pieces: &[&[T]], out: &mut [T], get: impl Fn(T) -> f32, round: impl Fn(f32) -> T) {
+    let mut waiting = vec![[0f32; LANE_BLOCK]; pieces.len().ilog2() as usize + 1];
+    for (i, out) in out.chunks_mut(LANE_BLOCK).enumerate() {
+        let at = i * LANE_BLOCK..i * LANE_BLOCK + out.len();
+        for (done, piece) in pieces.iter().enumerate() {
+            let (earlier, rest) = waiting.split_at_mut(done.trailing_ones() as usize);
+            let sum = &mut rest[0][..out.len()];
+            sum.iter_mut().zip(&piece[at.clone()]).for_each(|(sum, x)| *sum = get(*x));
+            for earlier in earlier {
+                sum.iter_mut().zip(earlier).for_each(|(sum, x)| *sum += *x);
+            }
+        }
+        let sum = &waiting[waiting.len() - 1];
+        out.iter_mut().zip(sum).for_each(|(out, sum)| *out = round(*sum));
+    }
 }
 
 fn combine_f32(pieces: &[&[f32]], out: &mut [f32], op: ReduceOp) {
@@ -204,7 +248,7 @@ fn combine_bf16(pieces: &[&[u16]], out: &mut [u16], op: ReduceOp) {
 /// sum = sum + x or max(sum, x); a NaN stays a NaN in either, so that a bad value is seen on every rank.
 fn accumulate(sum: &mut [f32], xs: impl Iterator<Item = f32>, op: ReduceOp) {
     match op {
-        ReduceOp::Sum => sum.iter_mut().zip(xs).for_each(|(sum, x)| *sum += x),
+        ReduceOp::Sum | ReduceOp::SumInPairs => sum.iter_mut().zip(xs).for_each(|(sum, x)| *sum += x),
         ReduceOp::Max => sum.iter_mut().zip(xs).for_each(|(max, x)| *max = if *max >= x || max.is_nan() { *max } else { x }),
     }
 }

@@ -131,6 +131,10 @@ impl Communicator for Recorded {
         self.starting(Op::ReduceScatter, full.n_bytes(), shape(full), |inner| inner.start_reduce_scatter(full, shard))
     }
 
+    fn start_reduce_scatter_in_pairs<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+        self.starting(Op::ReduceScatter, full.n_bytes(), shape(full), |inner| inner.start_reduce_scatter_in_pairs(full, shard))
+    }
+
     fn all_reduce(&self, x: &mut Tensor, op: ReduceOp) {
         self.blocking(Op::AllReduce, x.n_bytes(), shape(x), None, |inner| inner.all_reduce(x, op));
     }

@@ -8,6 +8,7 @@
 //! Dimension letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv
 //! heads, `D` head dim. `float` means f32 or bf16; all `float` arguments of one call have the same dtype unless said.
 
+pub mod canonical;
 pub mod ceiling;
 pub mod cpu;
 pub mod cuda;
@@ -16,6 +17,7 @@ mod scratch;
 
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
+use canonical::CanonicalSums;
 pub use scratch::{Scratch, ScratchTensor};
 
 /// Transposition and accumulation of a matrix product.
@@ -252,6 +254,10 @@ pub trait Recording: Send {
 pub trait Device: Send + Sync {
     /// For people: "cpu, 2 threads, avx512 avx512bf16".
     fn name(&self) -> String;
+    /// Sums in a canonical order, where the device has them: `numerics.mode = "reproducible"` needs them.
+    fn canonical(&self) -> Option<&dyn CanonicalSums> {
+        None
+    }
 
     /// Zeroed memory. Err when there is none left.
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor>;
@@ -286,7 +292,8 @@ pub trait Device: Send + Sync {
     /// inputs). Accumulates in f32.
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm);
 
-    /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else 0. tokens[T] u32.
+    /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else zeros (-0 where the sum over ranks must keep the
+    /// sign of a zero: the CPU). tokens[T] u32.
     fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize);
     /// dtable[V/tp,H] f32 += rows of dout[T,H] float, added in token order.
     fn embed_backward(&self, dtable: &mut Tensor, dout: &Tensor, tokens: &Tensor, first_row: usize);

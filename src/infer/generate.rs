@@ -9,6 +9,7 @@ use crate::device::{CacheSpan, Device, Draw, KvCache, Scratch, ScratchTensor};
 use crate::error::{Error, Kind, Result};
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
 use crate::model::ctx::{Ctx, SequenceMode};
+use crate::model::numerics::Numerics;
 use crate::progress::Progress;
 use crate::rng::Random;
 use crate::tensor::{DType, Tensor};
@@ -139,7 +140,7 @@ impl Generator<'_> {
         // Prompts come in all lengths: their temporaries are not kept.
         let prefill = Scratch::new();
         let scratch = if is_decode { &memory.decode } else { &prefill };
-        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated };
+        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
         if is_decode && self.groups.layout.tp * self.groups.layout.pp == 1 {
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = memory.decoder.logits(&ctx, self.chunk, &new, caches);

@@ -6,6 +6,7 @@ use crate::device::{Device, Scratch};
 use crate::error::{Error, IoContext, Result};
 use crate::model::chunk::{Chunk, MicroBatch};
 use crate::model::ctx::{Ctx, SequenceMode};
+use crate::model::numerics::Numerics;
 use crate::parallel::schedule::{self, PipelineShape};
 use crate::text::Tokenizer;
 use crate::train::executor::{self, Keep, Nothing};
@@ -177,7 +178,7 @@ fn passes(
     let packs = pack(sequences, asked, batch_tokens);
     let mine: Vec<&Vec<usize>> = packs.iter().skip(groups.at.dp).step_by(groups.layout.dp).collect();
     let scratch = Scratch::new();
-    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
     for pack in mine {
         // One micro-batch at a time: memory stays that of one, and nothing waits on a whole file.

@@ -11,8 +11,9 @@ use super::heads::{Head, HeadDeferred, HeadSaved};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
 use super::norm::{Norm, Residual};
+use super::numerics::Numerics;
 pub use super::param::Purpose;
-use super::param::{self, Param};
+use super::param::{self, Param, Uses};
 pub use super::reward::Ratings;
 use super::reward::RewardHead;
 use crate::comm::ReduceOp;
@@ -38,6 +39,8 @@ pub struct MicroBatch {
     pub sequence_starts: Vec<usize>,
     /// What a reward model is trained on; it reads neither targets nor weights.
     pub ratings: Option<Ratings>,
+    /// Samples of this replica's share of the step that come before; what canonical sums go by.
+    pub first_sample: usize,
 }
 
 impl MicroBatch {
@@ -60,6 +63,7 @@ impl MicroBatch {
             weights: upload(bytemuck::cast_slice(weights), DType::F32)?,
             sequence_starts,
             ratings: None,
+            first_sample: 0,
         })
     }
 
@@ -323,6 +327,7 @@ impl Chunk {
     /// input[T', H] from the chunk before (None for the first) -> the stream for the next, or the token losses. With `saved`,
     /// what the backward needs is kept there.
     pub fn forward(&self, ctx: &Ctx, input: Option<&Tensor>, batch: &MicroBatch, mut saved: Option<&mut ChunkSaved>) -> Output {
+        let ctx = &ctx.of_batch(batch);
         let mut passing = self.enter(ctx, input, batch);
         for idx in 0..self.blocks.len() {
             passing = self.pass_block(ctx, idx, passing, batch, &mut saved);
@@ -405,6 +410,7 @@ impl Chunk {
         doutput: Option<&Tensor>,
         done: OnPart,
     ) -> Option<ScratchTensor> {
+        let ctx = &ctx.of_batch(batch);
         let mut dx = match (&mut self.head, doutput) {
             (Some(head), None) => {
                 let tied = self.embedding.as_mut().map(|embedding| &mut embedding.weight);
@@ -434,6 +440,7 @@ impl Chunk {
         mut saved: ChunkSaved,
         doutput: Option<&Tensor>,
     ) -> (Option<ScratchTensor>, ChunkDeferred) {
+        let ctx = &ctx.of_batch(batch);
         let (mut dx, head) = match (&mut self.head, doutput) {
             (Some(head), None) => {
                 let tied = self.embedding.as_ref().map(|embedding| &embedding.weight);
@@ -460,6 +467,7 @@ impl Chunk {
 
     /// As `backward_weights`; `done` is called with each part after its gradients.
     pub fn backward_weights_then(&mut self, ctx: &Ctx, batch: &MicroBatch, deferred: ChunkDeferred, done: OnPart) {
+        let ctx = &ctx.of_batch(batch);
         if let (Some(head), Some(deferred)) = (&mut self.head, &deferred.head) {
             head.backward_weight(ctx, deferred, self.embedding.as_mut().map(|embedding| &mut embedding.weight));
         }
@@ -472,6 +480,16 @@ impl Chunk {
             embedding.backward(ctx, &batch.tokens, dembedded);
         }
         self.embedding_part().into_iter().for_each(done);
+    }
+
+    /// Takes the memory of canonical sums, for at most this many blocks of samples a replica. Err: out of memory.
+    pub fn reserve_sums(&mut self, device: &dyn Device, most_blocks: usize) -> Result<()> {
+        let used_twice = if self.embedding.is_some() && self.head.is_some() { self.tied_param() } else { None };
+        let reserve = |(idx, param): (usize, &mut Param)| {
+            let uses = if Some(idx) == used_twice { Uses::InputAndOutput } else { Uses::Once };
+            param.reserve_sums(device, most_blocks, uses)
+        };
+        self.params_mut().into_iter().enumerate().try_for_each(reserve)
     }
 
     /// Once a step, after the last backward and before the sum over replicas, for all parameters: see [`finish_gradient`].
@@ -539,7 +557,8 @@ fn residual<'a>(stream: &'a Option<ScratchTensor>, saved: Option<&'a ChunkSaved>
 /// Once a step and parameter, after its last backward and before the sum over replicas. Under sequence parallelism each rank has seen
 /// T/tp rows at the norms, so the gradients of parameters that every rank holds are partial sums: a classic silent bug.
 pub fn finish_gradient(ctx: &Ctx, param: &mut Param) {
-    if ctx.is_sharded() && param.is_replicated_over_tp() {
+    // Canonical sums are complete already.
+    if ctx.is_sharded() && param.is_replicated_over_tp() && matches!(ctx.numerics, Numerics::Fast) {
         ctx.tp.all_reduce(param.grad_mut(), ReduceOp::Sum);
     }
 }

@@ -1,7 +1,8 @@
-//! What every layer is lent: the device, the tensor-parallel group, temporaries, and how rows are held between
-//! tensor-parallel regions.
+//! What every layer is lent: the device, the tensor-parallel group, temporaries, how rows are held between tensor-parallel
+//! regions, and the order of sums.
 
-use crate::comm::{Communicator, ReduceOp};
+use super::numerics::Numerics;
+use crate::comm::{Communicator, Pending, ReduceOp};
 use crate::device::{Device, Scratch, ScratchTensor};
 use crate::tensor::{DType, Tensor};
 use std::ops::Deref;
@@ -27,6 +28,8 @@ pub struct Ctx<'a> {
     pub scratch: &'a Scratch,
     /// How rows are held between tensor-parallel regions.
     pub sequence: SequenceMode,
+    /// The order of sums.
+    pub numerics: Numerics<'a>,
 }
 
 /// All rows, gathered or there already.
@@ -84,14 +87,40 @@ impl Ctx<'_> {
         Rows::Gathered(full)
     }
 
-    /// Partial sums [T, C] of all ranks -> their sum, [T', C]: the exit of a tensor-parallel region.
-    pub fn sum_rows(&self, mut partial: ScratchTensor) -> ScratchTensor {
+    /// Partial sums [T, C] of all ranks -> their sum, [T', C], rounded to `dtype`: the exit of a tensor-parallel region.
+    pub fn sum_rows(&self, mut partial: ScratchTensor, dtype: DType) -> ScratchTensor {
         if !self.is_sharded() {
-            self.tp.all_reduce(&mut partial, ReduceOp::Sum);
-            return partial;
+            self.tp.all_reduce(&mut partial, self.sum_op());
+            return self.rounded(partial, dtype);
         }
         let mut mine = self.take(&[partial.n_rows() / self.tp.size(), partial.row_len()], partial.dtype());
-        self.tp.reduce_scatter(&partial, &mut mine);
-        mine
+        self.start_sum_rows(&partial, &mut mine).wait();
+        self.rounded(mine, dtype)
+    }
+
+    /// The sharded half of `sum_rows`, under way: mine[T', C] = this rank's rows of the sum, in the dtype of the partial sums.
+    pub fn start_sum_rows<'x>(&'x self, partial: &'x Tensor, mine: &'x mut Tensor) -> Pending<'x> {
+        match self.numerics {
+            Numerics::Fast => self.tp.start_reduce_scatter(partial, mine),
+            Numerics::Reproducible(_) => self.tp.start_reduce_scatter_in_pairs(partial, mine),
+        }
+    }
+
+    /// How the ranks add what they sum.
+    pub fn sum_op(&self) -> ReduceOp {
+        match self.numerics {
+            Numerics::Fast => ReduceOp::Sum,
+            Numerics::Reproducible(_) => ReduceOp::SumInPairs,
+        }
+    }
+
+    /// The same values as `dtype`.
+    pub fn rounded(&self, x: ScratchTensor, dtype: DType) -> ScratchTensor {
+        if x.dtype() == dtype {
+            return x;
+        }
+        let mut rounded = self.take(x.dims(), dtype);
+        self.device.copy(&mut rounded, &x);
+        rounded
     }
 }

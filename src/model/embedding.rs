@@ -16,13 +16,16 @@ impl VocabParallelEmbedding {
     pub fn forward(&self, ctx: &Ctx, tokens: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[tokens.n_rows(), self.weight.slice.shape[1]], self.weight.value.dtype());
         ctx.device.embed(&mut partial, tokens, &self.weight.weight(), self.weight.slice.offset[0]);
-        ctx.sum_rows(partial) // tp: reduce-scatter or all-reduce
+        let dtype = partial.dtype();
+        ctx.sum_rows(partial, dtype) // tp: reduce-scatter or all-reduce
     }
 
     /// The table's gradient accumulated from dx[T', H].
     pub fn backward(&mut self, ctx: &Ctx, tokens: &Tensor, dx: &Tensor) {
         let dx = ctx.gather_rows(dx); // tp: [T', H] -> [T, H]
         let first_row = self.weight.slice.offset[0];
-        ctx.device.embed_backward(&mut self.weight.dweight(), &dx, tokens, first_row);
+        ctx.add_token_rows(&mut self.weight, dx.n_rows(), |dtable, rows| {
+            ctx.device.embed_backward(dtable, &dx.rows(rows.clone()), &tokens.rows(rows), first_row);
+        });
     }
 }

@@ -5,9 +5,11 @@ use super::chunk::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward};
 use super::norm::{Norm, NormSaved, Residual};
+use super::numerics::Numerics;
 use super::param::Param;
 use crate::comm::ReduceOp;
 use crate::device::ScratchTensor;
+use crate::parallel::pieces::TP_PIECES;
 use crate::tensor::{DType, Tensor};
 
 /// Final norm and output layer.
@@ -63,8 +65,14 @@ impl OutputHead {
         let [mut max, mut sum, mut target] = [(); 3].map(|()| ctx.take(&[n_tokens], DType::F32));
         ctx.device.cross_entropy_max(&mut max, &logits, n_valid);
         ctx.tp.all_reduce(&mut max, ReduceOp::Max); // tp: over the vocabulary
-        ctx.device.cross_entropy_sum(&mut sum, &mut target, &logits, &max, &batch.targets, first_row, n_valid);
-        ctx.tp.all_reduce(&mut sum, ReduceOp::Sum); // tp: over the vocabulary
+        match ctx.numerics {
+            Numerics::Fast => ctx.device.cross_entropy_sum(&mut sum, &mut target, &logits, &max, &batch.targets, first_row, n_valid),
+            Numerics::Reproducible(canonical) => {
+                let (columns, n_pieces) = ((first_row, n_valid), TP_PIECES / ctx.tp.size());
+                canonical.sums.cross_entropy_sum_in_pairs(&mut sum, &mut target, &logits, &max, &batch.targets, columns, n_pieces);
+            }
+        }
+        ctx.tp.all_reduce(&mut sum, ctx.sum_op()); // tp: over the vocabulary
         ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
         let [max_host, sum_host, target_host] = [&max, &sum, &target].map(|x| download(ctx, x));
         // The terms may be large and nearly cancel: one rounding, at the end.
@@ -76,7 +84,9 @@ impl OutputHead {
     pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: HeadSaved, mut tied: Option<&mut Param>) -> ScratchTensor {
         self.loss_backward(ctx, batch, &mut saved, tied.as_deref());
         let weight = self.weight.as_mut().or(tied.as_deref_mut()).expect("an output layer, its own or tied");
+        weight.swap_gradients(); // nothing, unless the two uses of a tied embedding are summed apart
         let dnormed = column_backward(ctx, weight, &saved.normed, &saved.logits);
+        weight.swap_gradients();
         self.norm_backward(ctx, &saved.norm, &dnormed)
     }
 
@@ -98,7 +108,9 @@ impl OutputHead {
     /// The second half: the gradient of the output layer accumulated.
     pub fn backward_weight(&mut self, ctx: &Ctx, deferred: &HeadDeferred, tied: Option<&mut Param>) {
         let weight = self.weight.as_mut().or(tied).expect("an output layer, its own or tied");
+        weight.swap_gradients(); // as in `backward`
         column_backward_weight(ctx, weight, &deferred.normed, &deferred.dlogits);
+        weight.swap_gradients();
     }
 
     /// The saved logits become their gradient.

@@ -45,32 +45,32 @@ impl ColumnParallelLinear {
 pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
     let x = ctx.gather_rows(x); // tp: [T', I] -> [T, I]
     let mut y = ctx.take(&[x.n_rows(), weight.slice.shape[0]], x.dtype());
-    ctx.device.gemm(&mut y, &x, &weight.weight(), Gemm::NT); // y = x W^T
+    ctx.product(&mut y, &x, &weight.weight(), Gemm::NT); // y = x W^T
     y
 }
 
 /// `ColumnParallelLinear::backward` for a weight that lives elsewhere.
 pub fn column_backward(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) -> ScratchTensor {
     if !ctx.is_sharded() {
-        let dx_partial = input_gradient(ctx, weight, dy); // summed over tp below
+        let dx_partial = partial_input_gradient(ctx, weight, dy); // summed over tp below
         weight_gradient(ctx, weight, x, dy);
-        return ctx.sum_rows(dx_partial); // tp: all-reduce
+        return ctx.sum_rows(dx_partial, dy.dtype()); // tp: all-reduce
     }
     let mut all_x = ctx.take(&[dy.n_rows(), x.row_len()], x.dtype());
     let gather = ctx.tp.start_all_gather(x, &mut all_x); // tp: gathered again rather than kept; overlaps the next line
-    let dx_partial = input_gradient(ctx, weight, dy); // summed over tp next
+    let dx_partial = partial_input_gradient(ctx, weight, dy); // summed over tp next
     gather.wait();
-    let mut dx = ctx.take(x.dims(), dy.dtype());
-    let scatter = ctx.tp.start_reduce_scatter(&dx_partial, &mut dx); // tp: overlaps the next line
+    let mut dx = ctx.take(x.dims(), dx_partial.dtype());
+    let scatter = ctx.start_sum_rows(&dx_partial, &mut dx); // tp: overlaps the next line
     weight_gradient(ctx, weight, &all_x, dy);
     scatter.wait();
-    dx
+    ctx.rounded(dx, dy.dtype())
 }
 
 /// `ColumnParallelLinear::backward_input` for a weight that lives elsewhere.
 pub fn column_backward_input(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
-    let dx_partial = input_gradient(ctx, weight, dy);
-    ctx.sum_rows(dx_partial) // tp: reduce-scatter or all-reduce
+    let dx_partial = partial_input_gradient(ctx, weight, dy);
+    ctx.sum_rows(dx_partial, dy.dtype()) // tp: reduce-scatter or all-reduce
 }
 
 /// `ColumnParallelLinear::backward_weight` for a weight that lives elsewhere.
@@ -82,9 +82,9 @@ pub fn column_backward_weight(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Te
 impl RowParallelLinear {
     /// x[T, I/tp] -> y[T', O].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
-        let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], x.dtype());
-        ctx.device.gemm(&mut partial, x, &self.weight.weight(), Gemm::NT); // y = x W^T, summed over tp next
-        ctx.sum_rows(partial) // tp: reduce-scatter or all-reduce
+        let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], ctx.partial_dtype(x.dtype()));
+        ctx.partial_product(&mut partial, x, &self.weight.weight(), Gemm::NT); // y = x W^T, summed over tp next
+        ctx.sum_rows(partial, x.dtype()) // tp: reduce-scatter or all-reduce
     }
 
     /// dx[T, I/tp] assigned; the weight gradient accumulated. `x` is the input of the forward, dy[T', O].
@@ -111,11 +111,18 @@ impl RowParallelLinear {
 /// dx[T, in] = dy[T, out] W.
 fn input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
     let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
-    ctx.device.gemm(&mut dx, dy, &weight.weight(), Gemm::NN);
+    ctx.product(&mut dx, dy, &weight.weight(), Gemm::NN);
+    dx
+}
+
+/// This rank's part of dx[T, in] = dy[T, out/tp] W, to be summed over tp.
+fn partial_input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
+    let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], ctx.partial_dtype(dy.dtype()));
+    ctx.partial_product(&mut dx, dy, &weight.weight(), Gemm::NN);
     dx
 }
 
 /// dW[out, in] += dy[T, out]^T x[T, in].
 fn weight_gradient(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Tensor) {
-    ctx.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate());
+    ctx.add_weight_gradient(weight, dy, x);
 }

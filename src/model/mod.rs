@@ -15,5 +15,6 @@ pub mod heads;
 pub mod linear;
 pub mod mlp;
 pub mod norm;
+pub mod numerics;
 pub mod param;
 pub mod reward;

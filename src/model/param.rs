@@ -1,6 +1,7 @@
 //! A parameter on this rank: its tensor-parallel part, its gradient, and its initial values.
 
 use super::config::{Init, ParamSpec, Split};
+use super::numerics::SampleSum;
 use crate::device::Device;
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
@@ -18,6 +19,15 @@ pub enum Purpose {
     Inference,
 }
 
+/// Which layers of a chunk use a parameter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Uses {
+    /// One layer.
+    Once,
+    /// The embedding and the output layer, tied.
+    InputAndOutput,
+}
+
 /// One parameter's tensor-parallel part. `value` and `grad` have ceil(rows / dp) * dp rows, so that the collectives of the
 /// sharded optimizer move equal blocks; layers see the first `rows` only, the rest is zero.
 pub struct Param {
@@ -29,6 +39,10 @@ pub struct Param {
     pub value: Tensor,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
+    /// With canonical sums: what stands beside `grad` while a step's samples come in.
+    sum: Option<SampleSum>,
+    /// With canonical sums, of a tied embedding whose two uses are in one chunk: the gradient of its use as output layer.
+    second: Option<(Tensor, SampleSum)>,
 }
 
 impl Param {
@@ -41,7 +55,37 @@ impl Param {
             shape[0] = shape[0].next_multiple_of(layout.dp);
         }
         let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
-        Ok(Param { value: device.alloc(&shape, dtype)?, grad, spec, slice })
+        Ok(Param { value: device.alloc(&shape, dtype)?, grad, sum: None, second: None, spec, slice })
+    }
+
+    /// Takes the memory of canonical sums, for at most this many blocks of samples a replica.
+    /// Err: out of memory.
+    pub fn reserve_sums(&mut self, device: &dyn Device, most_blocks: usize, uses: Uses) -> Result<()> {
+        let shape = self.grad().dims().to_vec();
+        self.sum = Some(SampleSum::new(device, &shape, most_blocks)?);
+        if uses == Uses::InputAndOutput {
+            self.second = Some((device.alloc(&shape, DType::F32)?, SampleSum::new(device, &shape, most_blocks)?));
+        }
+        Ok(())
+    }
+
+    /// The gradient with padding rows, and the sum beside it. Panics unless `reserve_sums` was called.
+    pub fn grad_and_sum_mut(&mut self) -> (&mut Tensor, &mut SampleSum) {
+        let sum = self.sum.as_mut().expect("canonical sums have memory reserved before the first step");
+        (self.grad.as_mut().expect("a parameter in training has a gradient"), sum)
+    }
+
+    /// Makes `grad` that of the other use of a tied embedding whose uses are summed apart; nothing for other parameters.
+    pub fn swap_gradients(&mut self) {
+        if let (Some(grad), Some(sum), Some(second)) = (&mut self.grad, &mut self.sum, &mut self.second) {
+            std::mem::swap(grad, &mut second.0);
+            std::mem::swap(sum, &mut second.1);
+        }
+    }
+
+    /// The gradients of both uses of a tied embedding that are summed apart.
+    pub fn both_gradients_mut(&mut self) -> Option<(&mut Tensor, &mut Tensor)> {
+        self.grad.as_mut().zip(self.second.as_mut().map(|second| &mut second.0))
     }
 
     /// Whether every tensor-parallel rank holds all of it (norms): its gradient is then a partial sum under sequence parallelism

@@ -4,6 +4,7 @@
 use super::chunk::MicroBatch;
 use super::ctx::Ctx;
 use super::norm::{Norm, NormSaved, Residual};
+use super::numerics::{Canonical, Numerics};
 use super::param::Param;
 use crate::device::{Gemm, ScratchTensor};
 use crate::tensor::{DType, Tensor};
@@ -60,7 +61,7 @@ impl RewardHead {
         }
         let n_attributes = self.weight.slice.shape[0];
         let mut product = ctx.take(&[read.n_rows(), n_attributes], DType::F32);
-        ctx.device.gemm(&mut product, &read, &self.weight.weight(), Gemm::NT); // attributes = read W^T + b
+        ctx.product(&mut product, &read, &self.weight.weight(), Gemm::NT); // attributes = read W^T + b
         let (mut attributes, bias) = (download_f32(ctx, &product), download_f32(ctx, &self.bias.weight()));
         attributes.chunks_exact_mut(n_attributes).for_each(|row| row.iter_mut().zip(&bias).for_each(|(x, b)| *x += b));
         (attributes.clone(), RewardSaved { norm, read, attributes })
@@ -78,7 +79,7 @@ impl RewardHead {
         let RewardSaved { norm, read, attributes } = saved;
         let dattributes = gradient(&attributes, batch.ratings.as_ref().expect("a reward model is trained on ratings"));
         let mut dread = ctx.take(read.dims(), read.dtype());
-        ctx.device.gemm(&mut dread, &self.on_device(ctx, &dattributes), &self.weight.weight(), Gemm::NN); // dread = dattributes W
+        ctx.product(&mut dread, &self.on_device(ctx, &dattributes), &self.weight.weight(), Gemm::NN); // dread = dattributes W
         let mut dnormed = ctx.take(norm.x.dims(), norm.x.dtype());
         ctx.device.fill_zero(&mut dnormed);
         for (sequence, row) in own_rows(ctx, batch) {
@@ -93,6 +94,9 @@ impl RewardHead {
     /// The second half: the gradients of the attribute layer accumulated. Every rank has seen all sequences; under sequence
     /// parallelism `Chunk::finish_gradients` adds up what the ranks hold, so then the first alone contributes.
     pub fn backward_weight(&mut self, ctx: &Ctx, deferred: &RewardDeferred) {
+        if let Numerics::Reproducible(canonical) = ctx.numerics {
+            return self.backward_weight_in_turn(ctx, &canonical, deferred);
+        }
         if ctx.is_sharded() && ctx.tp.rank() > 0 {
             return;
         }
@@ -105,6 +109,19 @@ impl RewardHead {
         let mut addend = ctx.take(&[n_attributes], DType::F32);
         ctx.device.upload(bytemuck::cast_slice(&dbias), &mut addend);
         ctx.device.add(&mut self.bias.dweight(), &addend);
+    }
+
+    /// A sequence after another, on every rank alike.
+    fn backward_weight_in_turn(&mut self, ctx: &Ctx, canonical: &Canonical, deferred: &RewardDeferred) {
+        let RewardDeferred { read, dattributes } = deferred;
+        let (dproduct, n_attributes) = (self.on_device(ctx, dattributes), self.weight.slice.shape[0]);
+        ctx.add_parts(&mut self.weight, |dweight, part| {
+            let (rows, starts) = (part.samples.clone(), (0..=part.samples.len()).collect::<Vec<usize>>());
+            canonical.sums.gemm_in_turn(dweight, &dproduct.rows(rows.clone()), &read.rows(rows), Gemm::TN, &starts);
+        });
+        let mut rows = ctx.take(&[dproduct.n_rows(), n_attributes], DType::F32);
+        ctx.device.upload(bytemuck::cast_slice(dattributes), &mut rows);
+        ctx.add_parts(&mut self.bias, |dbias, part| canonical.sums.add_groups(dbias, &rows.rows(part.samples.clone()), 1));
     }
 
     /// [N, R] as the products want it: in the dtype of the activations.

@@ -1,7 +1,8 @@
-//! Parallel layout, the division of layers, slices of tensors, pipeline schedules and their simulation: pure values. No I/O, no MPI,
-//! no device.
+//! Parallel layout, the division of layers, slices of tensors, canonical pieces of sums, pipeline schedules and their simulation:
+//! pure values. No I/O, no MPI, no device.
 
 pub mod layout;
+pub mod pieces;
 pub mod schedule;
 pub mod simulate;
 pub mod slice;

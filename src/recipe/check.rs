@@ -223,7 +223,8 @@ impl Pretrain {
                  interleaved schedule needs"
             );
             (wrong, format!("set {key} = {}, or parallel.schedule = \"1f1b\" and parallel.vp = 1", multiples(global, round * pp)))
-        })
+        })?;
+        self.check_numerics(dp, global)
     }
 }
 

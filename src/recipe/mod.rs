@@ -8,6 +8,7 @@
 mod check;
 mod health;
 mod load;
+mod numerics;
 mod observe;
 mod phases;
 mod recompute;
@@ -16,6 +17,7 @@ mod stages;
 mod strict;
 
 pub use health::Health;
+pub use numerics::{Mode, Numerics};
 pub use observe::Observe;
 pub use phases::{Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
 pub use recompute::{Recompute, RecomputePlan, RecomputeRange};
@@ -38,6 +40,9 @@ pub struct Pretrain {
     pub batch: Batch,
     /// Length, precision, seed.
     pub train: Train,
+    /// In which order sums are added.
+    #[serde(default)]
+    pub numerics: Numerics,
     /// AdamW and its learning-rate schedule.
     pub optimizer: Optimizer,
     /// Token shards and their weights.

@@ -1,12 +1,12 @@
 //! What replicas exchange in a step, as it goes on: gradients of a part of the model are reduced from its last backward on and
 //! waited for before the clip; new weights are gathered from the update on and waited for where the next forward reads them. A
-//! tensor under way is not in its parameter, so nothing can touch it. Every sum is that of the communicator, in rank order: the
-//! same bits whether something else ran meanwhile or not.
+//! tensor under way is not in its parameter, so nothing can touch it. Every sum is that of the communicator, in rank order or in
+//! pairs: the same bits whether something else ran meanwhile or not.
 //!
 //! Memory: a communicator over host memory holds what is under way a second time, up to the gradients of one stage.
 
 use super::executor::Between;
-use super::optimizer::{Shard, ShardedAdamW, tied_across_stages};
+use super::optimizer::{Order, Shard, ShardedAdamW};
 use crate::comm::{Groups, InFlight};
 use crate::device::ScratchTensor;
 use crate::flight::Phase;
@@ -45,11 +45,9 @@ impl<'c> Exchanges<'c> {
         Exchanges { groups, overlap, reducing: Vec::new(), gathering: BTreeMap::new() }
     }
 
-    /// What the executor of a step tells. A tied embedding is left out: its two copies are on different stages and are summed
-    /// first, by [`ShardedAdamW::reduce_tied`].
-    pub fn during<'s>(&'s mut self, ctx: Ctx<'s>, optimizer: &'s mut ShardedAdamW, chunks: &[Chunk]) -> During<'s, 'c> {
-        let tied = chunks.iter().map(|chunk| tied_across_stages(chunk, self.groups)).collect();
-        During { exchanges: self, ctx, shards: &mut optimizer.shards, tied }
+    /// What the executor of a step tells. The two uses of a tied embedding are added afterwards, by [`ShardedAdamW::reduce_tied`].
+    pub fn during<'s>(&'s mut self, ctx: Ctx<'s>, optimizer: &'s mut ShardedAdamW) -> During<'s, 'c> {
+        During { exchanges: self, ctx, order: optimizer.order, shards: &mut optimizer.shards }
     }
 
     /// Waits for the gradients: each is complete in its shard.
@@ -87,11 +85,11 @@ impl<'c> Exchanges<'c> {
         }
     }
 
-    fn reduce(&mut self, at: Place, param: &mut Param, shard: &mut Shard) {
+    fn reduce(&mut self, at: Place, param: &mut Param, shard: &mut Shard, order: Order) {
         let Some(sum) = shard.take_gradient() else { return };
         self.groups.flight.name(&param.spec.name);
         let full = take(param.grad_mut());
-        let reduce = InFlight::start(&*self.groups.dp, (full, sum), |dp, (full, sum)| dp.start_reduce_scatter(full, sum));
+        let reduce = InFlight::start(&*self.groups.dp, (full, sum), move |dp, (full, sum)| order.start_reduce_scatter(dp, full, sum));
         match self.overlap {
             Overlap::WithComputation => self.reducing.push((at, reduce)),
             Overlap::Nothing => {
@@ -113,9 +111,8 @@ fn take(tensor: &mut Tensor) -> Tensor {
 pub struct During<'s, 'c> {
     exchanges: &'s mut Exchanges<'c>,
     ctx: Ctx<'s>,
+    order: Order,
     shards: &'s mut Vec<Vec<Shard>>,
-    /// Of each chunk.
-    tied: Vec<Option<usize>>,
 }
 
 impl Between for During<'_, '_> {
@@ -127,9 +124,7 @@ impl Between for During<'_, '_> {
         let _reducing = self.exchanges.groups.flight.span_at(Phase::Reduce, chunk, None);
         for (idx, param) in (part.first_idx..).zip(part.params) {
             finish_gradient(&self.ctx, param);
-            if self.tied[chunk] != Some(idx) {
-                self.exchanges.reduce((chunk, idx), param, &mut self.shards[chunk][idx]);
-            }
+            self.exchanges.reduce((chunk, idx), param, &mut self.shards[chunk][idx], self.order);
         }
     }
 }

@@ -4,12 +4,15 @@
 //! all-gather the weights; `exchanges` says when the exchanges start and are waited for.
 
 use super::exchanges::Exchanges;
-use crate::comm::{Groups, Recv, Send};
+use crate::comm::{Communicator, Groups, Pending, Recv, Send};
 use crate::device::{Adamw, AdamwShard, Device, Scratch, ScratchTensor};
 use crate::error::Result;
+use crate::exact::ExactSum;
 use crate::model::chunk::Chunk;
+use crate::model::config::Split;
 use crate::model::param::Param;
 use crate::parallel::layout::{Coords, ParallelLayout};
+use crate::parallel::pieces::TP_PIECES;
 use crate::parallel::slice::Slice;
 use crate::recipe::Optimizer as Settings;
 use crate::tensor::{DType, Tensor};
@@ -45,6 +48,7 @@ impl Shard {
 pub struct ShardedAdamW {
     /// [chunk][parameter]
     pub shards: Vec<Vec<Shard>>,
+    pub(super) order: Order,
 }
 
 /// Step number, learning rate and clipping of one update.
@@ -69,56 +73,88 @@ impl ShardedAdamW {
             Ok(Shard { slice: param.spec.dp_slice(layout, at), master: alloc()?, m: alloc()?, v: alloc()?, grad })
         };
         let of_chunk = |chunk: &Chunk| chunk.params().into_iter().map(shard).collect::<Result<Vec<Shard>>>();
-        Ok(ShardedAdamW { shards: chunks.iter().map(of_chunk).collect::<Result<_>>()? })
+        Ok(ShardedAdamW { shards: chunks.iter().map(of_chunk).collect::<Result<_>>()?, order: Order::ByRank })
     }
 
-    /// Sums the gradients of the two copies of a tied embedding (first chunk and last chunk), then over the replicas.
-    /// Both copies end with the same sum, added in the same order.
+    /// Takes the memory of canonical sums in `chunks`, for at most this many blocks of samples a replica, and adds in their order
+    /// from now on. Err: out of memory.
+    pub fn use_canonical_sums(&mut self, device: &dyn Device, chunks: &mut [Chunk], most_blocks: usize) -> Result<()> {
+        self.order = Order::Canonical;
+        chunks.iter_mut().try_for_each(|chunk| chunk.reserve_sums(device, most_blocks))
+    }
+
+    /// Adds the gradients of the two uses of a tied embedding (input and output), each summed over the replicas already:
+    /// the owned rows only. Both copies end with the same sum.
     pub fn reduce_tied(&mut self, device: &dyn Device, scratch: &Scratch, chunks: &mut [Chunk], groups: &Groups) {
         let holders: Vec<(usize, usize)> =
-            (0..chunks.len()).filter_map(|chunk| tied_across_stages(&chunks[chunk], groups).map(|idx| (chunk, idx))).collect();
+            (0..chunks.len()).filter_map(|chunk| chunks[chunk].tied_param().map(|idx| (chunk, idx))).collect();
+        let mut owned = Vec::new();
+        for &(chunk, idx) in &holders {
+            let shard = &self.shards[chunk][idx];
+            owned.push(scratch.take(device, shard.master.dims(), DType::F32));
+        }
         match holders[..] {
-            [] => return,
+            [] => {}
             [(first, first_idx), (last, last_idx)] => {
                 // Both copies on one stage (pp = 1 with several chunks).
-                let (head, tail) = chunks.split_at_mut(last);
-                let (mut a, mut b) = (head[first].params_mut(), tail[0].params_mut());
-                let (a, b) = (a[first_idx].grad_mut(), b[last_idx].grad_mut());
-                device.add(a, b);
-                device.copy(b, a);
+                device.copy(&mut owned[0], reduced(chunks, &self.shards, (first, first_idx)));
+                device.copy(&mut owned[1], reduced(chunks, &self.shards, (last, last_idx)));
+                device.add(reduced_mut(chunks, &mut self.shards, (first, first_idx)), &owned[1]);
+                device.add(reduced_mut(chunks, &mut self.shards, (last, last_idx)), &owned[0]);
             }
-            [(chunk, idx)] => {
+            [(chunk, idx)] if groups.layout.n_chunks() > 1 => {
                 let last_stage = groups.layout.pp - 1;
                 let peer = if groups.at.pp == 0 { last_stage } else { 0 };
-                let mut params = chunks[chunk].params_mut();
-                let mine = params[idx].grad_mut();
-                let mut theirs = scratch.take(device, mine.dims(), DType::F32);
-                let tag = TIED_TAG;
-                groups.pp.start_group(vec![Send { peer, tag, tensor: mine }], vec![Recv { peer, tag, tensor: &mut theirs }]).wait();
+                let mine = reduced_mut(chunks, &mut self.shards, (chunk, idx));
+                let (tag, theirs) = (TIED_TAG, &mut owned[0]);
+                groups.pp.start_group(vec![Send { peer, tag, tensor: mine }], vec![Recv { peer, tag, tensor: theirs }]).wait();
                 // f32 addition commutes, so both sides get the same bits.
-                device.add(mine, &theirs);
+                device.add(mine, theirs);
+            }
+            [(chunk, idx)] => {
+                // Both uses in one chunk: one gradient, or two where each has a canonical sum.
+                let Some((grad, second)) = chunks[chunk].params_mut().swap_remove(idx).both_gradients_mut() else { return };
+                match &mut self.shards[chunk][idx].grad {
+                    None => device.add(grad, second),
+                    Some(grad) => {
+                        self.order.start_reduce_scatter(&*groups.dp, second, &mut owned[0]).wait();
+                        device.add(grad, &owned[0]);
+                    }
+                }
+                device.fill_zero(second);
             }
             _ => unreachable!("an embedding has at most two copies on a stage"),
-        }
-        for (chunk, idx) in holders {
-            let params = chunks[chunk].params();
-            reduce(params[idx], &mut self.shards[chunk][idx], groups);
         }
     }
 
     /// The global gradient norm: squares of every element of the global gradient, each counted once. Tensors that all
     /// tensor-parallel ranks hold are counted by the first; the second copy of a tied embedding is not counted. Collective.
     pub fn grad_norm(&self, device: &dyn Device, chunks: &[Chunk], groups: &Groups) -> f64 {
-        let mut sum = 0.0;
+        let mut counted = Vec::new();
         for (chunk, shards) in chunks.iter().zip(&self.shards) {
             for (idx, (param, shard)) in chunk.params().into_iter().zip(shards).enumerate() {
                 let replica = param.is_replicated_over_tp() && groups.at.tp > 0;
                 if !replica && !chunk.is_tied_copy(idx) {
-                    sum += device.sum_squares(shard.grad.as_ref().unwrap_or(param.grad()));
+                    counted.push((param, shard.grad.as_ref().unwrap_or(param.grad())));
                 }
             }
         }
-        groups.world.sum_f64(sum).sqrt()
+        if self.order == Order::ByRank {
+            return groups.world.sum_f64(counted.iter().map(|(_, grad)| device.sum_squares(grad)).sum()).sqrt();
+        }
+        let sums = device.canonical().expect("canonical sums were asked of a device that has them");
+        let mut sum = ExactSum::default();
+        for (param, grad) in counted {
+            // A row that tp divides in the pieces of the whole row.
+            let n_pieces = if param.spec.split == Split::Columns { TP_PIECES / groups.layout.tp } else { 1 };
+            sum.merge(&sums.sum_squares(grad, n_pieces));
+        }
+        sum_exactly(&*groups.world, &sum).sqrt()
+    }
+
+    /// The owned rows of a parameter's gradient, summed over the replicas; until [`ShardedAdamW::update`].
+    pub fn reduced_gradient<'a>(&'a self, chunks: &'a [Chunk], chunk: usize, param_idx: usize) -> &'a Tensor {
+        reduced(chunks, &self.shards, (chunk, param_idx))
     }
 
     /// AdamW on the owned rows, then all rows of the new weights are on their way to all replicas. Gradients are zeroed for the
@@ -173,15 +209,39 @@ impl ShardedAdamW {
 /// Above the tags of schedules, below those that MPI reserves for itself.
 const TIED_TAG: u32 = i32::MAX as u32 - 2;
 
-/// The index of the tied embedding in a chunk whose other copy lives in another chunk.
-pub(super) fn tied_across_stages(chunk: &Chunk, groups: &Groups) -> Option<usize> {
-    if groups.layout.n_chunks() > 1 { chunk.tied_param() } else { None }
+/// The order in which replicas and squares are added.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Order {
+    ByRank,
+    Canonical,
 }
 
-fn reduce(param: &Param, shard: &mut Shard, groups: &Groups) {
-    if let Some(grad) = &mut shard.grad {
-        groups.flight.name(&param.spec.name);
-        groups.dp.reduce_scatter(param.grad(), grad);
+impl Order {
+    /// shard = this replica's rows of the sum over the replicas.
+    pub(super) fn start_reduce_scatter<'a>(self, dp: &'a dyn Communicator, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+        match self {
+            Order::ByRank => dp.start_reduce_scatter(full, shard),
+            Order::Canonical => dp.start_reduce_scatter_in_pairs(full, shard),
+        }
+    }
+}
+
+/// The sum of all ranks' sums, rounded once: the same bits on every rank, whoever summed what. Collective.
+pub fn sum_exactly(world: &dyn Communicator, mine: &ExactSum) -> f64 {
+    let mut sum = ExactSum::default();
+    world.gather_variable(&mine.to_bytes()).iter().for_each(|bytes| sum.merge(&ExactSum::from_bytes(bytes)));
+    sum.value()
+}
+
+/// The gradient of parameter `at` = (chunk, index) as it is after the sum over replicas.
+fn reduced<'a>(chunks: &'a [Chunk], shards: &'a [Vec<Shard>], at: (usize, usize)) -> &'a Tensor {
+    shards[at.0][at.1].grad.as_ref().unwrap_or_else(|| chunks[at.0].params()[at.1].grad())
+}
+
+fn reduced_mut<'a>(chunks: &'a mut [Chunk], shards: &'a mut [Vec<Shard>], at: (usize, usize)) -> &'a mut Tensor {
+    match &mut shards[at.0][at.1].grad {
+        Some(grad) => grad,
+        None => chunks[at.0].params_mut().swap_remove(at.1).grad_mut(),
     }
 }
 

@@ -6,6 +6,7 @@ use crate::comm::agree;
 use crate::device::peak;
 use crate::error::Result;
 use crate::metrics::{self, Row};
+use crate::recipe::Mode;
 
 impl Trainer<'_> {
     /// The resolved plan as a table, before step 0.
@@ -47,6 +48,12 @@ impl Trainer<'_> {
                 batch.n_micro(),
                 batch.micro
             );
+        }
+        if recipe.numerics.mode == Mode::Reproducible {
+            let dp = self.job.groups.layout.dp;
+            let n_blocks = self.plan.stretches().iter().map(|stretch| recipe.numerics.blocks(stretch.global)).max().unwrap_or(1);
+            let more = (n_blocks / dp).max(1).ilog2();
+            log::info!("numerics    reproducible: the samples of a step in {n_blocks} blocks, {more} more gradients on each rank");
         }
         for phase in &self.data.phases {
             log::info!("data        phase {}: {} tokens a pass, order {}", phase.name, phase.order.n_tokens(), phase.order.fingerprint());

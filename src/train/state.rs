@@ -7,10 +7,12 @@ use crate::device::{Device, Scratch};
 use crate::error::{Context, Result};
 use crate::model::chunk::{Chunk, Purpose};
 use crate::model::config::ModelConfig;
+use crate::model::numerics;
 use crate::model::param::{self, Param};
 use crate::parallel::slice::Slice;
 use crate::parallel::stages::Stages;
 use crate::recipe::Moments;
+use crate::recipe::{Mode, Numerics};
 use crate::tensor::DType;
 use std::path::Path;
 
@@ -58,6 +60,18 @@ impl TrainState {
         let chunks = (0..layout.vp).map(chunk).collect::<Result<Vec<Chunk>>>()?;
         let optimizer = ShardedAdamW::new(device, &chunks, &layout, at)?;
         Ok(TrainState { step: 0, updates: 0, consumed_samples: 0, chunks, optimizer })
+    }
+
+    /// Takes the memory of the sums that the recipe asks for, at most `most_blocks` blocks of samples a replica, before the first
+    /// step. Err: the device has no canonical sums, or no memory.
+    pub fn prepare_sums(&mut self, device: &dyn Device, asked: &Numerics, most_blocks: usize) -> Result<()> {
+        match asked.mode {
+            Mode::Fast => Ok(()),
+            Mode::Reproducible => {
+                numerics::canonical(device)?;
+                self.optimizer.use_canonical_sums(device, &mut self.chunks, most_blocks)
+            }
+        }
     }
 
     /// Step 0: master weights by seed, name and global index, whatever the layout.

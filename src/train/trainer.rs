@@ -6,7 +6,7 @@ use super::exchanges::{Exchanges, Overlap};
 use super::executor::{self, Keep, Nothing};
 use super::health::{Health, History, Verdict};
 use super::ledger::{self, LedgerWriter};
-use super::optimizer::Update;
+use super::optimizer::{Update, sum_exactly};
 use super::pretrain::Job;
 use super::resume::Lineage;
 use super::run_data::RunData;
@@ -16,10 +16,12 @@ use crate::comm::{Groups, agree};
 use crate::device::Scratch;
 use crate::device::ceiling::Ceiling;
 use crate::error::{Context, Result};
+use crate::exact::ExactSum;
 use crate::flight::{Phase, Times};
 use crate::metrics::MetricsWriter;
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
+use crate::model::numerics::Numerics;
 use crate::parallel::schedule::{self, Messages, PipelineShape, Schedule};
 use crate::recipe::{LrSchedule, Precision, Pretrain, StepPlan};
 use crate::tensor::DType;
@@ -77,7 +79,9 @@ impl<'a> Trainer<'a> {
         let world = &*groups.world;
         let dtype = dtype_of(recipe);
         let plan = recipe.plan();
-        let state = agree(world, new_state(job, dtype))?;
+        let mut state = agree(world, new_state(job, dtype))?;
+        let most_blocks = plan.stretches().iter().map(|stretch| recipe.numerics.blocks(stretch.global) / groups.layout.dp).max();
+        agree(world, state.prepare_sums(job.device, &recipe.numerics, most_blocks.unwrap_or(1).max(1)))?;
         // All ranks measure at once, as they will compute at once.
         world.barrier();
         let mine = (job.ceiling)(dtype);
@@ -148,6 +152,11 @@ impl<'a> Trainer<'a> {
         if self.job.recipe.parallel.sequence_parallel { SequenceMode::Sharded } else { SequenceMode::Replicated }
     }
 
+    /// The order of sums in a step of `global` samples.
+    fn numerics(&self, global: usize) -> Result<Numerics<'a>> {
+        Numerics::of(&self.job.recipe.numerics, self.job.device, global, self.job.groups.layout.dp)
+    }
+
     /// The next step of the plan.
     pub fn step(&mut self) -> Result<StepResult> {
         let started = Instant::now();
@@ -165,10 +174,11 @@ impl<'a> Trainer<'a> {
         let batches = self.read_batches(&self.data.phases[planned.phase].order, &batch, planned.first_in_phase);
         let batches = agree(&*groups.world, batches)?;
         drop(reading);
-        let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
+        let numerics = self.numerics(planned.global)?;
+        let ctx = Ctx { device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode(), numerics };
         let TrainState { chunks, optimizer, updates, .. } = &mut self.state;
         let schedule = &self.schedules[&batch.n_micro()];
-        let mut during = self.exchanges.during(ctx, optimizer, chunks);
+        let mut during = self.exchanges.during(ctx, optimizer);
         let passed = executor::run(schedule, chunks, &ctx, groups, (&batches, Keep::Saved), &mut during);
         let reducing = groups.flight.span(Phase::Reduce);
         self.exchanges.finish_gradients(chunks, optimizer);
@@ -206,9 +216,12 @@ impl<'a> Trainer<'a> {
     /// This replica's micro-batches of the step that begins at sample `first` of an order.
     fn read_batches(&self, source: &dyn Samples, batch: &BatchShape, first: u64) -> Result<Vec<MicroBatch>> {
         let weight = 1.0 / batch.global_tokens() as f32;
-        (0..batch.n_micro())
-            .map(|micro| micro_batch(self.job.device, source, batch.samples(first, self.job.groups.at.dp, micro), batch.seq_len, weight))
-            .collect()
+        let read = |micro: usize| -> Result<MicroBatch> {
+            let samples = batch.samples(first, self.job.groups.at.dp, micro);
+            let read = micro_batch(self.job.device, source, samples, batch.seq_len, weight)?;
+            Ok(MicroBatch { first_sample: micro * batch.micro, ..read })
+        };
+        (0..batch.n_micro()).map(read).collect()
     }
 
     /// Mean loss over the held-out samples, in nats a token. Collective.
@@ -226,7 +239,8 @@ impl<'a> Trainer<'a> {
         };
         let _measuring = groups.flight.span(Phase::HeldOut);
         let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
-        let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence: self.sequence_mode() };
+        let (sequence, numerics) = (self.sequence_mode(), self.numerics(held_out.n_samples)?);
+        let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence, numerics };
         let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), &mut Nothing);
         Ok(mean_loss(&passed.token_losses, groups, held_out.n_samples * seq_len))
     }
@@ -243,9 +257,11 @@ fn new_state(job: &Job, dtype: DType) -> Result<TrainState> {
     Ok(state)
 }
 
-/// Sum of all token losses over `n_tokens`, the same bits on every rank. The ranks of one tensor-parallel group hold the same
+/// Sum of all token losses over `n_tokens`, the same bits on every rank and, of the same losses, under every layout. The ranks of one
+/// tensor-parallel group hold the same
 /// losses, so the first counts.
 fn mean_loss(token_losses: &[Vec<f32>], groups: &Groups, n_tokens: usize) -> f64 {
-    let mine: f64 = token_losses.iter().flatten().map(|&loss| f64::from(loss)).sum();
-    groups.world.sum_f64(if groups.at.tp == 0 { mine } else { 0.0 }) / n_tokens as f64
+    let counted = if groups.at.tp == 0 { token_losses } else { &[] };
+    let mine: ExactSum = counted.iter().flatten().map(|&loss| f64::from(loss)).collect();
+    sum_exactly(&*groups.world, &mine) / n_tokens as f64
 }

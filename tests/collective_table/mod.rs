@@ -135,14 +135,27 @@ fn rounded(dtype: DType, x: f32) -> f32 {
     if dtype == DType::BF16 { bf16::from_f32(x).to_f32() } else { x }
 }
 
+/// ((x0 + x1) + (x2 + x3)) + .. over ranks in f32, rounded once: halves of the ranks, each by itself.
+fn in_pairs(what: &str, dtype: DType, ranks: Range<usize>, part: Range<usize>) -> Vec<f32> {
+    if ranks.len() == 1 {
+        return part_of_values(what, ranks.start, part).iter().map(|&x| rounded(dtype, x)).collect();
+    }
+    let middle = (ranks.start + ranks.end) / 2;
+    let second = in_pairs(what, dtype, middle..ranks.end, part.clone());
+    in_pairs(what, dtype, ranks.start..middle, part).iter().zip(second).map(|(a, b)| a + b).collect()
+}
+
 /// op over ranks in rank order in f32 of what each has in this part of its tensor, rounded once.
 fn combined(what: &str, dtype: DType, op: ReduceOp, n_ranks: usize, part: Range<usize>) -> Tensor {
+    if op == ReduceOp::SumInPairs {
+        return tensor(dtype, &in_pairs(what, dtype, 0..n_ranks, part));
+    }
     let mut sum: Vec<f32> = part_of_values(what, 0, part.clone()).iter().map(|&x| rounded(dtype, x)).collect();
     for rank in 1..n_ranks {
         for (sum, x) in sum.iter_mut().zip(part_of_values(what, rank, part.clone())) {
             let x = rounded(dtype, x);
             *sum = match op {
-                ReduceOp::Sum => *sum + x,
+                ReduceOp::Sum | ReduceOp::SumInPairs => *sum + x,
                 ReduceOp::Max => sum.max(x),
             };
         }
@@ -158,7 +171,7 @@ fn assert_same(found: &Tensor, expected: &Tensor, what: &str) {
 }
 
 fn check_all_reduce(comm: &Ranks, dtype: DType, n: usize) {
-    for op in [ReduceOp::Sum, ReduceOp::Max] {
+    for op in ops(comm, &[ReduceOp::Sum, ReduceOp::SumInPairs, ReduceOp::Max]) {
         let what = format!("all-reduce {op:?} {dtype:?} {n}");
         let mut x = comm.tensor(dtype, &values(&what, comm.rank(), n));
         comm.all_reduce(&mut x, op);
@@ -166,13 +179,23 @@ fn check_all_reduce(comm: &Ranks, dtype: DType, n: usize) {
     }
 }
 
+/// Those that so many ranks can do: pairs need a power of two.
+fn ops(comm: &Ranks, ops: &[ReduceOp]) -> Vec<ReduceOp> {
+    ops.iter().copied().filter(|&op| op != ReduceOp::SumInPairs || comm.size().is_power_of_two()).collect()
+}
+
 fn check_reduce_scatter(comm: &Ranks, dtype: DType, n: usize) {
-    let what = format!("reduce-scatter {dtype:?} {n} rows a rank");
-    let full = comm.tensor(dtype, &values(&what, comm.rank(), n * comm.size()));
-    let mut shard = comm.filled(dtype, n);
-    comm.reduce_scatter(&full, &mut shard);
-    let mine = comm.rank() * n..(comm.rank() + 1) * n;
-    assert_same(&shard, &combined(&what, dtype, ReduceOp::Sum, comm.size(), mine), &what);
+    for op in ops(comm, &[ReduceOp::Sum, ReduceOp::SumInPairs]) {
+        let what = format!("reduce-scatter {op:?} {dtype:?} {n} rows a rank");
+        let full = comm.tensor(dtype, &values(&what, comm.rank(), n * comm.size()));
+        let mut shard = comm.filled(dtype, n);
+        match op {
+            ReduceOp::SumInPairs => comm.start_reduce_scatter_in_pairs(&full, &mut shard).wait(),
+            _ => comm.reduce_scatter(&full, &mut shard),
+        }
+        let mine = comm.rank() * n..(comm.rank() + 1) * n;
+        assert_same(&shard, &combined(&what, dtype, op, comm.size(), mine), &what);
+    }
 }
 
 fn check_all_gather(comm: &Ranks, dtype: DType, n: usize) {

@@ -9,7 +9,8 @@ use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::recipe::{
-    Batch, Checkpoint, Data, Health, LrDecay, Observe, Optimizer, Parallel, Precision, Pretrain, RecomputePlan, ScheduleKind, Source, Train,
+    Batch, Checkpoint, Data, Health, LrDecay, Numerics, Observe, Optimizer, Parallel, Precision, Pretrain, RecomputePlan, ScheduleKind,
+    Source, Train,
 };
 use trireme::rng::Random;
 use trireme::train::identity::Changed;
@@ -96,6 +97,7 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
         },
         batch: Batch { seq_len: 16, micro: 1, global: 8, ramp: vec![] },
         train: Train { samples: 3 * 8, seed: 5, precision: Precision::F32, clip_grad_norm: 1.0, recompute: RecomputePlan::default() },
+        numerics: Numerics::default(),
         optimizer: Optimizer {
             lr: 1e-2,
             min_lr: 1e-3,

@@ -11,6 +11,7 @@ use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -81,7 +82,7 @@ pub fn check(device: &Cuda, mut after_step: impl FnMut(usize)) {
     let solo = Solo::new();
     let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device), model_and_caches(device));
     let scratch = Scratch::new();
-    let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let mut decoder = Decoder::default();
     for (i, spans) in steps().iter().enumerate() {
         let tokens: Vec<u32> = (0..spans.len()).map(|row| ((7 * i + 13 * row) % 61) as u32).collect();

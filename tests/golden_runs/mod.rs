@@ -10,6 +10,7 @@ use trireme::device::{CacheSpan, Device, Scratch};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, MicroBatch, Purpose};
 use trireme::model::config::Split;
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::recipe::{LrDecay, Optimizer, ScheduleKind};
@@ -103,7 +104,7 @@ pub fn logits(golden: &Golden, device: &dyn Device, dtype: DType) -> Vec<f64> {
         let (name, slice) = (format!("weights/{}", param.spec.name), param.slice.clone());
         stored.read(&mut [Wanted { name, slice, tensor: &mut param.value }]).unwrap();
     }
-    let ctx = Ctx { device, tp: &world, scratch: &scratch, sequence: SequenceMode::Replicated };
+    let ctx = Ctx { device, tp: &world, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let n = golden.sample(0).0.len();
     let mut caches = chunk.new_caches(device, 2, n).unwrap();
     let mut all = Vec::new();
@@ -161,7 +162,7 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
     let batches = golden.batches(device, n_micro);
     let kind = if layout.vp > 1 { ScheduleKind::Interleaved } else { ScheduleKind::OneFOneB };
     let schedule = schedule::training(kind, PipelineShape { pp: layout.pp, vp: layout.vp, n_micro }, Messages::Ahead).unwrap();
-    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded };
+    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Sharded, numerics: Numerics::Fast };
     let settings = Optimizer {
         lr: 1e-2,
         min_lr: 1e-2,
@@ -176,7 +177,7 @@ fn three_steps(golden: &Golden, device: &dyn Device, how: How, out: &Path, world
     let mut losses = Vec::new();
     for step in 1..=3 {
         let TrainState { chunks, optimizer, .. } = &mut state;
-        let mut during = exchanges.during(ctx, optimizer, chunks);
+        let mut during = exchanges.during(ctx, optimizer);
         let passed = executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), &mut during);
         exchanges.finish_gradients(chunks, optimizer);
         optimizer.reduce_tied(device, &scratch, chunks, &groups);

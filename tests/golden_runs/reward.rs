@@ -9,6 +9,7 @@ use trireme::comm::{Communicator, Groups, threads};
 use trireme::device::{Device, Scratch};
 use trireme::model::chunk::{MicroBatch, Ratings};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::parallel::slice::Slice;
 use trireme::recipe::ScheduleKind;
@@ -64,7 +65,7 @@ fn one_pass(golden: &Tensors, from: &Path, device: &dyn Device, how: (How, usize
     let schedule = schedule::training(ScheduleKind::OneFOneB, shape, Messages::Ahead).unwrap();
     // 26 tokens in one micro-batch divide by two; single sequences do not.
     let sequence = if n_micro == 1 { SequenceMode::Sharded } else { SequenceMode::Replicated };
-    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence };
+    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence, numerics: Numerics::Fast };
     let work = (&batches[..], Keep::Saved);
     let passed = executor::run(&schedule, &mut state.chunks, &ctx, &groups, work, &mut Nothing);
     state.chunks.iter_mut().for_each(|chunk| chunk.finish_gradients(&ctx));

@@ -9,6 +9,7 @@ use trireme::device::{Device, Scratch, ScratchTensor};
 use trireme::model::chunk::{Chunk, ChunkDeferred, ChunkSaved, MicroBatch, Output, Purpose};
 use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::recipe::Recompute;
 use trireme::tensor::DType;
@@ -88,7 +89,7 @@ fn step(case: Case, ctx: &Ctx, chunks: &mut [Chunk], batches: &[MicroBatch]) -> 
 fn bits_of(case: Case) -> Vec<Bits> {
     threads::run(case.layout.tp, |tp: Box<dyn Communicator>| {
         let (device, scratch) = (Cpu::new(), Scratch::new());
-        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence: case.sequence };
+        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence: case.sequence, numerics: Numerics::Fast };
         let mut chunks = chunks(case, &device, tp.rank());
         let losses = step(case, &ctx, &mut chunks, &[micro_batch(&[9, 3, 8], 1), micro_batch(&[5, 7], 2)]);
         let gradient = |(i, chunk): (usize, &Chunk)| {
@@ -182,7 +183,7 @@ enum Kept {
 fn peak_bytes(case: Case, n: usize, what: Kept) -> usize {
     let peaks = threads::run(case.layout.tp, |tp: Box<dyn Communicator>| {
         let (device, scratch) = (Cpu::new(), Scratch::new());
-        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence: case.sequence };
+        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence: case.sequence, numerics: Numerics::Fast };
         let mut chunks = chunks(case, &device, tp.rank());
         let batches: Vec<MicroBatch> = (0..n as u64).map(|i| micro_batch(&[32], i)).collect();
         if what == Kept::Saved {
@@ -252,7 +253,7 @@ fn gradients_accumulate_in_f32() {
     let sum_of = |n: usize| {
         let solo = trireme::comm::solo::Solo::new();
         let (device, scratch) = (Cpu::new(), Scratch::new());
-        let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: case.sequence };
+        let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: case.sequence, numerics: Numerics::Fast };
         let mut chunks = chunks(case, &device, 0);
         for _ in 0..n {
             step(case, &ctx, &mut chunks, &[micro_batch(&[9, 3], 1)]);

@@ -5,6 +5,7 @@ use trireme::device::cpu::Cpu;
 use trireme::device::{NormKind, Scratch, ScratchTensor};
 use trireme::model::config::{Init, ParamSpec, Place, Split};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::model::param::{Param, Purpose};
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
@@ -159,7 +160,7 @@ pub const GRADIENT_BEFORE: f64 = 0.5;
 pub fn on_ranks<R: Send>((tp, sequence): (usize, SequenceMode), work: impl Fn(&Rank) -> R + Sync) -> Vec<R> {
     threads::run(tp, |world| {
         let (device, scratch) = (Cpu::new(), Scratch::new());
-        let ctx = Ctx { device: &device, tp: &*world, scratch: &scratch, sequence };
+        let ctx = Ctx { device: &device, tp: &*world, scratch: &scratch, sequence, numerics: Numerics::Fast };
         let at = Coords { tp: world.rank(), pp: 0, dp: 0 };
         work(&Rank { ctx, layout: ParallelLayout { tp, ..ParallelLayout::SINGLE }, at })
     })

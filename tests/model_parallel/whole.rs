@@ -8,6 +8,7 @@ use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, Scratch,
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, ChunkSaved, MicroBatch, Output, Purpose, Ratings};
 use trireme::model::config::{HeadKind, Init, ModelConfig, Split};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::model::param::Param;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
@@ -67,6 +68,7 @@ pub fn micro_batch(lengths: &[usize], seed: u64) -> MicroBatch {
         weights: Tensor::from_f32(&[n], &(0..n).map(weight).collect::<Vec<_>>()),
         sequence_starts,
         ratings: Some(Ratings { labels: (0..lengths.len() * 5).map(rating).collect(), weight: 1.0 / 13.0 }),
+        first_sample: 0,
     }
 }
 
@@ -163,7 +165,7 @@ struct Trained {
 fn train_on(config: &ModelConfig, layout: ParallelLayout, sequence: SequenceMode, finish: Finish) -> Trained {
     let ranks = threads::run(layout.tp, |tp| {
         let (device, scratch) = (Cpu::new(), Scratch::new());
-        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence };
+        let ctx = Ctx { device: &device, tp: &*tp, scratch: &scratch, sequence, numerics: Numerics::Fast };
         let mut chunks = chunks(&device, config, layout, tp.rank(), Purpose::Training);
         chunks.iter_mut().for_each(randomise_norms);
         let batches = [micro_batch(&[9, 3, 8], 1), micro_batch(&[5, 7], 2)];
@@ -250,7 +252,8 @@ fn vocabulary_padding_takes_no_part() {
             let run = |garbage: Option<f32>| {
                 threads::run(tp, |comm| {
                     let (device, scratch) = (Cpu::new(), Scratch::new());
-                    let ctx = Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence: SequenceMode::Sharded };
+                    let ctx =
+                        Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence: SequenceMode::Sharded, numerics: Numerics::Fast };
                     let mut chunks = chunks(&device, &config, ParallelLayout { tp, ..SINGLE }, comm.rank(), Purpose::Training);
                     for param in chunks[0].params_mut() {
                         let (first, columns) = (param.slice.offset[0], param.value.row_len());
@@ -330,8 +333,8 @@ fn grad_norm(config: &ModelConfig, groups: Groups, element: impl Fn(&str, usize)
     }
     let mut optimizer = ShardedAdamW::new(&device, &chunks, &layout, at).unwrap();
     let mut exchanges = Exchanges::new(&groups, Overlap::WithComputation);
-    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated };
-    let mut during = exchanges.during(ctx, &mut optimizer, &chunks);
+    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+    let mut during = exchanges.during(ctx, &mut optimizer);
     for (i, chunk) in chunks.iter_mut().enumerate() {
         chunk.each_part(&mut |part| during.gradients_done(i, part));
     }
@@ -384,7 +387,8 @@ fn cached_forward_equals_forward() {
             let layout = ParallelLayout { tp, pp, ..SINGLE };
             let ranks = threads::run(tp, |comm| {
                 let (device, scratch) = (Cpu::new(), Scratch::new());
-                let ctx = Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence: SequenceMode::Replicated };
+                let ctx =
+                    Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
                 let chunks = chunks(&device, &config, layout, comm.rank(), Purpose::Inference);
                 let batch = micro_batch(&lengths, 3);
                 let mut passed = None;
@@ -464,7 +468,7 @@ fn a_second_step_allocates_nothing_and_sees_nothing_of_the_first() {
             // Losses, gradients and allocations so far of each step; the batches of a step have the shapes of every other's.
             let run = |steps: &[u64]| -> Vec<(Vec<f32>, BTreeMap<String, (Split, Matrix)>, usize)> {
                 let (device, scratch) = (Cpu::new(), Scratch::new());
-                let ctx = Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence };
+                let ctx = Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence, numerics: Numerics::Fast };
                 let mut chunks = chunks(&device, &llama_tied(), layout, comm.rank(), Purpose::Training);
                 let mut step = |&seed: &u64| {
                     let batches = [micro_batch(&[9, 3, 8], seed), micro_batch(&[10, 10], seed + 1)];

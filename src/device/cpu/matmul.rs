@@ -19,7 +19,8 @@ pub struct Sizes {
     pub k: usize,
 }
 
-fn sizes_of(out: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Sizes {
+/// The sizes, after checking that shapes and types fit.
+pub fn sizes_of(out: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Sizes {
     let (m, k) = if how.trans_a { (a.row_len(), a.n_rows()) } else { (a.n_rows(), a.row_len()) };
     let (k_b, n) = if how.trans_b { (b.row_len(), b.n_rows()) } else { (b.n_rows(), b.row_len()) };
     assert!(k == k_b && out.n_rows() == m && out.row_len() == n, "gemm {out:?} = {a:?} x {b:?}, {how:?}");

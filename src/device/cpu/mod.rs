@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_backward;
+mod canonical;
 mod elementwise;
 mod few_rows;
 mod lanes;
@@ -18,6 +19,7 @@ mod product;
 mod rope;
 mod terms;
 
+use super::canonical::CanonicalSums;
 use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
@@ -95,6 +97,10 @@ fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
 }
 
 impl Device for Cpu {
+    fn canonical(&self) -> Option<&dyn CanonicalSums> {
+        Some(self)
+    }
+
     fn name(&self) -> String {
         let n = rayon::current_num_threads();
         format!("cpu, {n} thread{}, {}", if n == 1 { "" } else { "s" }, self.isa.name())
@@ -209,7 +215,7 @@ impl Device for Cpu {
                 for (row, token) in out.chunks_exact_mut(h).zip(&tokens[rows]) {
                     match (*token as usize).checked_sub(first_row).filter(|at| (at + 1) * h <= table.len()) {
                         Some(at) => row.copy_from_slice(&table[at * h..][..h]),
-                        None => row.fill(E::from_f32(0.0)),
+                        None => row.fill(E::from_f32(-0.0)),
                     }
                 }
             });

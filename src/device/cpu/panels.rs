@@ -5,7 +5,8 @@
 //! columns of b. The smaller side is packed whole, first; the larger one by the task that multiplies it, a block of panels that
 //! stays in the second-level cache while the smaller side streams by (after Goto and van de Geijn 2008). A 14 x 32 tile of
 //! out stays in 28 registers for all of k (up to 1536 words at a time) and is rounded as it is stored. Each sum runs over k in
-//! order, so it depends on neither threads nor the other sizes. vdpbf16ps takes subnormal inputs as zero, flushes
+//! order, so it depends on neither threads nor the other sizes. k may also be cut in pieces that are summed by themselves and added
+//! in turn or in pairs: the tiles of finished pieces wait in the first-level cache. vdpbf16ps takes subnormal inputs as zero, flushes
 //! subnormal results (below 1.2e-38), and rounds each of its two additions to nearest even.
 
 use super::lanes::{Element, Isa, Vector, kernel, load, prefetch, store};
@@ -47,10 +48,48 @@ impl<E> Side<'_, E> {
     }
 }
 
-/// Words of k that are packed at a time, and how many in all. More than one slab is added up in out, so out is f32 then.
-fn slabs_of(terms: Terms, k: usize) -> (usize, usize) {
-    let words = terms.words(k);
-    (words.div_ceil(words.div_ceil(SLAB)), words)
+/// How the sums of several pieces of k are added.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Together {
+    /// out + first + second + .., rounded to out's type each time.
+    InTurn,
+    /// ((first + second) + (third + fourth)) + ..; the number of pieces is a power of two.
+    InPairs,
+}
+
+/// Most pieces that a tile adds in pairs: 2 to the number of tiles that wait.
+pub const MOST_IN_PAIRS: usize = 8;
+const N_WAITING: usize = 3;
+
+/// A piece of k in a packed panel.
+#[derive(Clone, Debug)]
+struct Piece {
+    /// Which terms.
+    terms: Range<usize>,
+    /// Its first word in the panel, and its words.
+    words: Range<usize>,
+}
+
+/// The pieces, one behind the other in a panel.
+fn laid_out(terms: Terms, pieces: &[Range<usize>]) -> Vec<Piece> {
+    let mut at = 0;
+    let piece = |piece: &Range<usize>| {
+        let first = at;
+        at += terms.words(piece.len());
+        Piece { terms: piece.clone(), words: first..at }
+    };
+    pieces.iter().map(piece).collect()
+}
+
+/// A piece of k cut as it is packed, in slabs of equal words. More than one slab is added up in out, so out is f32 then.
+fn slabs_of(terms: Terms, piece: Range<usize>) -> Vec<Range<usize>> {
+    if piece.is_empty() {
+        return vec![piece];
+    }
+    let words = terms.words(piece.len());
+    let per_word = if terms == Terms::Pairs { 2 } else { 1 };
+    let slab = words.div_ceil(words.div_ceil(SLAB)) * per_word;
+    piece.clone().step_by(slab).map(|first| first..(first + slab).min(piece.end)).collect()
 }
 
 /// See `Device::gemm`; k > 0. `isa` is at least Avx512, and has bf16 dot products for bf16.
@@ -60,111 +99,268 @@ pub fn product<E: Element, O: Element>((isa, pool): (Isa, &Pool), out: &mut [O],
     let terms = if E::DTYPE.bytes() == 2 { Terms::Pairs } else { Terms::Single };
     let a = Side { data: a, len: m, k, k_contiguous: !how.trans_a, width: MR };
     let b = Side { data: b, len: n, k, k_contiguous: how.trans_b, width: NR };
-    let (slab, words) = slabs_of(terms, k);
-    if O::DTYPE.bytes() == 4 || slab == words {
-        return slabs((isa, pool, terms), out, a, b, how.out);
+    let pieces = slabs_of(terms, 0..k);
+    if O::DTYPE.bytes() == 4 || pieces.len() == 1 {
+        return in_turn((isa, pool, terms), out, (a, b), &pieces, how.out);
     }
     let mut sum = pool.take(m * n);
-    slabs::<E, f32>((isa, pool, terms), &mut sum, a, b, Store::Assign);
+    in_turn::<E, f32>((isa, pool, terms), &mut sum, (a, b), &pieces, Store::Assign);
     super::matmul::round_sum(isa, &Shared::new(out), &sum, how.out);
 }
 
-/// out = or += a b^T, a slab of k after another.
-fn slabs<E: Element, O: Element>((isa, pool, terms): (Isa, &Pool, Terms), out: &mut [O], a: Side<E>, b: Side<E>, how: Store) {
-    let (slab, words) = slabs_of(terms, a.k);
-    let (a_is_larger, n, cost) = (a.len >= b.len, b.len, a.len * b.len * a.k / 64);
-    let (large, small) = if a_is_larger { (a, b) } else { (b, a) };
-    let mut packed = pool.take(small.n_panels() * small.width * slab);
-    let out = Shared::new(out);
-    for first in (0..words).step_by(slab) {
-        let slab = first..(first + slab).min(words);
-        let how = if first == 0 { how } else { Store::Accumulate };
-        let (large_size, small_size) = (large.width * slab.len(), small.width * slab.len());
-        let to = Shared::new(&mut packed);
-        let each = 4;
-        for_tasks(small.n_panels().div_ceil(each), cost, |task| {
-            let panels = task * each..((task + 1) * each).min(small.n_panels());
-            // SAFETY: each panel is packed by one task.
-            let to = unsafe { to.part(panels.start * small_size..panels.end * small_size) };
-            pack(isa, to, small, panels, slab.clone());
+/// As `product`, with k cut in `pieces`: each is summed over its terms in order (in slabs of its own where it is long), and the
+/// sums are added as `together` says.
+pub fn product_of_pieces<E: Element, O: Element>(
+    (isa, pool): (Isa, &Pool),
+    out: &mut [O],
+    (a, b): (&[E], &[E]),
+    (sizes, pieces): (Sizes, &[Range<usize>]),
+    (how, together): (Gemm, Together),
+) {
+    let Sizes { m, n, k } = sizes;
+    assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n && isa >= Isa::Avx512);
+    let terms = if E::DTYPE.bytes() == 2 { Terms::Pairs } else { Terms::Single };
+    let a = Side { data: a, len: m, k, k_contiguous: !how.trans_a, width: MR };
+    let b = Side { data: b, len: n, k, k_contiguous: how.trans_b, width: NR };
+    let words: usize = pieces.iter().map(|piece| terms.words(piece.len())).sum();
+    if together == Together::InTurn {
+        let pieces: Vec<Range<usize>> = pieces.iter().flat_map(|piece| slabs_of(terms, piece.clone())).collect();
+        return in_turn((isa, pool, terms), out, (a, b), &pieces, how.out);
+    }
+    assert!(how.out == Store::Assign && pieces.len().is_power_of_two() && pieces.len() <= MOST_IN_PAIRS, "{pieces:?} in pairs");
+    if words <= SLAB {
+        return one_slab((isa, pool), out, (a, b), &laid_out(terms, pieces), (Store::Assign, Together::InPairs));
+    }
+    if O::DTYPE.bytes() == 4 {
+        return in_pairs((isa, pool, terms), bytemuck::cast_slice_mut(out), (a, b), pieces);
+    }
+    let mut sum = pool.take(m * n);
+    in_pairs((isa, pool, terms), &mut sum, (a, b), pieces);
+    super::matmul::round_sum(isa, &Shared::new(out), &sum, Store::Assign);
+}
+
+/// out = the pieces in pairs: the halves apart while they are longer than a slab.
+fn in_pairs<E: Element>(at: (Isa, &Pool, Terms), out: &mut [f32], (a, b): (Side<E>, Side<E>), pieces: &[Range<usize>]) {
+    let (isa, pool, terms) = at;
+    if let [piece] = pieces {
+        return in_turn(at, out, (a, b), &slabs_of(terms, piece.clone()), Store::Assign);
+    }
+    if pieces.iter().map(|piece| terms.words(piece.len())).sum::<usize>() <= SLAB {
+        return one_slab((isa, pool), out, (a, b), &laid_out(terms, pieces), (Store::Assign, Together::InPairs));
+    }
+    let (first, second) = pieces.split_at(pieces.len() / 2);
+    in_pairs(at, out, (a, b), first);
+    let mut other = pool.take(out.len());
+    in_pairs(at, &mut other, (a, b), second);
+    super::matmul::round_sum(isa, &Shared::new(out), &other, Store::Accumulate);
+}
+
+/// out = or += the pieces in turn, as many at a time as a slab holds.
+fn in_turn<E: Element, O: Element>(
+    (isa, pool, terms): (Isa, &Pool, Terms),
+    out: &mut [O],
+    sides: (Side<E>, Side<E>),
+    pieces: &[Range<usize>],
+    how: Store,
+) {
+    let (mut left, mut how) = (pieces, how);
+    while !left.is_empty() {
+        let mut words = 0;
+        let more = left.iter().take_while(|piece| {
+            words += terms.words(piece.len());
+            words <= SLAB
         });
-        let small_packed = &packed[..];
-        // As many panels as the cache holds, but enough blocks that the threads end together.
-        let fair = large.n_panels().div_ceil(4 * rayon::current_num_threads());
-        let in_block = (BLOCK_WORDS / large_size).clamp(1, fair.max(1));
-        for_tasks(large.n_panels().div_ceil(in_block), cost, |task| {
-            let panels = task * in_block..((task + 1) * in_block).min(large.n_panels());
-            let mut large_packed = pool.take(panels.len() * large_size);
-            pack(isa, &mut large_packed, large, panels.clone(), slab.clone());
-            for (j, streamed) in small_packed.chunks_exact(small_size).take(small.n_panels()).enumerate() {
-                for (i, kept) in panels.clone().zip(large_packed.chunks_exact(large_size)) {
-                    let (row, column) = if a_is_larger { (i * MR, j * NR) } else { (j * MR, i * NR) };
-                    let (a_panel, b_panel) = if a_is_larger { (kept, streamed) } else { (streamed, kept) };
-                    let cut = ((a.len - row).min(MR), (n - column).min(NR));
-                    tile::<E, O>(isa, &out, (row * n + column, n), cut, a_panel, b_panel, how);
+        let (now, later) = left.split_at(more.count().max(1));
+        one_slab((isa, pool), out, sides, &laid_out(terms, now), (how, Together::InTurn));
+        (left, how) = (later, Store::Accumulate);
+    }
+}
+
+/// out = or += a b^T over pieces that are packed all at once.
+fn one_slab<E: Element, O: Element>(
+    (isa, pool): (Isa, &Pool),
+    out: &mut [O],
+    (a, b): (Side<E>, Side<E>),
+    pieces: &[Piece],
+    (how, together): (Store, Together),
+) {
+    let words = pieces.last().map_or(0, |piece| piece.words.end);
+    if words == 0 {
+        if how == Store::Assign {
+            out.fill(O::from_f32(0.0));
+        }
+        return;
+    }
+    let lengths: Vec<usize> = pieces.iter().map(|piece| piece.words.len()).collect();
+    let n_terms: usize = pieces.iter().map(|piece| piece.terms.len()).sum();
+    let (a_is_larger, a_len, n, cost) = (a.len >= b.len, a.len, b.len, a.len * b.len * n_terms / 64);
+    let (large, small) = if a_is_larger { (a, b) } else { (b, a) };
+    let mut packed = pool.take(small.n_panels() * small.width * words);
+    let out = Shared::new(out);
+    let (large_size, small_size) = (large.width * words, small.width * words);
+    let to = Shared::new(&mut packed);
+    let each = 4;
+    for_tasks(small.n_panels().div_ceil(each), cost, |task| {
+        let panels = task * each..((task + 1) * each).min(small.n_panels());
+        // SAFETY: each panel is packed by one task.
+        let to = unsafe { to.part(panels.start * small_size..panels.end * small_size) };
+        pack(isa, to, small, panels, pieces);
+    });
+    let small_packed = &packed[..];
+    // As many panels as the cache holds, but enough blocks that the threads end together.
+    let fair = large.n_panels().div_ceil(4 * rayon::current_num_threads());
+    let in_block = (BLOCK_WORDS / large_size).clamp(1, fair.max(1));
+    for_tasks(large.n_panels().div_ceil(in_block), cost, |task| {
+        let panels = task * in_block..((task + 1) * in_block).min(large.n_panels());
+        let mut large_packed = pool.take(panels.len() * large_size);
+        pack(isa, &mut large_packed, large, panels.clone(), pieces);
+        for (j, streamed) in small_packed.chunks_exact(small_size).take(small.n_panels()).enumerate() {
+            for (i, kept) in panels.clone().zip(large_packed.chunks_exact(large_size)) {
+                let (row, column) = if a_is_larger { (i * MR, j * NR) } else { (j * MR, i * NR) };
+                let (a, b) = if a_is_larger { (kept, streamed) } else { (streamed, kept) };
+                let cut = ((a_len - row).min(MR), (n - column).min(NR));
+                let (place, panels) = ((row * n + column, n), Panels { a, b, lengths: &lengths });
+                match together {
+                    Together::InTurn => tile_in_turn::<E, O>(isa, &out, place, cut, panels, how),
+                    Together::InPairs => tile_in_pairs::<E, O>(isa, &out, place, cut, panels),
                 }
             }
-        });
+        }
+    });
+}
+
+/// A tile of sums in registers or, while it waits, in the first-level cache.
+type Sums<V> = [[V; 2]; MR];
+
+/// The product of one piece of two panels.
+#[inline(always)]
+fn sum_of_piece<V: Vector, E: Element>(a: &[f32], b: &[f32]) -> Sums<V> {
+    let mut sums = [[V::zero(); 2]; MR];
+    for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
+        let row = [load::<V, f32>(b, 0, V::N), load::<V, f32>(b, V::N, V::N)];
+        for (sum, x) in sums.iter_mut().zip(a) {
+            let x = V::splat(*x);
+            for (sum, row) in sum.iter_mut().zip(row) {
+                *sum = if E::DTYPE.bytes() == 2 { x.dot_pairs(row, *sum) } else { x.fma(row, *sum) };
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn add_sums<V: Vector>(to: &mut Sums<V>, more: &Sums<V>) {
+    for (to, more) in to.iter_mut().zip(more) {
+        for (to, more) in to.iter_mut().zip(more) {
+            *to = more.add(*to);
+        }
+    }
+}
+
+/// The sums to their tile of out. The tile begins at `place.0` of out, whose rows have `place.1` elements; `cut` are the rows and
+/// columns there are. No other task writes it.
+#[inline(always)]
+fn store_sums<V: Vector, O: Element>(out: &Shared<O>, place: (usize, usize), cut: (usize, usize), sums: &Sums<V>, how: Store) {
+    for (i, sum) in sums.iter().enumerate().take(cut.0) {
+        let at = place.0 + i * place.1;
+        // SAFETY: each tile is written by one task.
+        let row = unsafe { out.part(at..at + cut.1) };
+        for (half, sum) in sum.iter().enumerate() {
+            let (at, n) = (V::N * half, cut.1.saturating_sub(V::N * half).min(V::N));
+            if n == 0 {
+                break;
+            }
+            let value = if how == Store::Accumulate { load::<V, O>(row, at, n).add(*sum) } else { *sum };
+            store(row, at, n, value);
+        }
+    }
+}
+
+/// Two panels and the words of their pieces.
+#[derive(Clone, Copy)]
+struct Panels<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    lengths: &'a [usize],
+}
+
+impl<'a> Panels<'a> {
+    /// Takes the next piece off: (of a, of b).
+    #[inline(always)]
+    fn next(&mut self, length: usize) -> (&'a [f32], &'a [f32]) {
+        let ((a, rest_a), (b, rest_b)) = (self.a.split_at(length * MR), self.b.split_at(length * NR));
+        (self.a, self.b) = (rest_a, rest_b);
+        (a, b)
     }
 }
 
 kernel! {
-    /// out[rows, columns] = or += the product of two panels. The tile begins at `place.0` of out, whose rows have `place.1` elements;
-    /// `cut` are the rows and columns there are. No other task writes it.
-    fn tile over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), a: &[f32], b: &[f32], how: Store) {
-        assert!(V::N == 16 && a.len() / MR == b.len() / NR);
-        let mut sums = [[V::zero(); 2]; MR];
-        for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(NR)) {
-            let row = [load::<V, f32>(b, 0, V::N), load::<V, f32>(b, V::N, V::N)];
-            for (sum, x) in sums.iter_mut().zip(a) {
-                let x = V::splat(*x);
-                for (sum, row) in sum.iter_mut().zip(row) {
-                    *sum = if E::DTYPE.bytes() == 2 { x.dot_pairs(row, *sum) } else { x.fma(row, *sum) };
-                }
-            }
+    /// A tile of out = or += the pieces of two panels in turn. See `store_sums` for place and cut.
+    fn tile_in_turn over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), panels: Panels, how: Store) {
+        assert!(V::N == 16 && panels.a.len() / MR == panels.b.len() / NR);
+        let (mut left, mut how) = (panels, how);
+        for length in panels.lengths {
+            let (a, b) = left.next(*length);
+            store_sums::<V, O>(out, place, cut, &sum_of_piece::<V, E>(a, b), how);
+            how = Store::Accumulate;
         }
-        for (i, sum) in sums.iter().enumerate().take(cut.0) {
-            let at = place.0 + i * place.1;
-            // SAFETY: each tile is written by one task.
-            let row = unsafe { out.part(at..at + cut.1) };
-            for (half, sum) in sum.iter().enumerate() {
-                let (at, n) = (V::N * half, cut.1.saturating_sub(V::N * half).min(V::N));
-                if n == 0 {
-                    break;
-                }
-                let value = if how == Store::Accumulate { load::<V, O>(row, at, n).add(*sum) } else { *sum };
-                store(row, at, n, value);
+    }
+}
+
+kernel! {
+    /// A tile of out = the pieces of two panels in pairs.
+    fn tile_in_pairs over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), panels: Panels) {
+        assert!(V::N == 16 && panels.a.len() / MR == panels.b.len() / NR && panels.lengths.len() <= MOST_IN_PAIRS);
+        let mut left = panels;
+        // Sums of 1, 2 and 4 pieces that wait for as many more: which ones wait is the binary number of the pieces done.
+        let mut waiting = [[[V::zero(); 2]; MR]; N_WAITING];
+        for (done, length) in panels.lengths.iter().enumerate() {
+            let (a, b) = left.next(*length);
+            let mut sums = sum_of_piece::<V, E>(a, b);
+            let n_full = done.trailing_ones() as usize;
+            for earlier in &waiting[..n_full] {
+                add_sums(&mut sums, earlier);
+            }
+            match waiting.get_mut(n_full).filter(|_| done + 1 < panels.lengths.len()) {
+                Some(place) => *place = sums,
+                None => store_sums::<V, O>(out, place, cut, &sums, Store::Assign),
             }
         }
     }
 }
 
 /// Panels one after another: `to[panel][word][lane]` is word `word` of row `panel * width + lane`, zeros past the ends.
-fn pack<E: Element>(isa: Isa, to: &mut [f32], side: Side<E>, panels: Range<usize>, words: Range<usize>) {
-    if !side.k_contiguous {
-        return pack_columns(isa, to, side, panels, words);
-    }
-    for (panel, to) in panels.zip(to.chunks_exact_mut(side.width * words.len())) {
-        pack_rows(isa, to, side, panel * side.width, words.clone());
+fn pack<E: Element>(isa: Isa, to: &mut [f32], side: Side<E>, panels: Range<usize>, pieces: &[Piece]) {
+    let size = to.len() / panels.len();
+    for piece in pieces.iter().filter(|piece| !piece.terms.is_empty()) {
+        if !side.k_contiguous {
+            pack_columns(isa, to, side, (panels.clone(), size), piece);
+            continue;
+        }
+        for (panel, to) in panels.clone().zip(to.chunks_exact_mut(size)) {
+            let to = &mut to[piece.words.start * side.width..piece.words.end * side.width];
+            pack_rows(isa, to, side, panel * side.width, piece.terms.clone());
+        }
     }
 }
 
 kernel! {
     /// Panels in which k is not contiguous. A row of the matrix at a time through all panels: it is read in the order it lies in.
-    fn pack_columns over V [E] (to: &mut [f32], side: Side<E>, panels: Range<usize>, words: Range<usize>) {
-        let (width, size, is_pair) = (side.width, side.width * words.len(), E::DTYPE.bytes() == 2);
+    fn pack_columns over V [E] (to: &mut [f32], side: Side<E>, panels: (Range<usize>, usize), piece: &Piece) {
+        let ((panels, size), width, is_pair) = (panels, side.width, E::DTYPE.bytes() == 2);
         let columns = panels.start * width..(panels.end * width).min(side.len);
-        for (at, word) in words.enumerate() {
+        let terms = if is_pair { 2 } else { 1 };
+        for (word, at) in piece.words.clone().enumerate() {
             let row = |k: usize| &side.data[k * side.len..][columns.clone()];
+            let first = piece.terms.start + terms * word;
             let (low, high) = match is_pair {
                 // Behind an odd number of terms stands a zero.
-                true if 2 * word + 1 == side.k => (row(2 * word), None),
-                true => (row(2 * word), Some(row(2 * word + 1))),
-                false => (row(word), None),
+                true if first + 1 == piece.terms.end => (row(first), None),
+                true => (row(first), Some(row(first + 1))),
+                false => (row(first), None),
             };
             // Rows lie too far apart for the processor to see them coming.
-            let terms = if is_pair { 2 } else { 1 };
-            for k in (terms * (word + AHEAD)..terms * (word + AHEAD + 1)).filter(|k| *k < side.k) {
+            for k in (first + terms * AHEAD..first + terms * (AHEAD + 1)).filter(|k| *k < side.k) {
                 prefetch(row(k));
             }
             for (panel, to) in to.chunks_exact_mut(size).enumerate() {
@@ -184,15 +380,16 @@ kernel! {
 
 kernel! {
     /// One panel of rows, from row `first`, in which k is contiguous: a transposition of words, 16 x 16 at a time.
-    fn pack_rows over V [E] (to: &mut [f32], side: Side<E>, first: usize, words: Range<usize>) {
+    fn pack_rows over V [E] (to: &mut [f32], side: Side<E>, first: usize, terms: Range<usize>) {
         let per_word = 4 / E::DTYPE.bytes();
         let n_rows = side.width.min(side.len - first);
+        let words = terms.len().div_ceil(per_word);
         for lanes in (0..side.width).step_by(V::N) {
             let stored = (side.width - lanes).min(V::N);
-            for at in (0..words.len()).step_by(V::N) {
-                let n_words = (words.len() - at).min(V::N);
-                let begin = per_word * (words.start + at);
-                let n = (side.k - begin).min(per_word * n_words);
+            for at in (0..words).step_by(V::N) {
+                let n_words = (words - at).min(V::N);
+                let begin = terms.start + per_word * at;
+                let n = (terms.end - begin).min(per_word * n_words);
                 let mut block = [V::zero(); 16];
                 for (lane, row) in block.iter_mut().enumerate().take(n_rows.saturating_sub(lanes).min(stored)) {
                     let from = &side.data[(first + lanes + lane) * side.k..][..side.k];
