@@ -15,7 +15,7 @@ mod manifest;
 
 pub use file::{FileEntry, HashingFile, checksum, checksum_as, sync_dir, verify_file};
 pub use lines::{LineWriter, whole_lines};
-pub use lock::{RunLock, host_name, job_id};
+pub use lock::{RunLock, host_name, job_end_unix_s, job_id};
 pub use manifest::{FORMAT, Input, MANIFEST, Manifest, input};
 
 use crate::error::{Error, IoContext, Result};

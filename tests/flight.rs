@@ -126,8 +126,8 @@ fn silence_and_good_order_are_told_apart() {
     let mut ranks = recorders(dir.path(), layout(1, 1, 4), 64);
     ranks.iter().for_each(|rank| complete(rank, Op::Barrier, Group::World, 1));
     std::thread::sleep(std::time::Duration::from_millis(900));
-    ranks[0].heartbeat(true);
-    ranks[2].heartbeat(false);
+    ranks[0].asked_to_stop();
+    [0, 2].iter().for_each(|&rank: &usize| ranks[rank].heartbeat());
     drop(ranks.pop());
     let text = divergence(dir.path());
     assert_eq!(text.lines().count(), 1, "{text}");

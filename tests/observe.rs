@@ -130,6 +130,36 @@ fn events_are_what_tensorboard_reads() {
     assert_eq!(starts, ["1", "3"]);
 }
 
+/// A run that goes on says when it ends, when it saves next, and how far the time of its job reaches.
+#[test]
+fn prospects_are_told() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let run = dir.path().join("run");
+    let mut recipe = recipe(dir.path());
+    recipe.checkpoint.every_steps = 4;
+    train(&recipe, &run, Some(2)).expect("it trains");
+    // The same lines as of a job of 100 steps that takes 10 s a step and has 200 s left, and whose rank 0 lives.
+    let toml = std::fs::read_to_string(run.join("recipe.toml")).expect("readable");
+    std::fs::write(run.join("recipe.toml"), toml.replace("samples = 24", "samples = 800")).expect("writable");
+    let now_s = metrics::now_unix_s();
+    let metrics = metrics::read_all(&run.join("metrics.jsonl")).expect("readable");
+    let job = metrics::Job { from_step: 0, ranks: 8, unix_s: now_s - 40.0, deadline_unix_s: Some(now_s + 200.0) };
+    let mut text = format!("{{\"job\":{}}}\n", serde_json::to_string(&job).expect("plain data"));
+    for (row, age_s) in metrics.rows.iter().zip([10.0, 0.0]) {
+        let row = metrics::Row { unix_s: now_s - age_s, step_s: 9.0, ..row.clone() };
+        text += &(serde_json::to_string(&row).expect("plain data") + "\n");
+    }
+    std::fs::write(run.join("metrics.jsonl"), text).expect("writable");
+    let rank_0 = trireme::flight::Recorder::new();
+    rank_0.open(&run.join("flight"), 64, ParallelLayout { tp: 2, pp: 2, dp: 2, vp: 1 }, 0).expect("a ring");
+    let (code, text) = inspect(&["watch", run.to_str().expect("UTF-8"), "--once"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("running on 8 ranks   step 2 of 100 (2 %)"), "{text}");
+    // 98 steps of 10 s, saves at every fourth; 200 s are 20 steps. A second may pass until it is drawn.
+    assert!(text.contains("ends in 16 min   next save in 20.0 s (step 4)") || text.contains("next save in 19."), "{text}");
+    assert!(text.contains("time is up in 3 min, enough for step 22") || text.contains("enough for step 21"), "{text}");
+}
+
 /// One flipped bit in one weight of one rank is found, and named by rank, step and tensor, on every rank alike, with exit code 4:
 /// in a weight that tensor-parallel ranks share out, over the replicas; in a norm, over the tensor-parallel ranks too.
 #[test]

@@ -9,9 +9,11 @@ use std::time::Duration;
 use trireme::artifact::MANIFEST;
 use trireme::error::{Error, Result};
 use trireme::flight::{self, report, rings::RankRing};
-use trireme::metrics::{self, Metrics, Row, TimeUse};
+use trireme::metrics::{self, Follower, Metrics, Row, TimeUse};
 use trireme::recipe::Pretrain;
 
+/// Where the rows stand.
+const METRICS: &str = "metrics.jsonl";
 /// Steps over which rates and shares are taken.
 const RECENT: usize = 20;
 /// A rank without a sign of life for longer has ended; file systems of clusters show it late.
@@ -34,13 +36,14 @@ struct Size {
 /// Draws the run until it ends or the user does; once when `once` says so or nobody looks.
 pub fn watch(run: &Path, once: Once, every: Duration) -> Result<()> {
     let terminal = Term::stdout();
+    let mut metrics = Follower::new(&run.join(METRICS));
     if once == Once::Yes || !terminal.is_term() {
-        return crate::print(&picture(&View::of(run)?, PAPER));
+        return crate::print(&picture(&View::of(run, &mut metrics)?, PAPER));
     }
     crate::print("\x1b[2J")?;
     loop {
         let (height, width) = terminal.size();
-        let view = View::of(run)?;
+        let view = View::of(run, &mut metrics)?;
         let size = Size { width: usize::from(width).clamp(40, 200), height: usize::from(height).max(12) - 1 };
         // Over the old picture, line by line, what is left of it cleared: nothing flickers, and scrolling back works.
         let text: String = picture(&view, size).lines().map(|line| format!("{line}\x1b[K\n")).collect();
@@ -94,24 +97,24 @@ impl State {
 }
 
 /// Everything that is drawn.
-struct View {
+struct View<'a> {
     name: String,
     state: State,
-    metrics: Metrics,
+    metrics: &'a Metrics,
     n_steps: u64,
     save_every: u64,
     now_s: f64,
 }
 
-impl View {
-    fn of(run: &Path) -> Result<View> {
+impl View<'_> {
+    fn of<'a>(run: &Path, metrics: &'a mut Follower) -> Result<View<'a>> {
         let recipe_path = run.join("recipe.toml");
         if !recipe_path.is_file() {
             return Err(Error::file(run, "not a run: it has no recipe.toml").remedy("name the --out of trireme-pretrain"));
         }
         let recipe = Pretrain::load(&recipe_path, &[])?;
-        let path = run.join("metrics.jsonl");
-        let metrics = if path.is_file() { metrics::read_all(&path)? } else { Metrics::default() };
+        // Before the first step there is no file.
+        let metrics = if run.join(METRICS).is_file() { metrics.update()? } else { metrics.seen() };
         let now_s = metrics::now_unix_s();
         let (n_steps, save_every) = (recipe.plan().n_steps(), recipe.checkpoint.every_steps);
         Ok(View { name: run.display().to_string(), state: State::of(run, now_s), metrics, n_steps, save_every, now_s })
@@ -143,7 +146,7 @@ fn mean(rows: &[Row], of: impl Fn(&Row) -> f64) -> f64 {
 
 /// The whole picture, at most `size.height` lines.
 fn picture(view: &View, size: Size) -> String {
-    let mut lines = head(view);
+    let mut lines = head(view, size.width);
     let bars = bars(view, size);
     let foot = foot(view);
     let left = size.height.saturating_sub(lines.len() + bars.len() + foot.len() + 2);
@@ -161,7 +164,7 @@ fn picture(view: &View, size: Size) -> String {
     lines.iter().map(|line| line.chars().take(size.width).collect::<String>().trim_end().to_string() + "\n").collect()
 }
 
-fn head(view: &View) -> Vec<String> {
+fn head(view: &View, width: usize) -> Vec<String> {
     let state = match &view.state {
         State::Finished => "finished".into(),
         State::Running(_) => format!("running on {} ranks", view.metrics.last_job.as_ref().map_or(0, |job| job.ranks)),
@@ -171,27 +174,46 @@ fn head(view: &View) -> Vec<String> {
     let Some(last) = view.last() else { return vec![format!("{}   {state}", view.name), "no step has been measured yet".into()] };
     let share = 100.0 * last.step as f64 / view.n_steps.max(1) as f64;
     let mut lines = vec![format!("{}   {state}   step {} of {} ({share:.0} %)", view.name, last.step, view.n_steps)];
-    let held_out = view.metrics.rows.iter().rev().find_map(|row| Some((row, row.validation_loss?)));
-    let held_out = held_out.map_or(String::new(), |(row, loss)| {
+    let mut numbers = vec![format!("loss {:.4}", last.loss)];
+    if let Some((row, loss)) = view.metrics.rows.iter().rev().find_map(|row| Some((row, row.validation_loss?))) {
         let bits = row.validation_bits_per_byte.map_or(String::new(), |bits| format!(", {bits:.3} bits a byte"));
-        format!("   held-out {loss:.4} (step {}{bits})", row.step)
-    });
-    lines.push(format!("loss {:.4}{held_out}   grad norm {:.3}   lr {:.2e}", last.loss, last.grad_norm, last.lr));
+        numbers.push(format!("held-out {loss:.4} (step {}{bits})", row.step));
+    }
+    numbers.push(format!("grad norm {:.3}", last.grad_norm));
+    numbers.push(format!("lr {:.2e}", last.lr));
+    lines.extend(wrapped(&numbers, width));
     let recent = view.recent();
-    let mfu = last.mfu.map_or(String::new(), |_| format!("   MFU {:.1} %", 100.0 * mean(recent, |row| row.mfu.unwrap_or(f64::NAN))));
-    lines.push(format!(
-        "{} tokens/s   {:.0} % of the GEMM ceiling{mfu}   {} a step   {} a rank",
-        crate::page::group(mean(recent, |row| row.tokens_per_s) as u64),
-        100.0 * mean(recent, |row| row.share_of_gemm_ceiling),
-        duration(mean(recent, |row| row.step_s)),
-        crate::page::size(last.memory_peak_bytes)
-    ));
-    lines.push(prospects(view, last));
+    let mut speed = vec![
+        format!("{} tokens/s", crate::page::group(mean(recent, |row| row.tokens_per_s) as u64)),
+        format!("{:.0} % of the GEMM ceiling", 100.0 * mean(recent, |row| row.share_of_gemm_ceiling)),
+    ];
+    if last.mfu.is_some() {
+        speed.push(format!("MFU {:.1} %", 100.0 * mean(recent, |row| row.mfu.unwrap_or(f64::NAN))));
+    }
+    speed.push(format!("{} a step", duration(mean(recent, |row| row.step_s))));
+    speed.push(format!("{} a rank", crate::page::size(last.memory_peak_bytes)));
+    lines.extend(wrapped(&speed, width));
+    lines.extend(wrapped(&prospects(view, last), width));
+    lines
+}
+
+/// The parts beside each other, on as many lines as they take.
+fn wrapped(parts: &[String], width: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for part in parts {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 3 + part.chars().count() <= width => {
+                line.push_str("   ");
+                line.push_str(part);
+            }
+            _ => lines.push(part.clone()),
+        }
+    }
     lines
 }
 
 /// When it ends, saves, and runs out of time.
-fn prospects(view: &View, last: &Row) -> String {
+fn prospects(view: &View, last: &Row) -> Vec<String> {
     let each_s = view.step_to_step_s();
     let mut parts = Vec::new();
     if matches!(view.state, State::Running(_)) {
@@ -213,7 +235,7 @@ fn prospects(view: &View, last: &Row) -> String {
         let jobs = if goodput.n_jobs == 1 { "1 job".into() } else { format!("{} jobs", goodput.n_jobs) };
         parts.push(format!("goodput {:.0} % of {} in {jobs}", 100.0 * goodput.share(), duration(goodput.wall_s)));
     }
-    parts.join("   ")
+    parts
 }
 
 /// A bar for each part of a step that counts, the longest first.

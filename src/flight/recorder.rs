@@ -245,13 +245,17 @@ impl Recorder {
         Some(Blocked { record, seconds: self.now_ns().saturating_sub(since_ns) as f64 / 1e9 })
     }
 
-    /// Says that this process lives, and whether it was asked to stop.
-    pub fn heartbeat(&self, stop_requested: bool) {
+    /// Says that this process lives.
+    pub fn heartbeat(&self) {
         if let Some(ring) = self.inner.ring.get() {
             ring.set(word::HEARTBEAT, self.now_ns());
-            if stop_requested {
-                ring.set_once(word::STOP, self.now_ns());
-            }
+        }
+    }
+
+    /// Says that it was asked to stop.
+    pub fn asked_to_stop(&self) {
+        if let Some(ring) = self.inner.ring.get() {
+            ring.set_once(word::STOP, self.now_ns());
         }
     }
 

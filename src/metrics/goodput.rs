@@ -1,7 +1,6 @@
 //! Goodput: the share of a run's wall time that went into steps that count, over all its jobs, and where the rest went.
 
-use super::{Job, Line, Row};
-use std::collections::BTreeMap;
+use super::Row;
 
 /// Wall time from the begin of the first job to the last row, and its parts, in seconds.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -22,44 +21,53 @@ pub struct Goodput {
     pub between_jobs_s: f64,
 }
 
-impl Goodput {
-    /// From the lines of a run, in their order. None before the first row of a job that says when it began.
-    pub(super) fn of(lines: &[Line]) -> Option<Goodput> {
-        let mut sum = Goodput::default();
-        let mut counted: BTreeMap<u64, f64> = BTreeMap::new();
-        let (mut begun, mut job, mut last): (Option<f64>, Option<&Job>, Option<&Row>) = (None, None, None);
-        for line in lines {
-            match line {
-                Line::Job(new) => {
-                    let before = last.map(|row| row.unix_s).or(job.map(|job| job.unix_s));
-                    sum.between_jobs_s += before.map_or(0.0, |before| (new.unix_s - before).max(0.0));
-                    sum.repeated_s += counted.split_off(&(new.from_step + 1)).values().sum::<f64>();
-                    sum.n_jobs += 1;
-                    let first = *begun.get_or_insert(new.unix_s);
-                    sum.wall_s = new.unix_s - first;
-                    (job, last) = (Some(new), None);
-                }
-                Line::Row(row) => {
-                    let Some(job) = job else { continue };
-                    let gap_s = (row.unix_s - last.map_or(job.unix_s, |row| row.unix_s) - row.step_s).max(0.0);
-                    let held_out_s = row.time.map_or(0.0, |time| time.held_out).min(gap_s);
-                    match last {
-                        Some(_) => sum.between_steps_s += gap_s,
-                        None => {
-                            sum.between_steps_s += held_out_s;
-                            sum.starting_s += gap_s - held_out_s;
-                        }
-                    }
-                    counted.insert(row.step, row.step_s);
-                    sum.wall_s = row.unix_s - begun.unwrap_or(job.unix_s);
-                    last = Some(row);
-                }
-            }
-        }
-        sum.steps_s = counted.values().sum();
-        (sum.wall_s > 0.0).then_some(sum)
+/// Adds up the lines of a file in their order.
+#[derive(Default)]
+pub(super) struct Account {
+    sum: Goodput,
+    first_job_s: Option<f64>,
+    job_s: Option<f64>,
+    /// When the last row of this job was written.
+    last_row_s: Option<f64>,
+}
+
+impl Account {
+    /// A job began at `unix_s`; it does steps again that took `superseded_s`.
+    pub fn job(&mut self, unix_s: f64, superseded_s: f64) {
+        let before = self.last_row_s.or(self.job_s);
+        self.sum.between_jobs_s += before.map_or(0.0, |before| (unix_s - before).max(0.0));
+        self.sum.repeated_s += superseded_s;
+        self.sum.steps_s -= superseded_s;
+        self.sum.n_jobs += 1;
+        self.sum.wall_s = unix_s - *self.first_job_s.get_or_insert(unix_s);
+        (self.job_s, self.last_row_s) = (Some(unix_s), None);
     }
 
+    /// A step was done, instead of others that took `superseded_s`.
+    pub fn row(&mut self, row: &Row, superseded_s: f64) {
+        let (Some(first_job_s), Some(job_s)) = (self.first_job_s, self.job_s) else { return };
+        let gap_s = (row.unix_s - self.last_row_s.unwrap_or(job_s) - row.step_s).max(0.0);
+        let held_out_s = row.time.map_or(0.0, |time| time.held_out).min(gap_s);
+        match self.last_row_s {
+            Some(_) => self.sum.between_steps_s += gap_s,
+            None => {
+                self.sum.between_steps_s += held_out_s;
+                self.sum.starting_s += gap_s - held_out_s;
+            }
+        }
+        self.sum.repeated_s += superseded_s;
+        self.sum.steps_s += row.step_s - superseded_s;
+        self.sum.wall_s = row.unix_s - first_job_s;
+        self.last_row_s = Some(row.unix_s);
+    }
+
+    /// None before the first row of a job that says when it began.
+    pub fn goodput(&self) -> Option<Goodput> {
+        (self.sum.wall_s > 0.0).then_some(self.sum)
+    }
+}
+
+impl Goodput {
     /// Share of the wall time in steps that count.
     pub fn share(&self) -> f64 {
         self.steps_s / self.wall_s

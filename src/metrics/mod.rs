@@ -6,6 +6,7 @@
 //! superseded by what follows. Both files survive a kill at any byte.
 
 mod events;
+mod follow;
 mod goodput;
 mod plot;
 mod prometheus;
@@ -14,16 +15,16 @@ mod terminal;
 mod time;
 
 pub use events::FILE_NAME as EVENTS_FILE;
+pub use follow::{Follower, Metrics, read, read_all};
 pub use goodput::Goodput;
 pub use plot::{Curve, Plot};
 pub use time::{Exposed, TimeUse};
 
-use crate::artifact::{LineWriter, whole_lines};
-use crate::error::{Error, IoContext, Result};
+use crate::artifact::LineWriter;
+use crate::error::Result;
 use events::EventWriter;
 use prometheus::PrometheusFile;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -99,12 +100,6 @@ struct JobLine {
     job: Job,
 }
 
-/// A line of the file.
-enum Line {
-    Job(Job),
-    Row(Box<Row>),
-}
-
 /// Seconds since 1970.
 pub fn now_unix_s() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
@@ -172,52 +167,6 @@ fn scalars(row: &Row) -> Vec<(&'static str, f64)> {
         all.extend(time.tagged());
     }
     all
-}
-
-/// What a file of metrics holds.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct Metrics {
-    /// The rows that count, by ascending step: of each step the last, without those that a later job superseded.
-    pub rows: Vec<Row>,
-    /// The job that began last.
-    pub last_job: Option<Job>,
-    /// Where the wall time of all jobs went.
-    pub goodput: Option<Goodput>,
-}
-
-/// Everything in the file. A cut-off last line is left out. Errors: the file cannot be read, or a line is neither a row nor a job
-/// (with its number).
-pub fn read_all(path: &Path) -> Result<Metrics> {
-    let bytes = std::fs::read(path).at(path)?;
-    let mut lines = Vec::new();
-    for (number, line) in whole_lines(&bytes) {
-        if let Ok(JobLine { job }) = serde_json::from_slice(line) {
-            lines.push(Line::Job(job));
-            continue;
-        }
-        let row: Row = serde_json::from_slice(line).map_err(|error| {
-            let remedy = "the file was damaged: correct or remove that line";
-            Error::file(path, format!("line {number} is not a row of metrics: {error}")).remedy(remedy)
-        })?;
-        lines.push(Line::Row(Box::new(row)));
-    }
-    let goodput = Goodput::of(&lines);
-    let (mut rows, mut last_job): (BTreeMap<u64, Row>, _) = (BTreeMap::new(), None);
-    for line in lines {
-        match line {
-            Line::Job(job) => {
-                rows.split_off(&(job.from_step + 1));
-                last_job = Some(job);
-            }
-            Line::Row(row) => drop(rows.insert(row.step, *row)),
-        }
-    }
-    Ok(Metrics { rows: rows.into_values().collect(), last_job, goodput })
-}
-
-/// The rows of [`read_all`].
-pub fn read(path: &Path) -> Result<Vec<Row>> {
-    Ok(read_all(path)?.rows)
 }
 
 /// The loss curves of a run: training and, where measured, held-out.
@@ -291,6 +240,30 @@ mod tests {
             let rows = read(&path).expect("readable");
             assert_eq!(rows.len() as u64, n + 1, "cut at {cut}");
             assert_eq!(rows.last(), Some(&row(9, 9.0)));
+        }
+    }
+
+    /// Read as it grows, in steps that end anywhere in a line, the file gives what it gives read whole, goodput included.
+    #[test]
+    fn following_sees_what_reading_sees() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::open(&path).expect("new");
+        let job = |from_step: u64, unix_s: f64| Job { from_step, ranks: 2, unix_s, deadline_unix_s: Some(2e9) };
+        writer.job(job(0, 1e9)).expect("writable");
+        (1..=6).for_each(|step| writer.append(&row(step, step as f64)).expect("writable"));
+        writer.job(job(4, 1e9 + 60.0)).expect("writable");
+        (5..=8).for_each(|step| writer.append(&Row { unix_s: 1e9 + 60.0 + step as f64, ..row(step, 0.5) }).expect("writable"));
+        let (whole, all) = (std::fs::read(&path).expect("readable"), read_all(&path).expect("readable"));
+        assert_eq!((all.rows.len(), all.goodput.map(|goodput| goodput.n_jobs)), (8, Some(2)));
+        let growing = dir.path().join("growing.jsonl");
+        for stride in [11, 333, 5000] {
+            let mut follower = Follower::new(&growing);
+            for end in (0..whole.len()).step_by(stride).chain([whole.len()]) {
+                std::fs::write(&growing, &whole[..end]).expect("writable");
+                follower.update().expect("readable");
+            }
+            assert_eq!(follower.seen(), &all, "in steps of {stride} bytes");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Seconds, mean over ranks. The first seven, with `exposed`, add up to the mean duration of the step; what lies around it is
+/// Seconds, mean over ranks. The first six and `exposed` add up to the mean duration of the step; what lies around it is
 /// not part of `step_s`. On a GPU these are the host's: work that the device still does counts where the host waits for it.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct TimeUse {

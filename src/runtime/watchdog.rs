@@ -58,7 +58,10 @@ impl Watchdog {
         let watch = move || {
             let (mut last_look, mut awake_since) = (Instant::now(), Instant::now());
             while !is_done.load(Ordering::Relaxed) {
-                flight.heartbeat(stop_requested());
+                flight.heartbeat();
+                if stop_requested() {
+                    flight.asked_to_stop();
+                }
                 if last_look.elapsed() > SUSPENDED {
                     awake_since = Instant::now();
                 }
@@ -103,7 +106,7 @@ fn on_hang(flight: &Recorder, rank: usize, blocked: &Blocked) {
         if goes_on() {
             return;
         }
-        flight.heartbeat(false);
+        flight.heartbeat();
         std::thread::sleep(TICK);
         if started.elapsed() >= GRACE {
             rings = flight.folder().and_then(|folder| Rings::read(&folder).ok());

@@ -82,7 +82,12 @@ impl Trainer<'_> {
                 metrics.expose(path, self.job.out);
             }
             let ranks = self.job.groups.world.size();
-            metrics.job(metrics::Job { from_step, ranks, unix_s: self.job.groups.flight.began_unix_s(), deadline_unix_s: None })?;
+            metrics.job(metrics::Job {
+                from_step,
+                ranks,
+                unix_s: self.job.groups.flight.began_unix_s(),
+                deadline_unix_s: artifact::job_end_unix_s(),
+            })?;
         }
         let Some(ledger) = &mut self.ledger else { return Ok(()) };
         let order = |phase: &PhaseData| ledger::PhaseOrder { name: phase.name.clone(), order: phase.order.fingerprint() };

@@ -59,8 +59,9 @@ pub(super) struct StepResult {
     pub n_tokens: usize,
     /// Why the update was not made.
     pub skipped: Option<String>,
-    /// Where this rank's time went, and that since the report of the step before.
+    /// Where this rank's time went in it.
     pub times: Times,
+    /// Where it went since the report of the step before.
     pub before: Times,
 }
 
