@@ -1,6 +1,7 @@
 //! The operations of the CUDA device at the shapes of models of 1, 15 and 340 billion parameters (the last as one of eight
 //! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and a copy
-//! of 1 GiB. Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
+//! of 1 GiB. On a Hopper GPU attention is measured with the kernels for every GPU too ("portable"); and PyTorch's beside it, when
+//! TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- WORD]` prints a markdown table (of the operations that contain WORD).
 
@@ -198,6 +199,7 @@ fn main() {
             std::process::exit(if std::env::var_os("TRIREME_NEEDS_GPU").is_some() { 2 } else { 0 });
         }
     };
+    let portable = Cuda::open(0).unwrap_or_else(|error| panic!("{error}")).without_hopper();
     println!("Device: {}. T = {T}, bf16.\n", cuda.name());
     let (mut ceiling, noise) = (Ceiling::new(&cuda), Noise::new());
     for (work, unit, scale) in [(Work::Flops, "TFLOP/s", 1e12), (Work::Bytes, "GB/s", 1e9)] {
@@ -207,11 +209,45 @@ fn main() {
                 if !format!("{} {}", case.operation, case.shape).contains(&word) {
                     continue;
                 }
-                let (rate, limit) = measure(&cuda, &case, noise.tensors(&cuda, &case), &mut ceiling, work);
-                let (name, operation, shape) = (model.name, case.operation, &case.shape);
-                println!("| {name} | {operation} | {shape} | {:.1} | {:.1} | {:.2} |", rate / scale, limit / scale, rate / limit);
+                let mut devices = vec![(&cuda, "")];
+                if ["attention", "attention_backward"].contains(&case.operation) && cuda.has_hopper_kernels() {
+                    devices.push((&portable, ", portable"));
+                }
+                for (device, kernels) in devices {
+                    let (rate, limit) = measure(device, &case, noise.tensors(device, &case), &mut ceiling, work);
+                    let (name, operation, shape) = (model.name, case.operation, &case.shape);
+                    println!(
+                        "| {name}{kernels} | {operation} | {shape} | {:.1} | {:.1} | {:.2} |",
+                        rate / scale,
+                        limit / scale,
+                        rate / limit
+                    );
+                }
             }
         }
+        if work == Work::Flops && "attention_backward".contains(&word) {
+            print_peer();
+        }
         println!();
+    }
+}
+
+/// Rows of PyTorch's attention at the shapes of the models, measured now.
+fn print_peer() {
+    let Some(python) = std::env::var_os("TRIREME_TORCH_PYTHON") else {
+        return println!("PyTorch: not run, TRIREME_TORCH_PYTHON is not set");
+    };
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/torch_attention.py");
+    let shapes = MODELS.iter().map(|model| format!("{},{},{}", model.heads.0, model.heads.1, model.heads.2));
+    let mut command = std::process::Command::new(python);
+    command.arg(script).arg(T.to_string()).args(shapes);
+    // A bundle runs this bench with libraries of its own, which are not Python's.
+    if let Some(outer) = std::env::var_os("TRIREME_OUTER_LIBRARY_PATH") {
+        command.env("LD_LIBRARY_PATH", outer);
+    }
+    match command.status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => println!("PyTorch: {status}"),
+        Err(error) => println!("PyTorch: {error}"),
     }
 }

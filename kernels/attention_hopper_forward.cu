@@ -8,15 +8,7 @@
 // Rows, keys a block; registers (sm_90a, nvcc 13.0, no spills) and shared memory, one block an SM:
 //   d64 192, 128; 128, 91208 bytes; d128 128, 128; 168, 164936; d192 128, 112; 168, 222280. setmaxnreg makes that 24 for the producer
 //   and 240 for the consumers (d64: 32 and 160).
-#include "hopper.cuh"
-
-#define STAGES 2
-
-struct ForwardTile {
-    int first_token; // row of the sequence's token 0
-    int n_tokens;    // of the sequence
-    int first_row;   // of this block's rows in it
-};
+#include "attention_hopper.cuh"
 
 template <int D, int CONSUMERS, int KEYS> struct ForwardShared {
     bf16 q[CONSUMERS * 64 * D];
@@ -64,20 +56,20 @@ __device__ __forceinline__ void weigh(float (&s)[KEYS / 2], Softmax& softmax, fl
 
 template <int D, int CONSUMERS, int KEYS>
 __device__ __forceinline__ void produce(ForwardShared<D, CONSUMERS, KEYS>& shared, const TensorMap& queries, const TensorMap& keys,
-                                        const ForwardTile& tile, int per_kv, int n_blocks) {
-    int group = blockIdx.x / per_kv, key_head = group * (per_kv + 2) + per_kv, query_head = group * (per_kv + 2) + blockIdx.x % per_kv;
+                                        const Tile& tile, int per_kv, int n_blocks) {
+    int key = key_head(blockIdx.x / per_kv, per_kv), query = query_head(blockIdx.x, per_kv);
     tensor_prefetch(&queries);
     tensor_prefetch(&keys);
     mbarrier_arrive_expect(&shared.q_here, sizeof shared.q);
-    tile_load<D>(shared.q, &queries, CONSUMERS * 64, query_head, tile.first_token + tile.first_row, &shared.q_here);
+    tile_load<D>(shared.q, &queries, CONSUMERS * 64, query, tile.first_token + tile.first_row, &shared.q_here);
     for (int i = 0; i < n_blocks; i++) {
         int stage = i % STAGES, parity = i / STAGES % 2, token = tile.first_token + (n_blocks - 1 - i) * KEYS;
         mbarrier_wait(&shared.k_free[stage], parity ^ 1);
         mbarrier_arrive_expect(&shared.k_here[stage], sizeof shared.k[0]);
-        tile_load<D>(shared.k[stage], &keys, KEYS, key_head, token, &shared.k_here[stage]);
+        tile_load<D>(shared.k[stage], &keys, KEYS, key, token, &shared.k_here[stage]);
         mbarrier_wait(&shared.v_free[stage], parity ^ 1);
         mbarrier_arrive_expect(&shared.v_here[stage], sizeof shared.v[0]);
-        tile_load<D>(shared.v[stage], &keys, KEYS, key_head + 1, token, &shared.v_here[stage]);
+        tile_load<D>(shared.v[stage], &keys, KEYS, key + 1, token, &shared.v_here[stage]);
     }
 }
 
@@ -88,10 +80,10 @@ template <int CONSUMERS> __device__ __forceinline__ void pass_turn(int consumer,
 }
 
 template <int D, int CONSUMERS, int KEYS, bool TURNS>
-__device__ __forceinline__ void consume(ForwardShared<D, CONSUMERS, KEYS>& shared, bf16* out, float* lse, const ForwardTile& tile,
+__device__ __forceinline__ void consume(ForwardShared<D, CONSUMERS, KEYS>& shared, bf16* out, float* lse, const Tile& tile,
                                         int n_tokens, int n_blocks, float scale) {
-    int consumer = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    int first_row = tile.first_row + consumer * 64, row = first_row + warp * 16 + lane / 4;
+    int consumer = consumer_index(), lane = threadIdx.x % 32;
+    int first_row = tile.first_row + consumer * 64, row = first_row + warp_of_group() * 16 + lane / 4;
     const bf16* q = shared.q + consumer * 64 * 64; // in the first panel
     float o[D / 2] = {}, s[KEYS / 2], keep[2], factor = scale * LOG2_E;
     unsigned p[KEYS / 4];
@@ -99,9 +91,6 @@ __device__ __forceinline__ void consume(ForwardShared<D, CONSUMERS, KEYS>& share
     auto weights = [&](int block) {
         int first_key = (n_blocks - 1 - block) * KEYS;
         weigh<KEYS>(s, softmax, keep, factor, first_key, row, first_key + KEYS - 1 > first_row);
-    };
-    auto release = [&](Mbarrier* barrier) {
-        if (lane == 0) mbarrier_arrive(barrier);
     };
 
     if (TURNS && consumer == CONSUMERS - 1) barrier_arrive(1, 2 * WARPGROUP);
@@ -158,9 +147,8 @@ __device__ __forceinline__ void consume(ForwardShared<D, CONSUMERS, KEYS>& share
     store_row<D, 1>(to + 8 * n_heads * D, o, inverse[1], row + 8 < tile.n_tokens);
 }
 
-// CONSUMERS arrive at `_free` barriers by one lane of each warp.
 template <int D, int CONSUMERS, int KEYS, int FEWER, int MORE>
-__device__ __forceinline__ void forward(bf16* out, float* lse, const TensorMap& queries, const TensorMap& keys, const ForwardTile& tile,
+__device__ __forceinline__ void forward(bf16* out, float* lse, const TensorMap& queries, const TensorMap& keys, const Tile& tile,
                                         int n_tokens, int per_kv, float scale) {
     DYNAMIC_SHARED(memory);
     auto& shared = *(ForwardShared<D, CONSUMERS, KEYS>*)aligned_shared(memory);
@@ -170,8 +158,8 @@ __device__ __forceinline__ void forward(bf16* out, float* lse, const TensorMap& 
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(&shared.k_here[i], 1);
             mbarrier_init(&shared.v_here[i], 1);
-            mbarrier_init(&shared.k_free[i], CONSUMERS * 4);
-            mbarrier_init(&shared.v_free[i], CONSUMERS * 4);
+            mbarrier_init(&shared.k_free[i], RELEASES(CONSUMERS));
+            mbarrier_init(&shared.v_free[i], RELEASES(CONSUMERS));
         }
         mbarrier_init_done();
     }
@@ -189,7 +177,7 @@ __device__ __forceinline__ void forward(bf16* out, float* lse, const TensorMap& 
 #define FORWARD(D, THREADS, CONSUMERS, KEYS, FEWER, MORE)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                         \
         attention_hopper_d##D##_bf16(bf16* out, float* lse, const __grid_constant__ TensorMap queries,                               \
-                                     const __grid_constant__ TensorMap keys, const ForwardTile* tiles, int n_tokens, int per_kv,     \
+                                     const __grid_constant__ TensorMap keys, const Tile* tiles, int n_tokens, int per_kv,     \
                                      float scale) {                                                                                  \
         forward<D, CONSUMERS, KEYS, FEWER, MORE>(out, lse, queries, keys, tiles[blockIdx.y], n_tokens, per_kv, scale);               \
     }

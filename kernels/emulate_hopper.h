@@ -333,6 +333,7 @@ template <int PENDING, int N> inline void wgmma_wait(float (&sums)[N]) {
     if (emulate::products[threadIdx.x / 32].sums.count(sums)) emulate::refuse("a wait that does not cover its sums"); // lane 0's
 }
 template <int N> struct Wgmma {
-    static void shared(float (&d)[N / 2], Matrix a, Matrix b, int accumulate) { emulate::issue(N, d, a, b, nullptr, accumulate); }
-    static void registers(float (&d)[N / 2], const unsigned* a, Matrix b, int accumulate) { emulate::issue(N, d, 0, b, a, accumulate); }
+    static void begin(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 0); }
+    static void add(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 1); }
+    static void add(float (&d)[N / 2], const unsigned* a, Matrix b) { emulate::issue(N, d, 0, b, a, 1); }
 };

@@ -97,48 +97,59 @@ template <int PENDING, int N> __device__ __forceinline__ void wgmma_wait(float (
 #define REGISTERS_9 "%72, %73, %74, %75, %76, %77, %78, %79"
 #define REGISTERS_10 "%80, %81, %82, %83, %84, %85, %86, %87"
 #define REGISTERS_11 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define SUMS_8(d, i)                                                                                                                 \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SUMS_8(how, d, i)                                                                                                            \
+    how "f"(d[i]), how "f"(d[i + 1]), how "f"(d[i + 2]), how "f"(d[i + 3]), how "f"(d[i + 4]), how "f"(d[i + 5]), how "f"(d[i + 6]), \
+        how "f"(d[i + 7])
+#define SUMS_32(how, d) SUMS_8(how, d, 0), SUMS_8(how, d, 8), SUMS_8(how, d, 16), SUMS_8(how, d, 24)
+#define SUMS_40(how, d) SUMS_32(how, d), SUMS_8(how, d, 32)
+#define SUMS_48(how, d) SUMS_40(how, d), SUMS_8(how, d, 40)
+#define SUMS_56(how, d) SUMS_48(how, d), SUMS_8(how, d, 48)
+#define SUMS_64(how, d) SUMS_56(how, d), SUMS_8(how, d, 56)
+#define SUMS_96(how, d) SUMS_64(how, d), SUMS_8(how, d, 64), SUMS_8(how, d, 72), SUMS_8(how, d, 80), SUMS_8(how, d, 88)
+#define REGISTERS_32 REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3
+#define REGISTERS_40 REGISTERS_32 ", " REGISTERS_4
+#define REGISTERS_48 REGISTERS_40 ", " REGISTERS_5
+#define REGISTERS_56 REGISTERS_48 ", " REGISTERS_6
+#define REGISTERS_64 REGISTERS_56 ", " REGISTERS_7
+#define REGISTERS_96 REGISTERS_64 ", " REGISTERS_8 ", " REGISTERS_9 ", " REGISTERS_10 ", " REGISTERS_11
 
 // d[64, N] = or += a[64, 16] b[16, N], one instruction of a warpgroup, not waited for. Sum i of a thread is of row 16 (warp of 4) +
-// lane / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2. `accumulate` 0: what d held is not read.
+// lane / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2. The macro takes N, N / 2, and the numbers of the operands
+// after the sums.
 template <int N> struct Wgmma;
-#define WGMMA(N, REGISTERS, A, A1, A2, A3, B, ACCUMULATE, ...)                                                                       \
+#define WGMMA(N, HALF, A, A1, A2, A3, B)                                                                                             \
     template <> struct Wgmma<N> {                                                                                                    \
-        /* a and b from shared memory, both with k innermost */                                                                      \
-        static __device__ __forceinline__ void shared(float (&d)[N / 2], Matrix a, Matrix b, int accumulate) {                       \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                        \
-                         "k16.f32.bf16.bf16 {" REGISTERS "}, %" A ", %" A1 ", p, 1, 1, 0, 0;\n}"                                     \
-                         : __VA_ARGS__                                                                                               \
-                         : "l"(a), "l"(b), "r"(accumulate)                                                                           \
+        /* d = a b from shared memory, both with k innermost; what d held is not read */                                             \
+        static __device__ __forceinline__ void begin(float (&d)[N / 2], Matrix a, Matrix b) {                                        \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
+                         "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, %" A ", %" A1 ", p, 1, 1, 0, 0;\n}"                              \
+                         : SUMS_##HALF("=", d)                                                                                       \
+                         : "l"(a), "l"(b)                                                                                            \
                          : "memory");                                                                                                \
         }                                                                                                                            \
-        /* a from registers (as mma_m16n8k16 has it, each warp its 16 rows), b from shared memory with n innermost */                \
-        static __device__ __forceinline__ void registers(float (&d)[N / 2], const unsigned* a, Matrix b, int accumulate) {           \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" ACCUMULATE ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                \
-                         "k16.f32.bf16.bf16 {" REGISTERS "}, {%" A ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1;\n}"            \
-                         : __VA_ARGS__                                                                                               \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)                                       \
+        /* d += the same */                                                                                                          \
+        static __device__ __forceinline__ void add(float (&d)[N / 2], Matrix a, Matrix b) {                                          \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
+                         "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, %" A ", %" A1 ", p, 1, 1, 0, 0;\n}"                              \
+                         : SUMS_##HALF("+", d)                                                                                       \
+                         : "l"(a), "l"(b)                                                                                            \
+                         : "memory");                                                                                                \
+        }                                                                                                                            \
+        /* d += a b, a from registers (as mma_m16n8k16 has it, each warp its 16 rows), b from shared memory with n innermost */      \
+        static __device__ __forceinline__ void add(float (&d)[N / 2], const unsigned* a, Matrix b) {                                 \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
+                         "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, {%" A ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 1;\n}"      \
+                         : SUMS_##HALF("+", d)                                                                                       \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                                        \
                          : "memory");                                                                                                \
         }                                                                                                                            \
     };
-WGMMA(64, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3,
-      "32", "33", "34", "35", "36", "37", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24))
-WGMMA(80, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4,
-      "40", "41", "42", "43", "44", "45", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24), SUMS_8(d, 32))
-WGMMA(96, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4 ", " REGISTERS_5,
-      "48", "49", "50", "51", "52", "53", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24), SUMS_8(d, 32), SUMS_8(d, 40))
-WGMMA(112, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4 ", " REGISTERS_5 ", " REGISTERS_6,
-      "56", "57", "58", "59", "60", "61", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24), SUMS_8(d, 32), SUMS_8(d, 40),
-      SUMS_8(d, 48))
-WGMMA(128, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4 ", " REGISTERS_5 ", " REGISTERS_6 ", "
-      REGISTERS_7,
-      "64", "65", "66", "67", "68", "69", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24), SUMS_8(d, 32), SUMS_8(d, 40),
-      SUMS_8(d, 48), SUMS_8(d, 56))
-WGMMA(192, REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3 ", " REGISTERS_4 ", " REGISTERS_5 ", " REGISTERS_6 ", "
-      REGISTERS_7 ", " REGISTERS_8 ", " REGISTERS_9 ", " REGISTERS_10 ", " REGISTERS_11,
-      "96", "97", "98", "99", "100", "101", SUMS_8(d, 0), SUMS_8(d, 8), SUMS_8(d, 16), SUMS_8(d, 24), SUMS_8(d, 32), SUMS_8(d, 40),
-      SUMS_8(d, 48), SUMS_8(d, 56), SUMS_8(d, 64), SUMS_8(d, 72), SUMS_8(d, 80), SUMS_8(d, 88))
+WGMMA(64, 32, "32", "33", "34", "35", "36")
+WGMMA(80, 40, "40", "41", "42", "43", "44")
+WGMMA(96, 48, "48", "49", "50", "51", "52")
+WGMMA(112, 56, "56", "57", "58", "59", "60")
+WGMMA(128, 64, "64", "65", "66", "67", "68")
+WGMMA(192, 96, "96", "97", "98", "99", "100")
 #endif
 
 // Where wgmma finds an operand in a tile of panels [rows, 64]: its first element's address, and for an operand of more than 64
@@ -152,15 +163,19 @@ __device__ __forceinline__ Matrix matrix_at(const void* first, int panel_bytes) 
 template <int D, int N, int A_ROWS> __device__ __forceinline__ void product_nt(float (&d)[N / 2], const bf16* a, const bf16* b) {
     Matrix from_a = matrix_at(a, 0), from_b = matrix_at(b, 0);
 #pragma unroll
-    for (int k = 0; k < D; k += 16) // in units of 16 bytes; a row of a panel is 8 of them
-        Wgmma<N>::shared(d, from_a + k / 64 * A_ROWS * 8 + k % 64 / 8, from_b + k / 64 * N * 8 + k % 64 / 8, k > 0);
+    for (int k = 0; k < D; k += 16) {
+        // In units of 16 bytes; a row of a panel is 8 of them.
+        Matrix next_a = from_a + k / 64 * A_ROWS * 8 + k % 64 / 8, next_b = from_b + k / 64 * N * 8 + k % 64 / 8;
+        if (k == 0) Wgmma<N>::begin(d, next_a, next_b);
+        else Wgmma<N>::add(d, next_a, next_b);
+    }
 }
 
 // d[64, D] += a[64, K] b[K rows, D]: `a` packed in registers, `b` a tile of K rows.
 template <int D, int K> __device__ __forceinline__ void product_nn(float (&d)[D / 2], const unsigned (&a)[K / 4], const bf16* b) {
     Matrix from_b = matrix_at(b, K * 128);
 #pragma unroll
-    for (int k = 0; k < K; k += 16) Wgmma<D>::registers(d, a + k / 4, from_b + k * 8, 1);
+    for (int k = 0; k < K; k += 16) Wgmma<D>::add(d, a + k / 4, from_b + k * 8);
 }
 
 // Sums [64, N] as bf16 in the form of `a` above.

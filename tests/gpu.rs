@@ -115,10 +115,13 @@ mod operations {
         check_all(list);
     }
 
-    /// As above, for attention.
+    /// As above, for attention, with the kernels of this GPU and with those of every GPU.
     #[test]
     fn attention_matches_the_oracle() {
         check_all(check::attention_cases());
+        let Some(cuda) = gpu() else { return };
+        let portable = cuda.without_hopper();
+        check::attention_cases().iter().for_each(|case| check::check(&portable, case, DType::BF16));
     }
 
     /// Outputs as bytes.

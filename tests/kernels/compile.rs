@@ -28,8 +28,9 @@ fn every_kernel_compiles_without_spills() {
             .unwrap();
         let report = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}: {report}", source.display());
-        // ptxas warns when it runs the products of wgmma one by one, or ignores setmaxnreg.
-        assert!(!report.to_lowercase().contains("warning"), "{}: {report}", source.display());
+        // ptxas says so when it runs the products of wgmma one by one, or ignores setmaxnreg.
+        let is_slow = ["serialized", "Performance Loss", "ignored", "warning"].iter().any(|word| report.contains(word));
+        assert!(!is_slow, "{}: {report}", source.display());
         // ptxas says of each kernel: its name, then its spills, then its registers.
         let mut name = "";
         for line in report.lines() {
@@ -44,7 +45,7 @@ fn every_kernel_compiles_without_spills() {
             }
         }
     }
-    assert!(n_kernels >= 29, "only {n_kernels} kernels reported");
+    assert!(n_kernels >= 36, "only {n_kernels} kernels reported");
 }
 
 fn sources() -> Vec<PathBuf> {

@@ -416,7 +416,11 @@ impl Library {
         let wrapper = include_str!("wrapper.h");
         let read =
             |name: &&str| std::fs::read_to_string(kernels_folder().join(name)).unwrap_or_else(|error| panic!("kernels/{name}: {error}"));
-        let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh"].iter().map(read).collect::<Vec<_>>().join("\0");
+        let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh", "attention_hopper.cuh"]
+            .iter()
+            .map(read)
+            .collect::<Vec<_>>()
+            .join("\0");
         let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
         if !path.is_file() {

@@ -177,6 +177,9 @@ impl Cuda {
             [delta.arg(), Cuda::arg(dout), Cuda::arg(out), Arg::Int(int(n_tokens)), Arg::Int(int(heads.query)), Arg::Int(int(heads.dim))];
         let grid = Grid { blocks: (blocks(n_tokens), blocks(heads.query.div_ceil(4)), 1), threads: THREADS, shared_bytes: 0 };
         self.backend.launch(&Kernel::of(file, "attention_delta", form.dtype), grid, &args);
+        if self.hopper && form.mma {
+            return self.attention_hopper_backward(dqkv, dout, &delta, lse, qkv, sequence_starts, heads);
+        }
         let tiles = tiles(sequence_starts, form.rows());
         let table = self.table(&tiles);
         let mut args = vec![Cuda::arg_mut(dqkv), Cuda::arg(dout), delta.arg(), Cuda::arg(lse), Cuda::arg(qkv), table.arg()];

@@ -16,6 +16,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("attention_backward", include_str!("../../../kernels/attention_backward.cu")),
     ("attention_cached", include_str!("../../../kernels/attention_cached.cu")),
     ("attention_forward", include_str!("../../../kernels/attention_forward.cu")),
+    ("attention_hopper_backward", include_str!("../../../kernels/attention_hopper_backward.cu")),
     ("attention_hopper_forward", include_str!("../../../kernels/attention_hopper_forward.cu")),
     ("cross_entropy", include_str!("../../../kernels/cross_entropy.cu")),
     ("elementwise", include_str!("../../../kernels/elementwise.cu")),
@@ -31,6 +32,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("rows.cuh", include_str!("../../../kernels/rows.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),
+    ("attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
     ("hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
 ];
 

@@ -152,6 +152,11 @@ impl Cuda {
         Cuda::over(backend, Arc::default())
     }
 
+    /// Whether attention runs on Hopper's own instructions.
+    pub fn has_hopper_kernels(&self) -> bool {
+        self.hopper
+    }
+
     /// The same device with the kernels that run on every GPU only, to compare with.
     pub fn without_hopper(self) -> Cuda {
         Cuda { hopper: false, ..self }

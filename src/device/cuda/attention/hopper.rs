@@ -3,13 +3,15 @@
 
 use super::{Tile, blocks, int};
 use crate::device::Heads;
-use crate::device::cuda::Cuda;
 use crate::device::cuda::backend::{Arg, Grid, Kernel, TensorMap};
+use crate::device::cuda::{Cuda, Workspace};
 use crate::tensor::Tensor;
 
 /// Room to begin shared memory at a multiple of 1024 bytes.
 const ALIGNMENT: usize = 1024;
 const BARRIER_BYTES: usize = 8;
+/// Threads of a block that adds parts, of four elements each.
+const COMBINE_THREADS: u32 = 256;
 
 /// Sizes of the forward kernel of a head dim: `FORWARD` of kernels/attention_hopper_forward.cu.
 #[derive(Clone, Copy)]
@@ -35,6 +37,50 @@ impl Forward {
     fn shared_bytes(self, dim: usize) -> usize {
         (self.rows + 4 * self.keys) * dim * 2 + 9 * BARRIER_BYTES + ALIGNMENT
     }
+}
+
+/// Rows of a tile of `dq`.
+const QUERY_ROWS: usize = 128;
+
+/// Sizes of the backward kernels of a head dim: `BACKWARD` of kernels/attention_hopper_backward.cu.
+#[derive(Clone, Copy)]
+struct Backward {
+    dim: usize,
+    /// Of a block of `dq`.
+    query_keys: usize,
+    /// Of a tile of `dkv`.
+    keys: usize,
+    /// Of a block of `dkv`.
+    queries: usize,
+}
+
+impl Backward {
+    const THREADS: u32 = 384;
+
+    fn of(dim: usize) -> Backward {
+        match dim {
+            64 => Backward { dim, query_keys: 128, keys: 128, queries: 96 },
+            128 => Backward { dim, query_keys: 96, keys: 128, queries: 64 },
+            192 => Backward { dim, query_keys: 80, keys: 64, queries: 96 },
+            _ => panic!("attention on wgmma: no kernel for head dim {dim}"),
+        }
+    }
+
+    /// Q and dout, two stages of K and V, five barriers.
+    fn dq_bytes(self) -> usize {
+        (2 * QUERY_ROWS + 4 * self.query_keys) * self.dim * 2 + 5 * BARRIER_BYTES + ALIGNMENT
+    }
+
+    /// K and V, two stages of Q, dout, lse and delta, five barriers.
+    fn dkv_bytes(self) -> usize {
+        (2 * self.keys + 4 * self.queries) * self.dim * 2 + 4 * self.queries * 4 + 5 * BARRIER_BYTES + ALIGNMENT
+    }
+}
+
+/// Into how many parts the query heads of a group are shared out, so that there are about one and a half blocks a processor; more
+/// would cost more in adding the parts than they gain.
+fn n_parts(n_blocks: usize, n_processors: usize, per_kv: usize) -> usize {
+    (n_processors * 3 / 2).div_ceil(n_blocks.max(1)).clamp(1, per_kv)
 }
 
 /// Tiles of `rows` rows of whole sequences, those that see the most keys first.
@@ -71,5 +117,80 @@ impl Cuda {
         let grid = Grid { blocks: (blocks(heads.query), blocks(tiles.len()), 1), threads: form.threads, shared_bytes };
         let kernel = Kernel::of("attention_hopper_forward", &format!("attention_hopper_d{}", heads.dim), qkv.dtype());
         self.backend.launch(&kernel, grid, &args);
+    }
+
+    /// See `Device::attention_backward`, after `delta`; the shapes are checked and there is a kernel for the dim.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn attention_hopper_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        delta: &Workspace,
+        lse: &Tensor,
+        qkv: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+    ) {
+        const FILE: &str = "attention_hopper_backward";
+        let (form, n_tokens, per_kv) = (Backward::of(heads.dim), qkv.n_rows(), heads.queries_per_kv());
+        let of_qkv = |rows| map(qkv, packed(heads), heads.dim, rows);
+        let of_dout = |rows| map(dout, heads.query, heads.dim, rows);
+        let dqkv = Cuda::arg_mut(dqkv);
+        let sizes = [n_tokens, per_kv].map(|n| Arg::Int(int(n)));
+        let scale = Arg::Float(1.0 / (heads.dim as f32).sqrt());
+        let launch = |operation: &str, (x, y): (usize, usize), shared_bytes: usize, args: &[Arg]| {
+            let kernel = Kernel::of(FILE, &format!("attention_hopper_{operation}_d{}", heads.dim), qkv.dtype());
+            let grid = Grid { blocks: (blocks(x), blocks(y), 1), threads: Backward::THREADS, shared_bytes: shared_bytes as u32 };
+            self.backend.launch(&kernel, grid, args);
+        };
+
+        let tiles = longest_first(sequence_starts, QUERY_ROWS);
+        let table = self.table(&tiles);
+        let maps = [of_qkv(QUERY_ROWS), of_dout(QUERY_ROWS), of_qkv(form.query_keys)];
+        let args = [&[dqkv, delta.arg(), Cuda::arg(lse)], &maps[..], &[table.arg()], &sizes, &[scale]].concat();
+        launch("dq", (heads.query, tiles.len()), form.dq_bytes(), &args);
+
+        let mut tiles = super::tiles(sequence_starts, form.keys);
+        tiles.sort_by_key(|tile| std::cmp::Reverse(tile.n_tokens - tile.first_row));
+        let table = self.table(&tiles);
+        let n_parts = n_parts(tiles.len() * heads.kv, self.backend.processors(), per_kv);
+        let n_elements = n_tokens * heads.kv * 2 * heads.dim;
+        let partial = self.workspace(if n_parts > 1 { n_parts * n_elements * 4 } else { 0 });
+        let maps = [of_qkv(form.keys), of_qkv(form.queries), of_dout(form.queries)];
+        let lists =
+            [&[dqkv, partial.arg(), delta.arg(), Cuda::arg(lse)], &maps[..], &[table.arg()], &sizes, &[Arg::Int(int(n_parts)), scale]];
+        launch("dkv", (heads.kv * n_parts, tiles.len()), form.dkv_bytes(), &lists.concat());
+        if n_parts > 1 {
+            let more = [heads.kv, n_parts, heads.dim].map(|n| Arg::Int(int(n)));
+            let args = [&[dqkv, partial.arg()], &sizes[..], &more].concat();
+            let kernel = Kernel::of(FILE, "attention_hopper_combine", qkv.dtype());
+            self.backend.launch(&kernel, Grid::line(n_elements.div_ceil(4 * COMBINE_THREADS as usize), COMBINE_THREADS), &args);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Few tiles of few groups are shared out, no further than there are heads; many are not. 340B on eight ranks has one group of 12
+    /// heads, so 64 tiles of 64 keys in 4096 tokens, for 132 processors.
+    #[test]
+    fn heads_are_shared_out_where_blocks_are_few() {
+        assert_eq!(n_parts(64, 132, 12), 4);
+        assert_eq!(n_parts(256, 132, 6), 1);
+        assert_eq!(n_parts(32, 132, 2), 2);
+        assert_eq!(n_parts(1, 132, 1), 1);
+    }
+
+    /// What a block of sm_90 may have: 227 KiB.
+    #[test]
+    fn shared_memory_is_there() {
+        for dim in [64, 128, 192] {
+            let backward = Backward::of(dim);
+            for bytes in [Forward::of(dim).shared_bytes(dim), backward.dq_bytes(), backward.dkv_bytes()] {
+                assert!(bytes <= 227 << 10, "{bytes} bytes for head dim {dim}");
+            }
+        }
     }
 }
