@@ -1,7 +1,8 @@
 //! The operations of the CUDA device at the shapes of models of 1, 15 and 340 billion parameters (the last as one of eight
-//! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and a copy
-//! of 1 GiB. On a Hopper GPU attention is measured with the kernels for every GPU too ("portable"); and PyTorch's beside it, when
-//! TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
+//! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and
+//! a copy of 1 GiB. On a Hopper GPU attention is measured with the kernels for every GPU too ("portable"); and PyTorch's beside it,
+//! when TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Without a GPU it says so and ends, with
+//! exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- WORD]` prints a markdown table (of the operations that contain WORD).
 
