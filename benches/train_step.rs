@@ -68,6 +68,7 @@ fn ours(device: &dyn Device, size: &Size, precision: Precision) -> (f64, f64) {
         stop_after: None,
         accepted: &[],
         stop: &|| false,
+        deadline: None,
         ceiling: &|dtype| ceiling::measure(device, dtype),
     };
     pretrain::run(&job).unwrap_or_else(|error| panic!("{error}"));

@@ -13,7 +13,9 @@ mod lines;
 mod lock;
 mod manifest;
 
-pub use file::{FileEntry, HashingFile, checksum, checksum_as, sync_dir, verify_file};
+pub use file::{
+    FileEntry, HashingFile, available_bytes, checksum, checksum_as, remove_dir_all, rename, sync_dir, verify_file, write_atomically,
+};
 pub use lines::{LineWriter, whole_lines};
 pub use lock::{RunLock, host_name, job_end_unix_s, job_id};
 pub use manifest::{FORMAT, Input, MANIFEST, Manifest, input};
@@ -69,7 +71,7 @@ impl ArtifactWriter {
         let tmp_prefix = joined(&[name, OsStr::new(".tmp-")]);
         remove_unfinished(parent, &tmp_prefix)?;
         let tmp = parent.join(joined(&[&tmp_prefix, OsStr::new(&job_id())]));
-        fs::create_dir(&tmp).at(&tmp)?;
+        file::create_dir(&tmp)?;
         let (files, counts) = (Vec::new(), BTreeMap::new());
         Ok(Begin::Write(ArtifactWriter { out: out.into(), tmp, kind, recipe, inputs, files, counts, committed: false, _lock: lock }))
     }
@@ -106,7 +108,7 @@ impl ArtifactWriter {
 impl Drop for ArtifactWriter {
     fn drop(&mut self) {
         if !self.committed {
-            let _ = fs::remove_dir_all(&self.tmp); // best effort: the next run removes it by name
+            let _ = file::remove_dir_all(&self.tmp); // best effort: the next run removes it by name
         }
     }
 }
@@ -151,7 +153,7 @@ fn remove_unfinished(parent: &Path, prefix: &OsStr) -> Result<()> {
         let path = entry.at(parent)?.path();
         if path.file_name().is_some_and(|name| name.as_bytes().starts_with(prefix.as_bytes())) && path.is_dir() {
             log::info!("{}: left by a job that ended early, removed", path.display());
-            fs::remove_dir_all(&path).at(&path)?;
+            file::remove_dir_all(&path)?;
         }
     }
     Ok(())

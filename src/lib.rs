@@ -1,7 +1,8 @@
 //! Trireme: an MPI-style batch toolkit for everything in the Nemotron-4 340B report.
 //!
 //! Layers, lowest first; a module may use its own layer and those below (tests/layering.rs holds this):
-//! L0 `error`, `exact`, `rng`, `metrics`, `artifact` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`, `comm` - L3 `model`, `data`,
+//! L0 `error`, `exact`, `fault`, `rng`, `metrics`, `artifact` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`, `comm` -
+//! L3 `model`, `data`,
 //! `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime` - L6 the binaries.
 //!
 //! Letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv heads, `D`
@@ -18,6 +19,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod exact;
+pub mod fault;
 pub mod flight;
 pub mod infer;
 pub mod metrics;

@@ -8,6 +8,7 @@
 //! mpirun binds each rank to one core when there are few ranks, and then a rank has one thread: `mpirun --bind-to none` lets
 //! the ranks of a machine share out its cores.
 
+pub mod walltime;
 mod watchdog;
 
 pub use watchdog::{Patience, Watchdog};
@@ -21,6 +22,7 @@ use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::Cuda;
 use crate::error::{Error, Kind, Result};
+use crate::fault;
 use crate::flight::Recorder;
 use crate::parallel::layout::ParallelLayout;
 use std::io::Write;
@@ -119,13 +121,15 @@ impl Runtime {
         if device == DeviceKind::Cuda {
             Cuda::check_machine()?;
         }
+        // Before MPI, which takes a while to start: what comes meanwhile is not lost.
+        set_signal_handlers();
         let universe = if launched_rank().is_some() { Some(start_mpi()?) } else { None };
         let (world, guard): (Box<dyn Communicator>, _) = match &universe {
             Some(_) => (Box::new(Mpi::world()), Some(Mpi::world())),
             None => (Box::new(Solo::new()), None),
         };
         set_coordinates(format!("r{:03} {}", world.rank(), host_name()));
-        set_signal_handlers();
+        fault::set_rank(world.rank());
         start_reporting();
         let local = guard.as_ref().map(Mpi::on_this_machine);
         let local_rank = local.as_ref().map_or(0, |local| local.rank());
@@ -174,7 +178,7 @@ impl Runtime {
         Ok((Box::new(cuda), self.groups_of(world, layout)))
     }
 
-    /// Whether this rank got SIGTERM, SIGINT or SIGUSR1.
+    /// Whether this rank got SIGTERM, SIGINT, SIGHUP or SIGUSR1.
     pub fn stop_requested(&self) -> bool {
         STOP.load(Ordering::Relaxed)
     }
@@ -337,10 +341,16 @@ extern "C" fn on_signal(signal: libc::c_int) {
 }
 
 fn set_signal_handlers() {
-    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
-        // SAFETY: the handler only swaps an atomic and calls _exit; SA_RESTART keeps system calls going.
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP] {
+        // SAFETY: the handler only swaps an atomic and calls _exit; SA_RESTART keeps system calls going. What the parent ignores
+        // (nohup: SIGHUP) stays ignored.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &mut action);
+            if action.sa_sigaction == libc::SIG_IGN {
+                continue;
+            }
+            action = std::mem::zeroed();
             action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as usize;
             action.sa_flags = libc::SA_RESTART;
             libc::sigaction(signal, &action, std::ptr::null_mut());

@@ -11,6 +11,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Element types. Accumulation is always f32 (f64 on the host for scalars).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
@@ -125,11 +126,23 @@ impl Drop for HostBuffer {
     }
 }
 
+/// Storage and how many readers elsewhere it is lent to.
+struct Shared {
+    storage: Storage,
+    n_lent: AtomicUsize,
+}
+
+impl Shared {
+    fn new(storage: Storage) -> Arc<Shared> {
+        Arc::new(Shared { storage, n_lent: AtomicUsize::new(0) })
+    }
+}
+
 /// A contiguous row-major tensor.
 pub struct Tensor {
     shape: Shape,
     dtype: DType,
-    storage: Arc<Storage>,
+    shared: Arc<Shared>,
     offset_bytes: usize,
 }
 
@@ -144,7 +157,7 @@ impl Tensor {
         if start.is_null() {
             return None;
         }
-        Some(Tensor { shape, dtype, storage: Arc::new(Storage::Host(HostBuffer { start, layout, on_drop })), offset_bytes: 0 })
+        Some(Tensor { shape, dtype, shared: Shared::new(Storage::Host(HostBuffer { start, layout, on_drop })), offset_bytes: 0 })
     }
 
     /// A host tensor with these values; for tests and small tables.
@@ -173,12 +186,12 @@ impl Tensor {
 
     /// Memory of another device; `handle` is what that device finds again by [`Tensor::foreign_handle`].
     pub fn foreign(shape: &[usize], dtype: DType, handle: Box<dyn ForeignMemory>) -> Tensor {
-        Tensor { shape: Shape::new(shape), dtype, storage: Arc::new(Storage::Foreign(handle)), offset_bytes: 0 }
+        Tensor { shape: Shape::new(shape), dtype, shared: Shared::new(Storage::Foreign(handle)), offset_bytes: 0 }
     }
 
     /// A tensor without memory, for the device that computes nothing.
     pub fn nothing(shape: &[usize], dtype: DType) -> Tensor {
-        Tensor { shape: Shape::new(shape), dtype, storage: Arc::new(Storage::Nothing), offset_bytes: 0 }
+        Tensor { shape: Shape::new(shape), dtype, shared: Shared::new(Storage::Nothing), offset_bytes: 0 }
     }
 
     /// Its shape.
@@ -223,7 +236,7 @@ impl Tensor {
 
     /// The handle of a foreign tensor.
     pub fn foreign_handle(&self) -> Option<&dyn Any> {
-        match &*self.storage {
+        match &self.shared.storage {
             Storage::Foreign(handle) => Some(&**handle as &dyn Any),
             _ => None,
         }
@@ -231,30 +244,32 @@ impl Tensor {
 
     /// Whether its bytes are host memory.
     pub fn is_host(&self) -> bool {
-        matches!(&*self.storage, Storage::Host(_))
+        matches!(&self.shared.storage, Storage::Host(_))
     }
 
     /// The bytes of a host tensor. Panics for other memory.
     pub fn bytes(&self) -> &[u8] {
-        let Storage::Host(buffer) = &*self.storage else { panic!("bytes() of a tensor that is not in host memory") };
+        let Storage::Host(buffer) = &self.shared.storage else { panic!("bytes() of a tensor that is not in host memory") };
         assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
-        // SAFETY: in bounds (asserted), alive as long as `self.storage`; `&self` excludes a writer, because views that
-        // write borrow their tensor mutably.
+        // SAFETY: in bounds (asserted), alive as long as `self.shared`; `&self` excludes a writer, because views that
+        // write borrow their tensor mutably, and nobody writes what is lent.
         unsafe { std::slice::from_raw_parts(buffer.start.add(self.offset_bytes), self.n_bytes()) }
     }
 
-    /// The bytes of a host tensor, to write. Panics for other memory.
+    /// The bytes of a host tensor, to write. Panics for other memory, and while it is lent.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let Storage::Host(buffer) = &*self.storage else { panic!("bytes_mut() of a tensor that is not in host memory") };
+        self.assert_not_lent();
+        let Storage::Host(buffer) = &self.shared.storage else { panic!("bytes_mut() of a tensor that is not in host memory") };
         assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
-        // SAFETY: as in `bytes`; `&mut self` is the only path to these bytes while it lives.
+        // SAFETY: as in `bytes`; `&mut self` is the only path to these bytes while it lives: nobody has borrowed them (asserted),
+        // and to lend them takes a `&self`.
         unsafe { std::slice::from_raw_parts_mut(buffer.start.add(self.offset_bytes), self.n_bytes()) }
     }
 
     /// Copies its bytes from `at` on to the host, wherever they lie.
     pub fn read_bytes(&self, at: usize, host: &mut [u8]) {
         assert!(at + host.len() <= self.n_bytes(), "{} bytes from {at} of {self:?}", host.len());
-        match &*self.storage {
+        match &self.shared.storage {
             Storage::Host(_) => host.copy_from_slice(&self.bytes()[at..at + host.len()]),
             Storage::Foreign(_) if host.is_empty() => {}
             Storage::Foreign(memory) => memory.read(self.offset_bytes + at, host),
@@ -265,10 +280,13 @@ impl Tensor {
     /// Copies host bytes to its bytes from `at` on, wherever they lie.
     pub fn write_bytes(&mut self, at: usize, host: &[u8]) {
         assert!(at + host.len() <= self.n_bytes(), "{} bytes from {at} of {self:?}", host.len());
-        match &*self.storage {
+        match &self.shared.storage {
             Storage::Host(_) => self.bytes_mut()[at..at + host.len()].copy_from_slice(host),
             Storage::Foreign(_) if host.is_empty() => {}
-            Storage::Foreign(memory) => memory.write(self.offset_bytes + at, host),
+            Storage::Foreign(memory) => {
+                self.assert_not_lent();
+                memory.write(self.offset_bytes + at, host)
+            }
             Storage::Nothing => panic!("writing a tensor without memory"),
         }
     }
@@ -328,12 +346,24 @@ impl Tensor {
         }
     }
 
+    /// A share for a reader elsewhere (another thread). While it lives, writing the tensor or a part of it is a panic.
+    pub fn lend(&self) -> Lent {
+        self.shared.n_lent.fetch_add(1, Ordering::AcqRel);
+        Lent { tensor: self.alias(0..self.n_rows()) }
+    }
+
+    /// Panics while a reader elsewhere has a share of the memory. Who writes it by another way than [`Tensor::bytes_mut`] asks first.
+    pub fn assert_not_lent(&self) {
+        let n_lent = self.shared.n_lent.load(Ordering::Acquire);
+        assert!(n_lent == 0, "{self:?} is written while {n_lent} others read it");
+    }
+
     fn alias(&self, rows: Range<usize>) -> Tensor {
         assert!(rows.start <= rows.end && rows.end <= self.n_rows(), "rows {rows:?} of {:?}", self.shape);
         let mut shape = self.shape;
         shape.dims[0] = rows.len();
         let offset_bytes = self.offset_bytes + rows.start * self.row_len() * self.dtype.bytes();
-        Tensor { shape, dtype: self.dtype, storage: Arc::clone(&self.storage), offset_bytes }
+        Tensor { shape, dtype: self.dtype, shared: Arc::clone(&self.shared), offset_bytes }
     }
 
     /// These rows, to read.
@@ -366,6 +396,24 @@ impl Tensor {
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tensor{:?} {:?}", self.shape, self.dtype)
+    }
+}
+
+/// A share of a tensor that may be read, on any thread, for as long as it is kept. Dereferences to [`Tensor`].
+pub struct Lent {
+    tensor: Tensor,
+}
+
+impl Deref for Lent {
+    type Target = Tensor;
+    fn deref(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.tensor.shared.n_lent.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -414,6 +462,24 @@ mod tests {
         x.rows_mut(1..2).f32_mut()[1] = 9.0;
         assert_eq!(x.f32(), &[0.0, 1.0, 2.0, 9.0, 4.0, 5.0]);
         assert_eq!(x.reshaped(&[6]).rows(3..4).f32(), &[9.0]);
+    }
+
+    /// What is lent is not written, through no view and no part of it, until it is given back: a thread that saves it would read
+    /// numbers of two moments.
+    #[test]
+    fn lent_tensors_are_not_written() {
+        let mut x = Tensor::from_f32(&[4, 2], &[1.0; 8]);
+        let lent = x.rows(2..4).lend();
+        let seen = std::thread::spawn(move || {
+            let values = lent.f32().to_vec();
+            (lent, values)
+        });
+        let (lent, values) = seen.join().unwrap();
+        assert_eq!((values, x.f32()[0]), (vec![1.0; 4], 1.0));
+        let write = |x: &mut Tensor| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| x.rows_mut(0..1).f32_mut()[0] = 2.0));
+        assert!(write(&mut x).is_err());
+        drop(lent);
+        assert!(write(&mut x).is_ok());
     }
 
     /// The drop callback hears exactly the bytes that were taken, once, after the last view is gone.

@@ -51,7 +51,7 @@ fn child_command(out: &Path) -> Command {
 fn run_child(out: &Path, failure: Option<String>) -> Output {
     let mut command = child_command(out);
     if let Some(failure) = failure {
-        command.env("TRIREME_FAIL_IO", failure);
+        command.env("TRIREME_FAULT", failure);
     }
     command.output().unwrap()
 }
@@ -87,7 +87,7 @@ fn killed_at_every_step() {
     for step in 1.. {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("tok");
-        if run_child(&out, Some(format!("{step}:abort"))).status.success() {
+        if run_child(&out, Some(format!("abort at=io n={step}"))).status.success() {
             break;
         }
         n_killed += 1;
@@ -109,7 +109,7 @@ fn failing_at_every_step() {
         for step in 1.. {
             let dir = tempfile::tempdir().unwrap();
             let out = dir.path().join("tok");
-            let output = run_child(&out, Some(format!("{step}:{how}")));
+            let output = run_child(&out, Some(format!("{how} at=io n={step}")));
             if output.status.success() {
                 assert!(step > 10, "only {step} steps were counted");
                 break;

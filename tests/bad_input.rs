@@ -157,7 +157,7 @@ fn full_disk() {
     let place = Place::new();
     let disk = place.path("disk");
     std::fs::create_dir(&disk).unwrap();
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=700k", "tmpfs"]).arg(&disk).output();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(&disk).output();
     if !mounted.as_ref().is_ok_and(|output| output.status.success()) {
         println!("skipped: cannot mount a tmpfs here ({mounted:?})");
         return;

@@ -60,7 +60,7 @@ fn sound() -> Pretrain {
             seed: 7,
         },
         validation: Some(Validation { shards: "data/a".into(), every_steps: 10, samples: 32 }),
-        checkpoint: Checkpoint { every_steps: 50 },
+        checkpoint: Checkpoint { every_steps: 50, ..Checkpoint::default() },
         health: Health::default(),
         observe: Observe::default(),
         start: None,
@@ -257,9 +257,9 @@ fn missing_keys_are_named() {
     }
     let defaults = ["window", "loss_z", "max_skips_in_a_row", "max_skips_in_window"].map(|key| format!("health.{key}"));
     let observed = ["hang_after_s", "hang_in_files_after_s", "flight_records", "compare_every_steps"].map(|key| format!("observe.{key}"));
-    let mechanics =
-        ["parallel.overlap", "train.recompute", "numerics.mode", "numerics.batch_blocks", "checkpoint.every_steps"].map(String::from);
-    assert_eq!(optional, [&mechanics[..], &defaults[..], &observed[..]].concat());
+    let mechanics = ["parallel.overlap", "train.recompute", "numerics.mode", "numerics.batch_blocks"].map(String::from);
+    let saving = ["every_steps", "copy_mib", "margin_s"].map(|key| format!("checkpoint.{key}"));
+    assert_eq!(optional, [&mechanics[..], &saving[..], &defaults[..], &observed[..]].concat());
     let line = parse("[model]\nn_layers = 1\n", &[]).expect_err("nearly everything is missing");
     assert!(line.starts_with("r.toml:1: model misses the key hidden"), "{line}");
     let line = parse("", &[]).expect_err("empty");

@@ -294,7 +294,7 @@ fn interrupted_at_every_step() {
     assert_eq!(place.run("text", "whole", &[]).status.code(), Some(0));
     let whole = content(&place.path("whole"));
     for step in 1.. {
-        let fail = |how: &str| place.command("text", "out").env("TRIREME_FAIL_IO", format!("{step}:{how}")).output().unwrap();
+        let fail = |how: &str| place.command("text", "out").env("TRIREME_FAULT", format!("{how} at=io n={step}")).output().unwrap();
         let full = fail("enospc");
         if full.status.success() {
             assert!(step > 15, "only {step} steps were counted");

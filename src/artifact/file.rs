@@ -1,15 +1,12 @@
-//! Files of artifacts: written with their checksum, read to compare it; and a switch that makes writing fail, for tests.
-//!
-//! `TRIREME_FAIL_IO=N:HOW` in the environment makes the N-th step of writing (create, write, sync, rename; counted from 1 in
-//! this process) go wrong: `abort` ends the process there as a crash would, `enospc` and `eio` fail that step and all after it.
+//! Files of artifacts: written with their checksum, read to compare it. Everything that changes the disk goes through here, a
+//! step at a time (create, write, sync, rename, remove), and each step may be planned to fail (see `fault`).
 
 use crate::error::{Error, IoContext, Result};
+use crate::fault::{self, Fate};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 use xxhash_rust::xxh3::Xxh3;
 
 /// A file of an artifact.
@@ -70,7 +67,7 @@ impl HashingFile {
     pub fn create(dir: &Path, name: &str) -> Result<HashingFile> {
         let path = dir.join(name);
         let open = || -> io::Result<StepFile> {
-            step()?;
+            fault::io("io.create")?;
             Ok(StepFile(File::options().write(true).create_new(true).open(&path)?))
         };
         let file = io::BufWriter::with_capacity(1 << 20, open().at(&path)?);
@@ -91,7 +88,7 @@ impl HashingFile {
     pub fn close(mut self) -> Result<FileEntry> {
         self.file.flush().at(&self.path)?;
         // A failed fsync may have dropped the data it failed for: it is never tried again.
-        step().and_then(|()| self.file.get_ref().0.sync_all()).at(&self.path)?;
+        fault::io("io.sync").and_then(|_| self.file.get_ref().0.sync_all()).at(&self.path)?;
         Ok(FileEntry { name: self.name, bytes: self.bytes, xxh3: format!("{:016x}", self.hash.digest()) })
     }
 }
@@ -113,8 +110,10 @@ struct StepFile(File);
 
 impl Write for StepFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        step()?;
-        self.0.write(bytes)
+        match fault::io("io.write")? {
+            Fate::Whole => self.0.write(bytes),
+            Fate::Short => self.0.write(&bytes[..bytes.len().div_ceil(2)]),
+        }
     }
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
@@ -122,56 +121,42 @@ impl Write for StepFile {
 }
 
 /// Writes a whole small file `dir/name` so that it appears at once or not at all: beside it, synced, renamed.
-pub(super) fn write_atomically(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+pub fn write_atomically(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let (path, tmp) = (dir.join(name), dir.join(format!(".{name}.tmp")));
     let write = || -> io::Result<()> {
-        step()?;
+        fault::io("io.create")?;
         let mut file = StepFile(File::create(&tmp)?);
         file.write_all(bytes)?;
-        step()?;
+        fault::io("io.sync")?;
         file.0.sync_all()
     };
-    write().at(&path).and_then(|()| rename(&tmp, &path)).inspect_err(|_| drop(fs::remove_file(&tmp)))?;
+    let remove = || fault::io("io.remove").and_then(|_| fs::remove_file(&tmp));
+    write().at(&path).and_then(|()| rename(&tmp, &path)).inspect_err(|_| drop(remove()))?;
     sync_dir(dir)
 }
 
 /// Gives a file or directory its name.
-pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
-    step().and_then(|()| fs::rename(from, to)).at(to)
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fault::io("io.rename").and_then(|_| fs::rename(from, to)).at(to)
 }
 
 /// Makes directory entries durable.
 pub fn sync_dir(dir: &Path) -> Result<()> {
-    step().and_then(|()| File::open(dir)?.sync_all()).at(dir)
+    fault::io("io.sync").and_then(|_| File::open(dir)?.sync_all()).at(dir)
 }
 
-/// How the planned failure fails.
-#[derive(Clone, Copy)]
-enum Failure {
-    Abort,
-    Errno(i32),
+/// Makes a directory that must not exist.
+pub fn create_dir(dir: &Path) -> Result<()> {
+    fault::io("io.create").and_then(|_| fs::create_dir(dir)).at(dir)
 }
 
-/// Counts a step of writing, and fails where `TRIREME_FAIL_IO` says so.
-fn step() -> io::Result<()> {
-    static PLAN: OnceLock<Option<(u64, Failure)>> = OnceLock::new();
-    static STEPS: AtomicU64 = AtomicU64::new(0);
-    let Some((at, how)) = *PLAN.get_or_init(|| parse_plan(&std::env::var("TRIREME_FAIL_IO").ok()?)) else { return Ok(()) };
-    let now = STEPS.fetch_add(1, Ordering::Relaxed) + 1;
-    match how {
-        Failure::Abort if now == at => std::process::abort(),
-        Failure::Errno(code) if now >= at => Err(io::Error::from_raw_os_error(code)),
-        _ => Ok(()),
-    }
+/// Removes a directory and everything in it.
+pub fn remove_dir_all(dir: &Path) -> Result<()> {
+    fault::io("io.remove").and_then(|_| fs::remove_dir_all(dir)).at(dir)
 }
 
-fn parse_plan(text: &str) -> Option<(u64, Failure)> {
-    let (at, how) = text.split_once(':')?;
-    let how = match how {
-        "abort" => Failure::Abort,
-        "enospc" => Failure::Errno(libc::ENOSPC),
-        "eio" => Failure::Errno(libc::EIO),
-        _ => return None,
-    };
-    Some((at.parse().ok()?, how))
+/// Bytes that this user may still write on the file system of `path`.
+pub fn available_bytes(path: &Path) -> Result<u64> {
+    let found = rustix::fs::statvfs(path).map_err(|code| io::Error::from_raw_os_error(code.raw_os_error())).at(path)?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }

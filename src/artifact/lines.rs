@@ -2,6 +2,7 @@
 //! at most one cut-off line at the end, which readers leave out and the next writer removes. It knows nothing of what the lines say.
 
 use crate::error::{IoContext, Result};
+use crate::fault;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -25,12 +26,12 @@ impl LineWriter {
 
     /// Appends a line with one write.
     pub fn append(&mut self, line: &str) -> Result<()> {
-        self.file.write_all(format!("{line}\n").as_bytes()).at(&self.path)
+        fault::io("io.write").and_then(|_| self.file.write_all(format!("{line}\n").as_bytes())).at(&self.path)
     }
 
     /// Returns when all lines are on the disk.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().at(&self.path)
+        fault::io("io.sync").and_then(|_| self.file.sync_data()).at(&self.path)
     }
 }
 

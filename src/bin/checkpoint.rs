@@ -1,24 +1,27 @@
-//! trireme-checkpoint: checkpoints in and out of Hugging Face's form, shown and verified. Wiring only; the work is
-//! `checkpoint` and `checkpoint::hf`.
+//! trireme-checkpoint: checkpoints in and out of Hugging Face's form, shown, verified, compared and averaged. Wiring only; the work
+//! is `checkpoint`, `checkpoint::compare` and `checkpoint::hf`.
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use trireme::artifact::Manifest;
+use trireme::checkpoint::compare::{self, Difference, Verdict};
 use trireme::checkpoint::hf::{self, ExportType};
 use trireme::checkpoint::{self, Stored};
 use trireme::cli;
-use trireme::error::{Context, Error, IoContext, Result};
+use trireme::error::{Context, Error, IoContext, Kind, Result};
 use trireme::tensor::DType;
 
-/// Checkpoints in and out of Hugging Face's form, shown and verified.
+/// Checkpoints in and out of Hugging Face's form, shown, verified, compared and averaged.
 ///
 /// Examples:
 ///   trireme-checkpoint import nvidia/Minitron-4B-Base --out base
 ///   trireme-checkpoint export runs/first --out first-hf --dtype bf16
 ///   trireme-checkpoint show runs/first
 ///   trireme-checkpoint verify runs/first
+///   trireme-checkpoint diff runs/first runs/second
+///   trireme-checkpoint average runs/first/checkpoints/step-000000{80,90} runs/first --out first-mean
 #[derive(Parser)]
 #[command(name = "trireme-checkpoint", version, verbatim_doc_comment)]
 struct Args {
@@ -57,6 +60,23 @@ enum What {
         /// A checkpoint, or a run
         checkpoint: PathBuf,
     },
+    /// Compare two checkpoints tensor by tensor: equal, or how many elements differ and by how many ulp at most. Exit code 1 on any
+    /// difference
+    Diff {
+        /// A checkpoint, or a run (its newest checkpoint)
+        first: PathBuf,
+        /// Another
+        second: PathBuf,
+    },
+    /// Write the mean of the weights of several checkpoints of one model as a checkpoint of weights
+    Average {
+        /// Checkpoints, or runs (their newest checkpoints)
+        #[arg(required = true, num_args = 2..)]
+        checkpoints: Vec<PathBuf>,
+        /// Checkpoint to write
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -79,6 +99,11 @@ fn run(args: &Args) -> Result<()> {
         }
         What::Show { checkpoint } => say(&describe(&checkpoint::open(checkpoint)?)),
         What::Verify { checkpoint } => verify(checkpoint),
+        What::Diff { first, second } => diff(&checkpoint::open(first)?, &checkpoint::open(second)?),
+        What::Average { checkpoints, out } => {
+            let stored = checkpoints.iter().map(|path| checkpoint::open(path)).collect::<Result<Vec<Stored>>>()?;
+            tell_written(out, &compare::average(&stored, out)?)
+        }
     }
 }
 
@@ -112,6 +137,22 @@ fn describe(stored: &Stored) -> String {
         lines.push(format!("{name:width$}  {:4}  {shape:>16}  {:6}", tensor.dtype.name(), tensor.n_pieces()));
     }
     lines.join("\n")
+}
+
+fn diff(first: &Stored, second: &Stored) -> Result<()> {
+    let all = compare::diff(first, second)?;
+    let width = all.iter().map(|difference| difference.name.len()).max().unwrap_or(0);
+    for Difference { name, verdict } in &all {
+        say(&format!("{name:width$}  {verdict}"))?;
+    }
+    let different: Vec<&Difference> = all.iter().filter(|difference| difference.verdict != Verdict::Equal).collect();
+    match different.iter().max_by_key(|difference| difference.verdict.severity()) {
+        None => say(&format!("{} and {}: {} tensors, all equal", first.dir().display(), second.dir().display(), all.len())),
+        Some(worst) => {
+            let wrong = format!("{} of {} tensors differ, most of all {}: {}", different.len(), all.len(), worst.name, worst.verdict);
+            Err(Error::new(Kind::Other, wrong).doing(format!("comparing {} with {}", first.dir().display(), second.dir().display())))
+        }
+    }
 }
 
 fn verify(path: &Path) -> Result<()> {

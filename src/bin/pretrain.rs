@@ -3,13 +3,14 @@
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::device::ceiling;
 use trireme::error::Result;
 use trireme::recipe::Pretrain;
-use trireme::runtime::{Patience, Runtime};
+use trireme::runtime::{Patience, Runtime, walltime};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
 
@@ -46,6 +47,10 @@ struct Args {
     /// Save and leave after this step, to be continued by the same command
     #[arg(long, value_name = "STEP")]
     stop_after: Option<u64>,
+    /// Time that this job has, as SLURM writes it: MINUTES, MM:SS, HH:MM:SS, D-HH:MM:SS. Shortly before it is over the run saves and
+    /// leaves with 75. Left out, SLURM is asked
+    #[arg(long, value_name = "TIME", value_parser = walltime::parse)]
+    walltime: Option<Duration>,
 }
 
 fn main() -> ExitCode {
@@ -67,7 +72,8 @@ fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let patience = Patience { step_s: limit(recipe.observe.hang_after_s), files_s: limit(recipe.observe.hang_in_files_after_s) };
     let _watchdog = runtime.watch(&groups.flight, patience);
     let device = &*device;
-    let stop = || runtime.stop_agreed(&*groups.world);
+    let stop = || runtime.stop_requested();
+    let deadline = if runtime.is_first() { walltime::deadline(args.walltime) } else { None };
     let job = Job {
         recipe,
         groups: &groups,
@@ -76,6 +82,7 @@ fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
         stop_after: args.stop_after,
         accepted: &args.accepted,
         stop: &stop,
+        deadline,
         ceiling: &|dtype| ceiling::measure(device, dtype),
     };
     let ended = pretrain::run(&job)?;

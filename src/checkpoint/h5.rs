@@ -7,6 +7,7 @@
 //! bf16 is a true float type of 1 sign, 8 exponent and 7 mantissa bits, so h5py and h5ls show numbers.
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::fault;
 use crate::parallel::slice::Slice;
 use crate::tensor::DType;
 use hdf5_sys::h5::hsize_t;
@@ -89,10 +90,12 @@ fn build<T>(fill: impl FnOnce(&Id) -> Result<T>) -> Result<(File, T)> {
     };
     let room = || format!("make room in {}, or set TMPDIR to a directory with room", dir.display());
     let built = hdf5::sync::sync(|| {
+        fault::io("io.hdf5").at(&dir)?;
         let (file, path) = tempfile::Builder::new().prefix("trireme-").suffix(".h5").tempfile_in(&dir).at(&dir)?.into_parts();
         let h5 = create_file(&path)?;
         path.close().at(&dir)?;
         let value = fill(&h5)?;
+        fault::io("io.hdf5").at(&dir)?;
         close_file(h5)?;
         Ok((file, value))
     });

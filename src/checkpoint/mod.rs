@@ -10,16 +10,21 @@
 //! reach a tensor. [`verify()`] reads everything. So a missing, truncated or flipped byte is an error that names the file,
 //! and never a number. The form follows Megatron-LM's ShardedTensor; this module knows nothing of optimizers or devices.
 
+mod commit;
+pub mod compare;
 mod h5;
 pub mod hf;
+mod plan;
+pub mod retention;
 pub mod safetensors;
 mod save;
 mod shard;
+pub mod snapshot;
 mod stored;
 
 pub use save::{Meta, Piece, Planned, Streamed, save};
 pub use shard::StoredType;
-pub use stored::{Stored, StoredTensor, Wanted, latest, list, open, verify};
+pub use stored::{Stored, StoredTensor, Wanted, list, open, verify};
 
 /// Kind of the artifact.
 pub const KIND: &str = "checkpoint";

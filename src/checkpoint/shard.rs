@@ -215,27 +215,31 @@ fn hex(hash: u64) -> String {
     format!("{hash:016x}")
 }
 
-/// An open shard file whose every byte is verified before it is used.
-pub struct ShardReader<'a> {
+/// An open shard file.
+pub struct ShardFile<'a> {
     path: PathBuf,
     file: File,
     shard: &'a StoredShard,
+}
+
+/// Reads a shard file, a block at a time, each verified before it is used.
+pub struct ShardReader<'a> {
+    from: &'a ShardFile<'a>,
     block: Vec<u8>,
     /// (piece, block) in `block`.
     loaded: Option<(usize, usize)>,
 }
 
-impl<'a> ShardReader<'a> {
-    /// Opens a shard and verifies everything in it but the pieces.
-    pub fn open(dir: &Path, shard: &'a StoredShard) -> Result<ShardReader<'a>> {
+impl<'a> ShardFile<'a> {
+    /// Opens a shard; nothing is verified yet.
+    pub fn open(dir: &Path, shard: &'a StoredShard) -> Result<ShardFile<'a>> {
         let path = dir.join(&shard.file);
         let file = File::open(&path).at(&path)?;
-        let reader = ShardReader { path, file, shard, block: Vec::new(), loaded: None };
-        reader.verify_frame()?;
-        Ok(reader)
+        Ok(ShardFile { path, file, shard })
     }
 
-    fn verify_frame(&self) -> Result<()> {
+    /// Verifies everything in it but the pieces.
+    pub fn verify_frame(&self) -> Result<()> {
         let (mut hash, mut at, mut frame) = (Xxh3::new(), 0, Vec::new());
         let ends = self.shard.pieces.iter().map(|piece| (piece.at, piece.at + piece.spec.n_bytes()));
         for (until, next) in ends.chain(std::iter::once((self.shard.bytes, self.shard.bytes))) {
@@ -264,6 +268,13 @@ impl<'a> ShardReader<'a> {
             Error::io(&self.path, &error)
         })
     }
+}
+
+impl<'a> ShardReader<'a> {
+    /// A reader that has read nothing yet.
+    pub fn new(from: &'a ShardFile<'a>) -> ShardReader<'a> {
+        ShardReader { from, block: Vec::new(), loaded: None }
+    }
 
     /// Hands out bytes `from .. from + n` of piece `piece`, verified, in runs that follow each other.
     pub fn read(&mut self, piece: usize, from: usize, n: usize, mut take: impl FnMut(&[u8])) -> Result<()> {
@@ -285,17 +296,17 @@ impl<'a> ShardReader<'a> {
             return Ok(());
         }
         self.loaded = None;
-        let piece = &self.shard.pieces[piece_idx];
+        let piece = &self.from.shard.pieces[piece_idx];
         let start = (block * BLOCK_BYTES) as u64;
         let mut bytes = std::mem::take(&mut self.block);
         bytes.resize((piece.spec.n_bytes() - start).min(BLOCK_BYTES as u64) as usize, 0);
-        self.read_at(&mut bytes, piece.at + start)?;
+        self.from.read_at(&mut bytes, piece.at + start)?;
         self.block = bytes;
         let (found, written) = (hex(xxh3_64(&self.block)), &piece.blocks[block * 16..(block + 1) * 16]);
         if found != written {
             let name = &piece.spec.name;
             let wrong = format!("checksum {found} of {name} from byte {}, {written} was written", piece.at + start);
-            return Err(Error::file(&self.path, wrong).remedy(DAMAGED));
+            return Err(Error::file(&self.from.path, wrong).remedy(DAMAGED));
         }
         self.loaded = Some((piece_idx, block));
         Ok(())

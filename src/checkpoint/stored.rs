@@ -2,16 +2,18 @@
 //! nothing of HDF5: the table of pieces says at which byte of which shard each piece lies.
 
 use super::save::{Meta, Settings};
-use super::shard::{DAMAGED, ShardReader, StoredShard, StoredType, check_table};
+use super::shard::{DAMAGED, ShardFile, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES};
 use crate::artifact::{FileEntry, Manifest, verify_file};
 use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
 use crate::text::{self, Tokenizer};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A finished checkpoint, opened.
 pub struct Stored {
@@ -56,34 +58,45 @@ pub fn open(path: &Path) -> Result<Stored> {
     if !path.join("checkpoints").is_dir() {
         return Stored::open_dir(path);
     }
-    match newest(path)? {
-        Some(stored) => Ok(stored),
-        None => Err(Error::file(path, "has no checkpoint yet").remedy("let the run go on until its first checkpoint")),
-    }
+    newest(path)?.ok_or_else(|| Error::file(path, "has no checkpoint yet").remedy("let the run go on until its first checkpoint"))
 }
 
-/// Where the newest whole checkpoint of a run is; None for a run that has not saved yet.
-pub fn latest(run_dir: &Path) -> Result<Option<PathBuf>> {
-    Ok(newest(run_dir)?.map(|stored| stored.dir))
-}
-
-/// Reads every byte of a checkpoint: each file with its size and checksum, or what is wrong with it. An error when not even
-/// the manifest can be trusted.
+/// Reads every byte of a checkpoint, several files at a time: each file with its size and checksum, or what is wrong with it; of a
+/// damaged shard the first tensor that is. An error when not even the manifest can be trusted.
 pub fn verify(checkpoint: &Path) -> Result<Vec<(FileEntry, Result<()>)>> {
     let manifest = Manifest::open(checkpoint, KIND)?;
-    let report = manifest.files.iter().map(|file| (file.clone(), verify_file(checkpoint, file)));
-    Ok(report.collect())
+    // Without a table of pieces that can be trusted, a shard is a file like the others.
+    let table = Stored::open_dir(checkpoint).ok();
+    let verify = |file: &FileEntry| {
+        let damage = verify_file(checkpoint, file).err();
+        let shard = table.as_ref().and_then(|table| table.shards.iter().find(|shard| shard.file == file.name));
+        damage.map_or(Ok(()), |damage| Err(shard.and_then(|shard| verify_shard(checkpoint, shard).err()).unwrap_or(damage)))
+    };
+    Ok(manifest.files.par_iter().map(|file| (file.clone(), verify(file))).collect())
+}
+
+/// Every byte of a shard against the table of pieces.
+fn verify_shard(checkpoint: &Path, shard: &StoredShard) -> Result<()> {
+    let file = ShardFile::open(checkpoint, shard)?;
+    file.verify_frame()?;
+    let mut reader = ShardReader::new(&file);
+    let mut pieces = shard.pieces.iter().enumerate();
+    pieces.try_for_each(|(idx, piece)| reader.read(idx, 0, piece.spec.n_bytes() as usize, |_| {}))
 }
 
 /// Every directory of a run that is named as a checkpoint (`checkpoints/step-N`), oldest first, whole or not.
 pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    let folder = run_dir.join("checkpoints");
+    list_folder(&run_dir.join("checkpoints"))
+}
+
+/// The same of the folder of a run's checkpoints.
+pub(super) fn list_folder(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
     let mut steps: Vec<(u64, PathBuf)> = Vec::new();
-    for entry in fs::read_dir(&folder).at(&folder)? {
-        let entry = entry.at(&folder)?;
+    for entry in fs::read_dir(folder).at(folder)? {
+        let entry = entry.at(folder)?;
         let name = entry.file_name();
         let number = name.to_str().and_then(|name| name.strip_prefix("step-")).filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
         if let Some(step) = number.and_then(|digits| digits.parse().ok()) {
@@ -115,7 +128,8 @@ fn newest(run_dir: &Path) -> Result<Option<Stored>> {
 }
 
 impl Stored {
-    fn open_dir(dir: &Path) -> Result<Stored> {
+    /// Opens one checkpoint.
+    pub(super) fn open_dir(dir: &Path) -> Result<Stored> {
         let manifest = Manifest::open(dir, KIND)?;
         for file in manifest.files.iter().filter(|file| !file.name.starts_with("shard-")) {
             verify_file(dir, file)?;
@@ -177,23 +191,57 @@ impl Stored {
         self.tensors.keys().any(|name| name.starts_with(group))
     }
 
-    /// Fills every wanted tensor. Ask for everything at once: each shard is then opened once and read in file order. On
-    /// an error the tensors are left in any state.
+    /// Fills every wanted tensor. Ask for everything at once: all threads read, each a part of a tensor at a time. On an error
+    /// the tensors are left in any state.
     pub fn read(&self, wanted: &mut [Wanted]) -> Result<()> {
-        let mut jobs = Vec::new();
-        for (idx, want) in wanted.iter().enumerate() {
+        let plan = |want: &Wanted| {
             assert_eq!(want.tensor.n_elements(), want.slice.n_elements(), "room for {} of {:?}", want.name, want.slice);
-            let places = self.places(&want.name, &want.slice, want.tensor.dtype())?;
-            jobs.extend(places.into_iter().map(|(shard, piece)| (shard, piece, idx)));
-        }
-        jobs.sort();
-        let mut open: Option<(usize, ShardReader)> = None;
-        for (shard, piece, idx) in jobs {
-            if open.as_ref().is_none_or(|(at, _)| *at != shard) {
-                open = Some((shard, ShardReader::open(&self.dir, &self.shards[shard])?));
+            self.places(&want.name, &want.slice, want.tensor.dtype())
+        };
+        let places = wanted.iter().map(plan).collect::<Result<Vec<_>>>()?;
+        let seen: Vec<AtomicBool> = self.shards.iter().map(|_| AtomicBool::new(false)).collect();
+        let mut tasks = Vec::new();
+        let mut foreign = Vec::new();
+        for (want, places) in wanted.iter_mut().zip(&places) {
+            let dtype = want.tensor.dtype();
+            if want.tensor.is_host() {
+                tasks.extend(Task::divide(places, &want.slice, dtype, want.tensor.bytes_mut()));
+            } else {
+                foreign.push((want, places));
             }
-            let (_, reader) = open.as_mut().expect("opened above");
-            copy_common(reader, &self.shards[shard], piece, &mut wanted[idx])?;
+        }
+        self.run(&mut tasks, &seen)?;
+        // Memory that is not the host's is filled by this thread, from a buffer that all threads fill.
+        for (want, places) in foreign {
+            let dtype = want.tensor.dtype();
+            let row_bytes = want.tensor.n_bytes() / want.slice.shape[0].max(1);
+            let n_rows = (FOREIGN_BYTES / row_bytes.max(1)).max(1);
+            let mut buffer = vec![0; row_bytes * n_rows.min(want.slice.shape[0])];
+            for first in (0..want.slice.shape[0]).step_by(n_rows) {
+                let rows = rows_of(&want.slice, first, n_rows);
+                let part = &mut buffer[..rows.shape[0] * row_bytes];
+                self.run(&mut Task::divide(places, &rows, dtype, part), &seen)?;
+                want.tensor.write_bytes(first * row_bytes, part);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the parts, several at a time; of several errors the first in their order.
+    fn run(&self, tasks: &mut [Task], seen: &[AtomicBool]) -> Result<()> {
+        tasks.par_iter_mut().find_map_first(|task| self.fill(task, seen).err()).map_or(Ok(()), Err)
+    }
+
+    fn fill(&self, task: &mut Task, seen: &[AtomicBool]) -> Result<()> {
+        for &(shard_idx, piece) in task.places {
+            let shard = &self.shards[shard_idx];
+            let Some(common) = shard.pieces[piece].spec.slice.intersect(&task.slice) else { continue };
+            let file = ShardFile::open(&self.dir, shard)?;
+            if !seen[shard_idx].load(Ordering::Relaxed) {
+                file.verify_frame()?;
+                seen[shard_idx].store(true, Ordering::Relaxed);
+            }
+            copy_common(&mut ShardReader::new(&file), shard, piece, &common, task)?;
         }
         Ok(())
     }
@@ -292,23 +340,52 @@ fn gather_tensors(path: &Path, shards: &[StoredShard]) -> Result<BTreeMap<String
     Ok(tensors)
 }
 
+/// Bytes that one thread reads at a time, at least: a part costs at most two blocks of a shard more than it has.
+const TASK_BYTES: usize = 32 << 20;
+/// Bytes on their way to memory that is not the host's.
+const FOREIGN_BYTES: usize = 128 << 20;
+
+/// Rows of a tensor to be read by one thread.
+struct Task<'a> {
+    /// (shard, piece) of the whole tensor that is wanted.
+    places: &'a [(usize, usize)],
+    /// Which part of the whole tensor.
+    slice: Slice,
+    dtype: DType,
+    /// Its values.
+    bytes: &'a mut [u8],
+}
+
+impl<'a> Task<'a> {
+    /// A wanted part, cut between rows.
+    fn divide(places: &'a [(usize, usize)], slice: &Slice, dtype: DType, bytes: &'a mut [u8]) -> Vec<Task<'a>> {
+        if bytes.is_empty() {
+            return Vec::new();
+        }
+        let row_bytes = bytes.len() / slice.shape[0];
+        let n_rows = (TASK_BYTES / row_bytes).max(1);
+        let part = |(idx, bytes): (usize, &'a mut [u8])| Task { places, slice: rows_of(slice, idx * n_rows, n_rows), dtype, bytes };
+        bytes.chunks_mut(n_rows * row_bytes).enumerate().map(part).collect()
+    }
+}
+
+/// `n` rows of a slice, or as many as there are, from its row `first` on.
+fn rows_of(slice: &Slice, first: usize, n: usize) -> Slice {
+    let mut rows = slice.clone();
+    rows.offset[0] += first;
+    rows.shape[0] = n.min(slice.shape[0] - first);
+    rows
+}
+
 /// Copies what a piece and a wanted part have in common.
-fn copy_common(reader: &mut ShardReader, shard: &StoredShard, piece: usize, want: &mut Wanted) -> Result<()> {
+fn copy_common(reader: &mut ShardReader, shard: &StoredShard, piece: usize, common: &Slice, task: &mut Task) -> Result<()> {
     let spec = &shard.pieces[piece].spec;
-    let common = spec.slice.intersect(&want.slice).expect("chosen because they have something in common");
-    let (stored, asked) = (spec.dtype.dtype(), want.tensor.dtype());
-    let mut converted = Vec::new();
-    for run in runs(&common, &spec.slice, &want.slice) {
+    let (stored, asked) = (spec.dtype.dtype(), task.dtype);
+    for run in runs(common, &spec.slice, &task.slice) {
         let mut at = run.to * asked.bytes();
         reader.read(piece, run.from * stored.bytes(), run.n * stored.bytes(), |bytes| {
             let n = bytes.len() / stored.bytes() * asked.bytes();
-            if want.tensor.is_host() {
-                convert(bytes, stored, &mut want.tensor.bytes_mut()[at..at + n], asked);
-            } else {
-                converted.resize(n, 0);
-                convert(bytes, stored, &mut converted, asked);
-                want.tensor.write_bytes(at, &converted);
-            }
+            convert(bytes, stored, &mut task.bytes[at..at + n], asked);
             at += n;
         })?;
     }

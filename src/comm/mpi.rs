@@ -8,6 +8,7 @@
 use super::ordered::on_host;
 use super::solo::Solo;
 use super::{Communicator, Pending, Recv, Send, Staging, StagingBuffer, UsePieces};
+use crate::fault;
 use mpi::ffi;
 use std::os::raw::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -271,6 +272,7 @@ impl Communicator for Mpi {
             full[self.rank * n..(self.rank + 1) * n].copy_from_slice(shard);
         }
         drop(calling);
+        fault::at("collective");
         Pending::until(move || requests.wait())
     }
 
@@ -302,6 +304,7 @@ impl Communicator for Mpi {
             }
         }
         drop(calling);
+        fault::at("collective");
         Pending::until(move || {
             requests.wait();
             // MPI has copied this rank's own piece too, unless the pieces travelled as messages.
@@ -353,6 +356,7 @@ impl Communicator for Mpi {
             unsafe { self.post_send(send.peer, message_tag(send.tag), bytes, &mut requests) };
         }
         drop(calling);
+        fault::at("collective");
         Pending::until(move || {
             requests.wait();
             drop(copies);

@@ -21,6 +21,7 @@ impl Pretrain {
         self.check_health()?;
         self.observe.check()?;
         self.check_validation()?;
+        self.check_checkpoint()?;
         let tokens = self.batch.micro * self.batch.seq_len;
         let tp = self.parallel.tp;
         self.check_tensor_parallel(tokens)?;
@@ -41,6 +42,8 @@ impl Pretrain {
             ("batch.micro", batch.micro as u64),
             ("batch.global", batch.global as u64),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
+            ("checkpoint.keep_last", self.checkpoint.keep_last.unwrap_or(1) as u64),
+            ("checkpoint.keep_every", self.checkpoint.keep_every.unwrap_or(1)),
         ];
         for (key, value) in counts {
             require(value > 0, || (format!("{key} is 0"), "give a positive number".into()))?;
@@ -112,6 +115,16 @@ impl Pretrain {
         require(norm > 0.0 && norm.is_finite(), || {
             (format!("health.max_grad_norm = {norm}"), "give a positive number, or leave it out for never".into())
         })
+    }
+
+    fn check_checkpoint(&self) -> Result<()> {
+        let checkpoint = &self.checkpoint;
+        require(checkpoint.keep_every.is_none() || checkpoint.keep_last.is_some(), || {
+            let wrong = "checkpoint.keep_every without checkpoint.keep_last: all checkpoints stay";
+            (wrong.into(), "set checkpoint.keep_last too, or leave keep_every out".into())
+        })?;
+        let margin_s = checkpoint.margin_s;
+        require((0.0..=1e9).contains(&margin_s), || (format!("checkpoint.margin_s = {margin_s}"), "give 0 or a positive number".into()))
     }
 
     fn check_validation(&self) -> Result<()> {

@@ -223,10 +223,18 @@ pub struct Validation {
 pub struct Checkpoint {
     /// Steps between checkpoints (and one at the end).
     pub every_steps: u64,
+    /// So many of the newest stay; absent: all.
+    pub keep_last: Option<usize>,
+    /// With keep_last: of the older ones those whose step is a multiple of this stay too.
+    pub keep_every: Option<u64>,
+    /// MiB of a rank for copies of what the optimizer changes before it is on the disk; at least its largest piece of a tensor.
+    pub copy_mib: u64,
+    /// Seconds that are left of the job's time when a run has saved and leaves.
+    pub margin_s: f64,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint { every_steps: 1000 }
+        Checkpoint { every_steps: 1000, keep_last: None, keep_every: None, copy_mib: 0, margin_s: 30.0 }
     }
 }

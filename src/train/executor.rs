@@ -4,6 +4,7 @@
 use super::spans;
 use crate::comm::{Communicator, Groups, InFlight, Recv, Send};
 use crate::device::ScratchTensor;
+use crate::fault;
 use crate::model::chunk::{Chunk, ChunkDeferred, ChunkSaved, MicroBatch, Output, Part};
 use crate::model::ctx::Ctx;
 use crate::parallel::layout::ParallelLayout;
@@ -123,6 +124,11 @@ fn key(parcel: &Parcel) -> Key {
 
 impl Stage<'_> {
     fn run(&mut self, action: &Action) {
+        match action {
+            Action::Forward { .. } => fault::at("forward"),
+            Action::Backward { .. } | Action::BackwardInput { .. } => fault::at("backward"),
+            _ => {}
+        }
         match action {
             Action::Forward { chunk, micro } => self.forward(*chunk, *micro),
             Action::Backward { chunk, micro } => self.backward(*chunk, *micro),

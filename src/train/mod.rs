@@ -16,6 +16,7 @@ mod report;
 mod resume;
 mod run_data;
 pub mod run_dir;
+pub mod saving;
 mod spans;
 pub mod state;
 mod trainer;

@@ -4,10 +4,12 @@
 //! all-gather the weights; `exchanges` says when the exchanges start and are waited for.
 
 use super::exchanges::Exchanges;
+use crate::checkpoint::snapshot::Gate;
 use crate::comm::{Communicator, Groups, Pending, Recv, Send};
 use crate::device::{Adamw, AdamwShard, Device, Scratch, ScratchTensor};
 use crate::error::Result;
 use crate::exact::ExactSum;
+use crate::fault;
 use crate::model::chunk::Chunk;
 use crate::model::config::Split;
 use crate::model::param::Param;
@@ -16,6 +18,7 @@ use crate::parallel::pieces::TP_PIECES;
 use crate::parallel::slice::Slice;
 use crate::recipe::Optimizer as Settings;
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 /// The owned rows of one parameter. All tensors are [block, ..] f32 where block = ceil(rows / dp); rows past the end of the
 /// tensor are zero and stay so.
@@ -49,6 +52,8 @@ pub struct ShardedAdamW {
     /// [chunk][parameter]
     pub shards: Vec<Vec<Shard>>,
     pub(super) order: Order,
+    /// Asked before a parameter is changed while a save is under way.
+    pub gate: Option<Arc<Gate>>,
 }
 
 /// Step number, learning rate and clipping of one update.
@@ -73,7 +78,8 @@ impl ShardedAdamW {
             Ok(Shard { slice: param.spec.dp_slice(layout, at), master: alloc()?, m: alloc()?, v: alloc()?, grad })
         };
         let of_chunk = |chunk: &Chunk| chunk.params().into_iter().map(shard).collect::<Result<Vec<Shard>>>();
-        Ok(ShardedAdamW { shards: chunks.iter().map(of_chunk).collect::<Result<_>>()?, order: Order::ByRank })
+        let shards = chunks.iter().map(of_chunk).collect::<Result<_>>()?;
+        Ok(ShardedAdamW { shards, order: Order::ByRank, gate: None })
     }
 
     /// Takes the memory of canonical sums in `chunks`, for at most this many blocks of samples a replica, and adds in their order
@@ -179,6 +185,10 @@ impl ShardedAdamW {
                     step: update.step,
                     grad_scale: update.grad_scale as f32,
                 };
+                fault::at("update");
+                if let Some(gate) = &self.gate {
+                    gate.release(&param.spec.name);
+                }
                 if let Some(rows) = update_one(device, scratch, (&mut *param, shard), adamw) {
                     exchanges.gather((chunk_idx, idx), rows, param);
                 }

@@ -13,11 +13,13 @@ use crate::comm::{Groups, agree};
 use crate::device::Device;
 use crate::device::ceiling::Ceiling;
 use crate::error::{Error, Kind, Result};
+use crate::fault;
 use crate::flight::Phase;
 use crate::progress::Progress;
 use crate::recipe::Pretrain;
 use crate::tensor::DType;
 use std::path::Path;
+use std::time::Instant;
 
 /// One rank's part in a pretraining job.
 pub struct Job<'a> {
@@ -33,8 +35,10 @@ pub struct Job<'a> {
     pub stop_after: Option<u64>,
     /// What may have changed since the run's newest checkpoint.
     pub accepted: &'a [Changed],
-    /// Whether any rank was asked to stop; collective.
+    /// Whether this rank was asked to stop.
     pub stop: &'a dyn Fn() -> bool,
+    /// When the job's time is up, on rank 0, where it is known.
+    pub deadline: Option<Instant>,
     /// Measures what this rank's device can do at best (`device::ceiling::measure`); called by all ranks at once.
     pub ceiling: &'a dyn Fn(DType) -> Ceiling,
 }
@@ -59,13 +63,17 @@ pub fn run(job: &Job) -> Result<Ended> {
     spans::open_ledger(job.groups, job.out, &job.recipe.observe)?;
     let starting = job.groups.flight.span(Phase::Start);
     let mut trainer = Trainer::new(job, &data)?;
+    fault::at("init");
     trainer.print_plan();
     trainer.start_or_resume()?;
     agree(world, trainer.make_schedules())?;
     agree(world, trainer.open_records())?;
     agree(world, run_dir.as_ref().map_or(Ok(()), |run_dir| run_dir.adopt(&recipe_toml)))?;
     drop(starting);
-    let ended = train(&mut trainer)?;
+    let ended = train(&mut trainer);
+    // Whatever ended the steps, all ranks left them alike, and a save under way is worth its end.
+    let saved = trainer.saver.finish(&mut trainer.state, job.groups);
+    let ended = ended.and_then(|ended| saved.map(|()| ended))?;
     if ended == Ended::Finished {
         let Lineage { accepted, started_from, .. } = trainer.lineage;
         let mut counts = vec![("steps", trainer.state.step.into()), ("consumed_samples", trainer.state.consumed_samples.into())];
@@ -130,7 +138,14 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
     let (n_steps, last) = (trainer.plan.n_steps(), trainer.last_step());
     let is_first = job.groups.world.rank() == 0;
     let mut progress = is_first.then(|| Progress::new("pretrain", last.saturating_sub(trainer.state.step), "steps"));
+    let mut stop = trainer.saver.stop((job.stop)(), &*job.groups.world);
     while trainer.state.step < last {
+        if let Some(why) = stop {
+            log::info!("leaving     {}", trainer.saver.lost_if_killed(trainer.state.step));
+            trainer.save()?;
+            trainer.saver.finish(&mut trainer.state, job.groups)?;
+            return Err(trainer.saver.leaves(why, trainer.state.step, n_steps));
+        }
         trainer.announce();
         let result = trainer.step()?;
         let is_end = trainer.state.step == last;
@@ -145,14 +160,11 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
         if let Some(progress) = &mut progress {
             progress.add(1);
         }
-        let stop = (job.stop)();
-        if is_end || stop || trainer.state.step % recipe.checkpoint.every_steps == 0 {
+        trainer.saver.step_done(&mut trainer.state, &*job.groups.world)?;
+        if is_end || trainer.saver.is_due(trainer.state.step) {
             trainer.save()?;
         }
-        if stop && !is_end {
-            let wrong = format!("asked to stop: saved at step {} of {n_steps}", trainer.state.step);
-            return Err(Error::new(Kind::Requeue, wrong).remedy("run the same command again to continue"));
-        }
+        stop = trainer.saver.stop((job.stop)(), &*job.groups.world);
     }
     if let Some(progress) = progress {
         progress.finish();
@@ -161,8 +173,9 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
 }
 
 /// Ends the run when too many steps had to be skipped: the checkpoint from before stays the newest. The same on every rank.
-fn check_health(trainer: &Trainer, result: &StepResult) -> Result<()> {
+fn check_health(trainer: &mut Trainer, result: &StepResult) -> Result<()> {
     let Some(wrong) = trainer.health.over_limit(trainer.state.step) else { return Ok(()) };
+    trainer.saver.finish(&mut trainer.state, trainer.job.groups)?; // one under way is of a sound step
     let kept = match checkpoint::list(trainer.job.out)?.last() {
         Some((_, path)) => format!("{} is kept", path.display()),
         None => "there is no checkpoint yet".into(),

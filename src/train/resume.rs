@@ -9,9 +9,10 @@ use super::pretrain::recipe_value;
 use super::replicas;
 use super::run_data::{PhaseData, RunData, tokenizer_fingerprint};
 use super::run_dir;
+use super::saving;
 use super::state::SavedAs;
 use super::trainer::Trainer;
-use crate::artifact::{self, Input};
+use crate::artifact::Input;
 use crate::checkpoint::{self, Stored};
 use crate::comm::agree;
 use crate::error::{Context, Error, Result};
@@ -20,7 +21,6 @@ use crate::metrics;
 use crate::model::config::ModelConfig;
 use crate::recipe::{Moments, Pretrain, Start};
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
 
 /// Where weights came from besides steps.
 #[derive(Clone, Debug)]
@@ -58,20 +58,36 @@ fn model_fingerprint(model: &ModelConfig) -> String {
 }
 
 impl Trainer<'_> {
-    /// Goes on from the run's newest checkpoint, or begins. Collective.
+    /// Goes on from the run's newest checkpoint that is whole, or begins. What is damaged is passed over, and told; when nothing
+    /// else is left, its damage is the error. Collective.
     pub fn start_or_resume(&mut self) -> Result<()> {
         let world = &*self.job.groups.world;
-        match agree(world, checkpoint::latest(self.job.out))? {
-            Some(path) => {
-                let stored = agree(world, checkpoint::open(&path))?;
-                self.resume(&stored)?;
+        let mut first_damage = None;
+        for path in saving::newest_first(self.job.out, world)? {
+            let damage = match agree(world, checkpoint::open(&path)) {
+                Ok(stored) => self.resume(&stored)?,
+                Err(damage) => Some(damage),
+            };
+            match (damage, &first_damage) {
+                (None, None) => return Ok(()),
+                (None, Some(passed_over)) => {
+                    log::warn!("{passed_over}; going on from {} instead", path.display());
+                    return Ok(());
+                }
+                (damage, None) => first_damage = damage,
+                (Some(_), Some(_)) => {}
             }
-            None => match &self.job.recipe.start {
-                Some(start) => self.start_from(start)?,
-                None => self.initialise(),
-            },
         }
-        Ok(())
+        if let Some(damage) = first_damage {
+            return Err(Error::doing(damage, format!("looking for a whole checkpoint in {}", self.job.out.display())));
+        }
+        match &self.job.recipe.start {
+            Some(start) => self.start_from(start),
+            None => {
+                self.initialise();
+                Ok(())
+            }
+        }
     }
 
     /// Says in metrics and ledger where this job begins, once it is sure that it does. Rank 0 has them.
@@ -95,7 +111,8 @@ impl Trainer<'_> {
         ledger.job(ledger::Job { from_step, ranks: self.job.groups.world.size(), phases })
     }
 
-    fn resume(&mut self, stored: &Stored) -> Result<()> {
+    /// The damage, when its numbers cannot be read: then this is as if it had never been. An error when it is not of this run.
+    fn resume(&mut self, stored: &Stored) -> Result<Option<Error>> {
         let meta = stored.meta();
         let place = stored.dir().display().to_string();
         let mut differences = self.model_and_tokenizer_differences(stored);
@@ -119,7 +136,9 @@ impl Trainer<'_> {
                 Error::file(stored.dir(), wrong).remedy("go back to that batch size and ramp, or start a new run from it by [start]")
             );
         }
-        self.load(stored, Moments::Keep)?;
+        if let Err(damage) = self.load(stored, Moments::Keep) {
+            return Ok(Some(damage));
+        }
         (self.state.step, self.state.consumed_samples, self.state.updates) = (meta.step, meta.consumed_samples, meta.step);
         if let Some(kept) = kept(stored)? {
             self.state.updates = kept.updates;
@@ -131,8 +150,9 @@ impl Trainer<'_> {
         }
         self.lineage.accepted.extend(accepted);
         self.lineage.tokenizer = self.lineage.tokenizer.take().or(meta.tokenizer.clone());
+        self.saver.goes_on_from(self.state.step);
         log::info!("resumed from {place} at step {}", self.state.step);
-        Ok(())
+        Ok(None)
     }
 
     /// Step 0 of this run with the weights of another.
@@ -173,15 +193,11 @@ impl Trainer<'_> {
         differences
     }
 
-    /// Saves the state as it is now, unless that was done. The ledger is on the disk before. Collective.
+    /// Begins to save the state as it is now, unless that was done; the ledger is on the disk before. Collective.
     pub fn save(&mut self) -> Result<()> {
         let path = run_dir::checkpoint_path(self.job.out, self.state.step);
-        if path.join(artifact::MANIFEST).exists() {
-            return Ok(()); // stopped right after the regular save of this step
-        }
         self.finish_weights();
         replicas::compare_before_save(self)?;
-        let started = Instant::now();
         let _saving = self.job.groups.flight.span(Phase::Save);
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
         let Lineage { accepted, started_from, tokenizer } = self.lineage.clone();
@@ -193,9 +209,7 @@ impl Trainer<'_> {
             model: &self.job.recipe.model,
             trainer: serde_json::to_value(kept).expect("plain data"),
         };
-        self.state.save(&path, self.job.groups, what).doing(|| format!("saving step {}", self.state.step))?;
-        log::info!("saved {} in {:.1} s", path.display(), started.elapsed().as_secs_f64());
-        Ok(())
+        self.saver.start(&path, &mut self.state, self.job.groups, what)
     }
 }
 

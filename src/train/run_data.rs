@@ -6,6 +6,7 @@ use crate::comm::{Groups, agree};
 use crate::data::order::{DataOrder, Sequential};
 use crate::data::shards::{Split, TokenShards};
 use crate::error::{Context, Error, Result};
+use crate::fault;
 use crate::recipe::Pretrain;
 use std::path::{Path, PathBuf};
 
@@ -117,6 +118,7 @@ impl Opener<'_> {
         let set = (path.to_path_buf(), split);
         if !self.seen.contains(&set) {
             if self.reading == Reading::Through {
+                fault::at("verify");
                 shards.verify()?;
             }
             self.inputs.push(shards.as_input(role, path));

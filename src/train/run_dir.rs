@@ -40,13 +40,8 @@ impl RunDir {
     /// checkpoints is compared with the newest of them when it is loaded, not here.
     pub fn open(path: &Path, recipe_toml: &str, accepted: &[Changed]) -> Result<Opened> {
         let recipe_path = path.join("recipe.toml");
-        if path.exists() && !recipe_path.exists() {
-            let mut entries = fs::read_dir(path).at(path)?;
-            if entries.next().is_some() {
-                return Err(
-                    Error::file(path, "exists and is not a run (no recipe.toml)").remedy("choose another --out, or remove it first")
-                );
-            }
+        if path.exists() && !recipe_path.exists() && holds_anything_foreign(path)? {
+            return Err(Error::file(path, "exists and is not a run (no recipe.toml)").remedy("choose another --out, or remove it first"));
         }
         fs::create_dir_all(path.join("checkpoints")).at(path)?;
         let lock = RunLock::acquire(&path.join(".lock"), path)?;
@@ -75,11 +70,7 @@ impl RunDir {
         if fs::read_to_string(&recipe_path).is_ok_and(|old| old == recipe_toml) {
             return Ok(());
         }
-        let tmp = self.path.join("recipe.toml.tmp");
-        fs::write(&tmp, recipe_toml).at(&tmp)?;
-        fs::File::open(&tmp).and_then(|file| file.sync_all()).at(&tmp)?;
-        fs::rename(&tmp, &recipe_path).at(&recipe_path)?;
-        artifact::sync_dir(&self.path)
+        artifact::write_atomically(&self.path, "recipe.toml", recipe_toml.as_bytes())
     }
 
     /// Closes the run: the manifest, last.
@@ -90,6 +81,20 @@ impl RunDir {
         manifest.counts = counts.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
         artifact::seal(&self.path, manifest)
     }
+}
+
+/// Whether there is more than what a job leaves that ended before its recipe was written.
+fn holds_anything_foreign(path: &Path) -> Result<bool> {
+    for entry in fs::read_dir(path).at(path)? {
+        let entry = entry.at(path)?;
+        let name = entry.file_name();
+        let is_empty_folder = || fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_none());
+        let is_ours = name == ".lock" || name == ".recipe.toml.tmp" || (name == "checkpoints" && is_empty_folder());
+        if !is_ours {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Where the checkpoint of a step goes.
@@ -126,6 +131,10 @@ mod tests {
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("`a = 1`") && error.to_string().contains("`a = 2`"), "{error}");
         assert!(matches!(RunDir::open(&run, "a = 2\n", &[Changed::Recipe]).unwrap(), Opened::Ours(_)), "accepted");
+        // A job that was killed before it wrote its recipe is not in the way.
+        fs::remove_file(run.join("recipe.toml")).unwrap();
+        fs::write(run.join(".recipe.toml.tmp"), "a =").unwrap();
+        assert!(matches!(RunDir::open(&run, "a = 3\n", &[]).unwrap(), Opened::Ours(_)));
         let foreign = dir.path().join("foreign");
         fs::create_dir(&foreign).unwrap();
         fs::write(foreign.join("thesis.tex"), "x").unwrap();

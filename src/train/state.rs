@@ -1,7 +1,8 @@
 //! Everything that changes while training: weights, optimizer state, step and samples consumed; made new, saved, loaded.
 
 use super::optimizer::ShardedAdamW;
-use crate::checkpoint::{self, Meta, Piece, Stored, Wanted};
+use crate::checkpoint::snapshot::{self, Options, Started};
+use crate::checkpoint::{Meta, Piece, Stored, Wanted};
 use crate::comm::Groups;
 use crate::device::{Device, Scratch};
 use crate::error::{Context, Result};
@@ -88,10 +89,9 @@ impl TrainState {
         self.optimizer.publish_weights(device, scratch, &mut self.chunks, groups);
     }
 
-    /// Reads weights, and unless the moments are to be reset optimizer state, saved under any layout. Counters are the caller's.
-    /// Collective over the data-parallel group.
-    pub fn load(&mut self, device: &dyn Device, scratch: &Scratch, groups: &Groups, what: (&Stored, Moments)) -> Result<()> {
-        let (from, moments) = what;
+    /// Reads master weights, and unless the moments are to be reset optimizer state, saved under any layout. Counters are the caller's.
+    /// On an error the tensors are in any state. [`TrainState::publish`] comes next, when all ranks have read theirs.
+    pub fn read(&mut self, from: &Stored, moments: Moments) -> Result<()> {
         let mut wanted = Vec::new();
         for (chunk, shards) in self.chunks.iter().zip(&mut self.optimizer.shards) {
             for (param, shard) in chunk.params().into_iter().zip(shards) {
@@ -110,15 +110,17 @@ impl TrainState {
         }
         let mut requests: Vec<Wanted> =
             wanted.iter_mut().map(|(name, slice, tensor)| Wanted { name: name.clone(), slice: slice.clone(), tensor }).collect();
-        from.read(&mut requests).doing(|| format!("resuming from {}", from.dir().display()))?;
-        drop(requests);
-        drop(wanted);
-        self.optimizer.publish_weights(device, scratch, &mut self.chunks, groups);
-        Ok(())
+        from.read(&mut requests).doing(|| format!("resuming from {}", from.dir().display()))
     }
 
-    /// Writes a checkpoint: every rank the rows it owns. Collective over the world.
-    pub fn save(&self, out: &Path, groups: &Groups, what: SavedAs) -> Result<()> {
+    /// Sets the compute weights from what was read. Collective over the data-parallel group.
+    pub fn publish(&mut self, device: &dyn Device, scratch: &Scratch, groups: &Groups) {
+        self.optimizer.publish_weights(device, scratch, &mut self.chunks, groups);
+    }
+
+    /// Begins to write a checkpoint: every rank the rows it owns. Nothing is copied; see [`snapshot::start`] for what may change
+    /// when. Collective over the world.
+    pub fn snapshot(&self, out: &Path, groups: &Groups, what: SavedAs, options: Options) -> Result<Started> {
         let meta = Meta {
             step: self.step,
             consumed_samples: self.consumed_samples,
@@ -152,7 +154,7 @@ impl TrainState {
             .iter()
             .map(|(name, shape, slice, tensor)| Piece { name: name.clone(), global_shape: shape.clone(), slice: slice.clone(), tensor })
             .collect();
-        checkpoint::save(out, &meta, &pieces, &*groups.world).map(|_| ())
+        snapshot::start(out, &meta, &pieces, options, &*groups.world)
     }
 }
 

@@ -11,12 +11,14 @@ use super::pretrain::Job;
 use super::resume::Lineage;
 use super::run_data::RunData;
 use super::run_dir;
+use super::saving::Saver;
 use super::state::TrainState;
 use crate::comm::{Groups, agree};
 use crate::device::Scratch;
 use crate::device::ceiling::Ceiling;
 use crate::error::{Context, Result};
 use crate::exact::ExactSum;
+use crate::fault;
 use crate::flight::{Phase, Times};
 use crate::metrics::MetricsWriter;
 use crate::model::chunk::MicroBatch;
@@ -36,6 +38,7 @@ pub(super) struct Trainer<'a> {
     pub plan: StepPlan,
     pub health: Health,
     pub lineage: Lineage,
+    pub saver: Saver,
     pub ceiling: Ceiling,
     /// On rank 0.
     pub metrics: Option<MetricsWriter>,
@@ -95,9 +98,10 @@ impl<'a> Trainer<'a> {
         let ledger = agree(world, ledger)?;
         let rates = recipe.phases().iter().map(|phase| phase.lr).collect();
         let health = Health::new(&recipe.health, History::default());
+        let saver = Saver::new(&recipe.checkpoint, job.deadline, job.device.memory().live_bytes);
         let exchanges = Exchanges::new(groups, if recipe.parallel.overlap { Overlap::WithComputation } else { Overlap::Nothing });
         let (scratch, lineage, schedules) = (Scratch::new(), Lineage::new(data), BTreeMap::new());
-        Ok(Trainer { job, data, state, plan, health, lineage, ceiling, metrics, ledger, rates, exchanges, scratch, schedules })
+        Ok(Trainer { job, data, state, plan, health, lineage, saver, ceiling, metrics, ledger, rates, exchanges, scratch, schedules })
     }
 
     /// Steps of the run after this job, as planned.
@@ -134,8 +138,9 @@ impl<'a> Trainer<'a> {
 
     /// Loads this rank's part of a checkpoint. Collective.
     pub fn load(&mut self, from: &crate::checkpoint::Stored, moments: crate::recipe::Moments) -> Result<()> {
-        let loaded = self.state.load(self.job.device, &self.scratch, self.job.groups, (from, moments));
-        agree(&*self.job.groups.world, loaded)
+        agree(&*self.job.groups.world, self.state.read(from, moments))?;
+        self.state.publish(self.job.device, &self.scratch, self.job.groups);
+        Ok(())
     }
 
     /// Waits for the weights of the last update: before anything but the next step reads them.
@@ -227,6 +232,7 @@ impl<'a> Trainer<'a> {
 
     /// Mean loss over the held-out samples, in nats a token. Collective.
     pub fn held_out_loss(&mut self) -> Result<f64> {
+        fault::at("validation");
         self.finish_weights();
         let held_out = self.data.validation.as_ref().expect("asked for only when there is some");
         let (groups, batch) = (self.job.groups, &self.job.recipe.batch);

@@ -110,7 +110,7 @@ pub fn tiny_recipe(shards: &Path) -> Pretrain {
         },
         data: Data { train: vec![Source { shards: shards.into(), weight: 1.0 }], seed: 9 },
         validation: None,
-        checkpoint: Checkpoint { every_steps: 1000 },
+        checkpoint: Checkpoint::default(),
         health: Health::default(),
         observe: Observe::default(),
         start: None,
@@ -157,11 +157,25 @@ fn job(
         let groups = Groups::new(world, layout);
         let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
+        // Asked before the first step too.
+        let begun = std::cell::Cell::new(false);
         let stop = || {
-            after_step();
+            if begun.replace(true) {
+                after_step();
+            }
             false
         };
-        pretrain::run(&Job { recipe, groups: &groups, device: &*device, out, stop_after, accepted, stop: &stop, ceiling: &ceiling })
+        pretrain::run(&Job {
+            recipe,
+            groups: &groups,
+            device: &*device,
+            out,
+            stop_after,
+            accepted,
+            stop: &stop,
+            deadline: None,
+            ceiling: &ceiling,
+        })
     });
     let first = results[0].clone();
     assert!(results.iter().all(|result| *result == first), "ranks left by different doors: {results:?}");

@@ -187,6 +187,7 @@ impl Cuda {
 
     /// A tensor to write, as an argument.
     pub(crate) fn arg_mut(tensor: &mut Tensor) -> Arg {
+        tensor.assert_not_lent();
         Arg::Address(Cuda::address(tensor))
     }
 

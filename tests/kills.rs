@@ -1,0 +1,225 @@
+//! Whole jobs that are killed and started again: ranks under mpirun and single processes, at planned places (`trireme::fault`), by
+//! signals, and by the end of their time. Each job is the binary; what counts is that the run ends with the bits of one that nobody
+//! disturbed.
+
+mod common;
+
+use common::{counting_documents, tiny_recipe, write_megatron};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use trireme::artifact::Manifest;
+use trireme::checkpoint;
+use trireme::rng::Random;
+
+const STEPS: u64 = 8;
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    /// A recipe of eight steps that saves after each, and measures held-out loss after every third.
+    fn new() -> Place {
+        let place = Place { dir: tempfile::tempdir().unwrap() };
+        let shards = place.path("shards");
+        write_megatron(&shards, "train", &counting_documents(60, 61, 1));
+        write_megatron(&shards, "validation", &counting_documents(20, 61, 2));
+        let mut recipe = tiny_recipe(&shards);
+        recipe.model.n_layers = 2;
+        recipe.train.samples = STEPS * 8;
+        recipe.checkpoint.every_steps = 1;
+        recipe.checkpoint.keep_last = Some(3);
+        recipe.checkpoint.margin_s = 0.0;
+        recipe.validation = Some(trireme::recipe::Validation { shards, every_steps: 3, samples: 4 });
+        std::fs::write(place.path("recipe.toml"), recipe.to_toml()).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A job on so many ranks, under mpirun when there are several.
+    fn job(&self, out: &str, n_ranks: usize, fault: &str, more: &[&str]) -> Command {
+        let program = env!("CARGO_BIN_EXE_trireme-pretrain");
+        let mut command = Command::new(if n_ranks > 1 { "mpirun" } else { program });
+        if n_ranks > 1 {
+            command.args(["-n", &n_ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", program]);
+        }
+        command.arg("--recipe").arg(self.path("recipe.toml")).arg("--out").arg(self.path(out)).args(more);
+        command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("RAYON_NUM_THREADS", "1");
+        command.env("TRIREME_FAULT", fault).env_remove("RUST_BACKTRACE").stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, out: &str, n_ranks: usize, fault: &str) -> Output {
+        self.job(out, n_ranks, fault, &[]).output().unwrap()
+    }
+
+    /// The weights and moments at the end, as checksums of the files that hold them.
+    fn end_of(&self, out: &str) -> Vec<(String, String)> {
+        let last = self.path(out).join(format!("checkpoints/step-{STEPS:08}"));
+        let manifest = Manifest::open(&last, checkpoint::KIND).unwrap();
+        manifest.files.into_iter().filter(|file| file.name.starts_with("shard-")).map(|file| (file.name, file.xxh3)).collect()
+    }
+
+    fn newest_step(&self, out: &str) -> Option<u64> {
+        checkpoint::open(&self.path(out)).ok().map(|stored| stored.meta().step)
+    }
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+fn exists(program: &str) -> bool {
+    Command::new(program).arg("--version").stdout(Stdio::null()).status().is_ok()
+}
+
+/// SIGKILL of one rank of two at every kind of moment: at the start, forward, backward, in the middle of a collective, in the
+/// optimizer, while measuring, and in each phase of a save. The job ends with an error, soon, and the next job of the same command
+/// goes on; after all of them the run has the bits of an undisturbed one.
+#[test]
+fn killed_at_every_kind_of_moment() {
+    assert!(exists("mpirun"), "no mpirun: install OpenMPI (apt-get install openmpi-bin)");
+    let place = Place::new();
+    let undisturbed = place.run("undisturbed", 2, "");
+    assert!(undisturbed.status.success(), "{}", text(&undisturbed));
+    let places = [
+        "rank=1 at=init",
+        "rank=0 at=forward n=11",
+        "rank=1 at=backward n=3",
+        "rank=1 at=collective n=60",
+        "rank=0 at=update n=7",
+        "rank=1 at=validation",
+        "rank=0 at=save.begin n=2",
+        "rank=1 at=save.snapshot",
+        "rank=1 at=save.write n=9",
+        "rank=1 at=io.sync n=2",
+        "rank=0 at=save.report",
+        "rank=0 at=save.commit n=2",
+        "rank=0 at=io.rename n=3",
+        "rank=0 at=save.durable",
+    ];
+    let mut n_resumed = 0;
+    for at in places {
+        let began = Instant::now();
+        let output = place.run("killed", 2, &format!("kill {at}"));
+        assert!(!output.status.success() && began.elapsed() < Duration::from_secs(60), "{at}: {}", text(&output));
+        // Long before its end the run is where some place is not passed any more: then it begins anew.
+        n_resumed += usize::from(text(&output).contains("resumed from"));
+        if place.newest_step("killed") >= Some(STEPS - 2) {
+            let end = place.run("killed", 2, "");
+            assert!(end.status.success(), "after {at}: {}", text(&end));
+            assert_eq!(place.end_of("killed"), place.end_of("undisturbed"), "after {at}");
+            std::fs::remove_dir_all(place.path("killed")).unwrap();
+        }
+    }
+    assert!(n_resumed >= 8, "only {n_resumed} of {} lives went on from a checkpoint", places.len());
+    if place.path("killed").exists() {
+        let end = place.run("killed", 2, "");
+        assert!(end.status.success(), "{}", text(&end));
+        assert_eq!(place.end_of("killed"), place.end_of("undisturbed"));
+    }
+}
+
+/// Thirty kills at random places of random ranks: each life goes on where the one before was durable, and the run ends with the bits of
+/// an undisturbed one.
+#[test]
+fn thirty_random_kills() {
+    let place = Place::new();
+    assert!(place.run("undisturbed", 2, "").status.success());
+    let random = Random::new(31, "kills");
+    let places = ["forward", "backward", "collective", "update", "save.write", "save.commit", "io.write", "io.sync", "io"];
+    let (mut n_kills, mut draw) = (0, 0);
+    let mut next = |n: u64| {
+        draw += 1;
+        random.bits(draw) % n
+    };
+    let mut n_runs = 0;
+    while n_kills < 30 {
+        let (at, n, rank) = (places[next(places.len() as u64) as usize], 1 + next(60), next(2));
+        let output = place.run("killed", 2, &format!("kill at={at} n={n} rank={rank}"));
+        if !output.status.success() {
+            n_kills += 1;
+            continue;
+        }
+        // It came to its end before the place was passed so often.
+        assert_eq!(place.end_of("killed"), place.end_of("undisturbed"), "after {n_kills} kills");
+        std::fs::remove_dir_all(place.path("killed")).unwrap();
+        n_runs += 1;
+    }
+    let end = place.run("killed", 2, "");
+    assert!(end.status.success(), "{}", text(&end));
+    assert_eq!(place.end_of("killed"), place.end_of("undisturbed"), "after {n_kills} kills, {n_runs} runs before");
+}
+
+/// SIGTERM, SIGUSR1 and SIGHUP in any loop, twice too, and while a save is under way: the job ends what it is at, saves, and leaves with
+/// 75; the next goes on from that step to the bits of an undisturbed run. Nothing is saved twice or torn.
+#[test]
+fn asked_to_stop_at_any_point() {
+    let place = Place::new();
+    assert!(place.run("undisturbed", 1, "").status.success());
+    let asks = [
+        ("term at=verify", 0),
+        ("usr1 at=init", 0),
+        ("term at=forward", 1),
+        ("usr1 at=update n=30", 2),
+        ("term at=validation", 3),
+        ("term at=save.begin n=2; usr1 at=save.write n=5", 2),
+        ("usr1 at=save.write; term at=save.commit; term at=io.rename n=2", 1),
+        ("term at=save.durable n=3", 3),
+    ];
+    for (ask, soonest) in asks {
+        let output = place.run("stopped", 1, ask);
+        assert_eq!(output.status.code(), Some(75), "{ask}: {}", text(&output));
+        let step = place.newest_step("stopped").unwrap();
+        assert!((soonest..=soonest + 2).contains(&step), "{ask}: saved at {step}");
+        assert!(text(&output).contains(&format!("asked to stop: saved at step {step} of {STEPS}")), "{ask}: {}", text(&output));
+        let folder = std::fs::read_dir(place.path("stopped/checkpoints")).unwrap();
+        let left: Vec<String> = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(left.iter().all(|name| name.starts_with("step-") && !name.contains('.')), "{ask}: {left:?}");
+        let end = place.run("stopped", 1, "");
+        assert!(end.status.success(), "after {ask}: {}", text(&end));
+        assert_eq!(place.end_of("stopped"), place.end_of("undisturbed"), "after {ask}");
+        std::fs::remove_dir_all(place.path("stopped")).unwrap();
+    }
+}
+
+/// A run leaves before its time is over, by itself, with everything saved: by --walltime, and by what SLURM puts into the environment.
+#[test]
+fn leaves_before_its_time_is_over() {
+    let place = Place::new();
+    let endless = ["--set", "train.samples=800000000", "--set", "checkpoint.every_steps=50"];
+    let mut command = place.job("flag", 1, "", &endless);
+    command.args(["--walltime", "0:03"]);
+    for (name, mut command) in [("flag", command), ("slurm", place.job("slurm", 1, "", &endless))] {
+        let began = Instant::now();
+        if name == "slurm" {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+            command.env("SLURM_JOB_END_TIME", (now + 3).to_string());
+        }
+        let output = command.output().unwrap();
+        let (took, text) = (began.elapsed(), text(&output));
+        assert_eq!(output.status.code(), Some(75), "{text}");
+        assert!(took < Duration::from_millis(3200), "{name} took {took:?}");
+        let step = place.newest_step(name).unwrap();
+        assert!(step > 0 && text.contains(&format!("saved at step {step} of")) && text.contains("the time is nearly up"), "{text}");
+        assert!(text.contains("lost work if killed now") && text.contains("snapshot ") && text.contains("durable "), "{text}");
+    }
+}
+
+/// A job that is killed while it makes its run directory leaves nothing that the next one stumbles over.
+#[test]
+fn killed_at_every_step_of_the_start() {
+    let place = Place::new();
+    let out = Path::new("started");
+    for n in 1..=5 {
+        let output = place.run("started", 1, &format!("kill at=io n={n}"));
+        assert!(!output.status.success(), "{n}: {}", text(&output));
+        let next = place.job("started", 1, "", &["--stop-after", "1"]).output().unwrap();
+        assert!(next.status.success(), "{n}: {}", text(&next));
+        std::fs::remove_dir_all(place.path(out.to_str().unwrap())).unwrap();
+    }
+}
