@@ -12,7 +12,7 @@ use super::run_dir;
 use super::saving;
 use super::state::SavedAs;
 use super::trainer::Trainer;
-use crate::artifact::Input;
+use crate::artifact::{self, Input};
 use crate::checkpoint::{self, Stored};
 use crate::comm::agree;
 use crate::error::{Context, Error, Result};

@@ -13,6 +13,7 @@ use crate::checkpoint::retention::{self, Retention};
 use crate::checkpoint::snapshot::{Options, Saving, Started};
 use crate::comm::{Communicator, Groups, agree};
 use crate::error::{Context, Error, Kind, Result};
+use crate::flight::Phase;
 use crate::recipe::Checkpoint;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -146,6 +147,8 @@ impl Saver {
     /// Returns when the save under way, if any, is durable. Collective.
     pub fn finish(&mut self, state: &mut TrainState, groups: &Groups) -> Result<()> {
         let world = &*groups.world;
+        // Who waits for this rank's disk is as patient as in any save.
+        let _saving = self.under_way.as_ref().map(|_| groups.flight.span(Phase::Save));
         while let Some(under_way) = &mut self.under_way {
             match under_way.saving.advance(world) {
                 Ok(None) => {}
