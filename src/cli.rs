@@ -1,6 +1,7 @@
 //! What all binaries share: the end of the program. One line for an error, the right exit code.
 
 use crate::comm::nccl::{Options, Sums};
+use crate::device::Fp8Scales;
 use crate::error::{Error, Result};
 use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
@@ -43,6 +44,20 @@ pub fn main_with(run: impl FnOnce() -> Result<()>) -> ExitCode {
 /// Prints the one line. A closed stderr is nobody's loss.
 pub fn report(error: &Error) {
     runtime::report_final(error);
+}
+
+/// For `--weights`: fp8 (a scale for each output channel) or fp8-tensor (one for each weight).
+pub fn parse_weights(text: &str) -> std::result::Result<Fp8Scales, String> {
+    match text {
+        "fp8" => Ok(Fp8Scales::Rows),
+        "fp8-tensor" => Ok(Fp8Scales::Tensor),
+        other => Err(format!("{other:?} is neither fp8 nor fp8-tensor")),
+    }
+}
+
+/// `--weights` as it stands in an artifact.
+pub fn weights_name(weights: Option<Fp8Scales>) -> Option<&'static str> {
+    weights.map(|scales| if scales == Fp8Scales::Rows { "fp8" } else { "fp8-tensor" })
 }
 
 /// For `--dtype`: f32 or bf16.

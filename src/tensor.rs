@@ -22,6 +22,8 @@ pub enum DType {
     BF16,
     /// Token ids, positions.
     U32,
+    /// E4M3: 1 sign, 4 exponent, 3 mantissa bits, no infinity; beside a tensor of f32 scales. Weights and inputs of products only.
+    F8E4M3,
 }
 
 impl DType {
@@ -31,6 +33,7 @@ impl DType {
             DType::F32 => "f32",
             DType::BF16 => "bf16",
             DType::U32 => "u32",
+            DType::F8E4M3 => "f8e4m3",
         }
     }
 
@@ -39,6 +42,7 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::BF16 => 2,
+            DType::F8E4M3 => 1,
         }
     }
 }
@@ -342,7 +346,7 @@ impl Tensor {
         match self.dtype {
             DType::F32 => self.f32().to_vec(),
             DType::BF16 => self.bf16().iter().map(|x| x.to_f32()).collect(),
-            DType::U32 => panic!("to_f32_vec() of a u32 tensor"),
+            DType::U32 | DType::F8E4M3 => panic!("to_f32_vec() of {self:?}"),
         }
     }
 

@@ -18,6 +18,8 @@ mod decode_cases;
 mod driver;
 #[path = "kernels/emulator.rs"]
 mod emulator;
+#[path = "kernels/fp8.rs"]
+mod fp8;
 #[path = "golden_runs/mod.rs"]
 mod golden_runs;
 #[path = "kernels/model.rs"]

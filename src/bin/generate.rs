@@ -8,6 +8,7 @@ use trireme::checkpoint::{self, hf};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
+use trireme::device::Fp8Scales;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::{self, Generator};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
@@ -53,6 +54,9 @@ struct Args {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
+    /// Keep the weights of linear layers as E4M3: fp8 (a scale for each output channel) or fp8-tensor (one for each weight)
+    #[arg(long, value_parser = cli::parse_weights)]
+    weights: Option<Fp8Scales>,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -74,7 +78,8 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return Ok(()) };
     let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
-    let chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
+    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
+    agree(&*groups.world, args.weights.map_or(Ok(()), |scales| chunk.quantise(device, scales)))?;
     let generator = Generator {
         device,
         groups: &groups,
@@ -123,7 +128,7 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
 }
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
-    let recipe = serde_json::json!({ "dtype": args.dtype.name() });
+    let recipe = serde_json::json!({ "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights) });
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin(&args.out, "responses", recipe, inputs)
 }

@@ -9,6 +9,7 @@ use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::data::h5;
+use trireme::device::Fp8Scales;
 use trireme::error::{Error, Result};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Rated, Scored, Sequence};
@@ -73,6 +74,9 @@ struct ScoreArgs {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
+    /// Keep the weights of linear layers as E4M3: fp8 (a scale for each output channel) or fp8-tensor (one for each weight)
+    #[arg(long, value_parser = cli::parse_weights)]
+    weights: Option<Fp8Scales>,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -104,6 +108,7 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
     let mut chunks = [agree(&*groups.world, load_chunk(device, &stored, &groups, args.dtype))?];
+    agree(&*groups.world, args.weights.map_or(Ok(()), |scales| chunks[0].quantise(device, scales)))?;
     match what {
         What::Logprobs(_) => {
             let scored = agree(&*groups.world, score::logprobs(device, &groups, &mut chunks, &sequences, args.batch_tokens))?;
@@ -143,7 +148,7 @@ fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Vec
 }
 
 fn begin(what: &What, args: &ScoreArgs, stored: &Stored) -> Result<Begin> {
-    let recipe = serde_json::json!({ "what": what.name(), "dtype": args.dtype.name() });
+    let recipe = serde_json::json!({ "what": what.name(), "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights) });
     let inputs = vec![artifact::input("checkpoint", stored.dir())?, artifact::input("sequences", &args.input)?];
     ArtifactWriter::begin(&args.out, "scores", recipe, inputs)
 }

@@ -111,6 +111,7 @@ fn distance(a: &[u8], b: &[u8], dtype: DType) -> u64 {
         let (bits, sign) = match dtype {
             DType::BF16 => (i64::from(u16::from_le_bytes([bytes[0], bytes[1]])), 1 << 15),
             DType::F32 | DType::U32 => (i64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])), 1 << 31),
+            DType::F8E4M3 => unreachable!("checkpoints keep weights as they were before they were quantised"),
         };
         if dtype != DType::U32 && bits & sign != 0 { -(bits ^ sign) } else { bits }
     };

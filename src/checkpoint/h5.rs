@@ -226,6 +226,7 @@ fn element_type(dtype: DType) -> Result<Id> {
     let base = match dtype {
         DType::F32 | DType::BF16 => *hdf5::globals::H5T_IEEE_F32LE,
         DType::U32 => *hdf5::globals::H5T_STD_U32LE,
+        DType::F8E4M3 => unreachable!("checkpoints keep weights as they were before they were quantised"),
     };
     // SAFETY: `base` is one of the library's own types.
     let copy = own(unsafe { h5t::H5Tcopy(base) }, h5t::H5Tclose, "copy a type")?;

@@ -80,6 +80,7 @@ impl From<DType> for StoredType {
             DType::F32 => StoredType::F32,
             DType::BF16 => StoredType::Bf16,
             DType::U32 => StoredType::U32,
+            DType::F8E4M3 => unreachable!("checkpoints keep weights as they were before they were quantised"),
         }
     }
 }

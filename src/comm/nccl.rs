@@ -93,6 +93,7 @@ fn type_of(dtype: DType) -> ncclDataType_t {
         DType::F32 => ncclDataType_t::ncclFloat32,
         DType::BF16 => ncclDataType_t::ncclBfloat16,
         DType::U32 => ncclDataType_t::ncclUint32,
+        DType::F8E4M3 => ncclDataType_t::ncclUint8,
     }
 }
 

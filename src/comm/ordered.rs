@@ -151,7 +151,7 @@ pub(super) fn check_division(what: &str, size: usize, full: &Tensor, shard: &Ten
 }
 
 pub(super) fn check_summable(what: &str, (x, op): (&Tensor, ReduceOp), size: usize) {
-    assert!(x.dtype() != DType::U32, "{what} of {x:?}: integers are gathered, not summed");
+    assert!([DType::F32, DType::BF16].contains(&x.dtype()), "{what} of {x:?}: only f32 and bf16 are summed");
     assert!(op != ReduceOp::SumInPairs || size.is_power_of_two(), "{what} in pairs over {size} ranks, not a power of two");
 }
 
@@ -170,7 +170,7 @@ fn combine(pieces: &[&[u8]], out: &mut [u8], dtype: DType, op: ReduceOp) {
             let pieces: Vec<&[u16]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
             in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| combine_bf16(pieces, out, op));
         }
-        DType::U32 => unreachable!("refused before anything is sent"),
+        DType::U32 | DType::F8E4M3 => unreachable!("refused before anything is sent"),
     }
 }
 
@@ -196,7 +196,7 @@ fn combine_in_pairs(pieces: &[&[u8]], out: &mut [u8], dtype: DType) {
             let pieces: Vec<&[u16]> = pieces.iter().map(|piece| bytemuck::cast_slice(piece)).collect();
             in_blocks(&pieces, bytemuck::cast_slice_mut(out), |pieces, out| pairs(pieces, out, widen, round_to_bf16));
         }
-        DType::U32 => unreachable!("refused before anything is sent"),
+        DType::U32 | DType::F8E4M3 => unreachable!("refused before anything is sent"),
     }
 }
 

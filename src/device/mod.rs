@@ -31,6 +31,15 @@ pub struct Gemm {
     pub out: Store,
 }
 
+/// For what a scale of E4M3 elements is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fp8Scales {
+    /// One for a whole tensor.
+    Tensor,
+    /// One for each row: an output channel of a weight, a token of an input.
+    Rows,
+}
+
 /// What happens to the output of an operation that can do either.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Store {
@@ -291,6 +300,15 @@ pub trait Device: Send + Sync {
     /// out[m,n] = or += op(a)[m,k] op(b)[k,n]. a and b both f32 or both bf16; out f32 or bf16 (bf16 out only from bf16
     /// inputs). Accumulates in f32.
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm);
+
+    /// Err, in one line, where products of E4M3 cannot be made.
+    fn check_fp8(&self, scales: Fp8Scales) -> Result<()>;
+    /// out[R, C] E4M3 = x / scale to nearest even, at most 448 in size (NaN stays NaN), x float; scale f32 assigned: [R], for each row,
+    /// or [1], for all: the largest size of the elements it is for / 448, 1 when they are all 0.
+    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor);
+    /// out[m,n] float = sum over k of a[m,k] b[n,k], E4M3, times their scales: [m] and [n], or [1] and [1]. k and n are multiples of 16,
+    /// as tensor cores want them. Accumulates in f32.
+    fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor));
 
     /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else zeros (-0 where the sum over ranks must keep the
     /// sign of a zero: the CPU). tokens[T] u32.

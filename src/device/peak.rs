@@ -26,7 +26,7 @@ pub fn stated_flops_per_s(device_name: &str, dtype: DType) -> Option<f64> {
     match dtype {
         DType::BF16 => Some(bf16 * 1e12),
         DType::F32 => Some(f32 * 1e12),
-        DType::U32 => None,
+        DType::U32 | DType::F8E4M3 => None,
     }
 }
 

@@ -200,7 +200,7 @@ impl Generator<'_> {
         let values: Vec<f32> = match logits.dtype() {
             DType::F32 => all.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect(),
             DType::BF16 => all.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            DType::U32 => unreachable!("logits are floats"),
+            DType::U32 | DType::F8E4M3 => unreachable!("logits are floats"),
         };
         let vocab_size = self.chunk.config().vocab_size;
         let mut row = Vec::with_capacity(columns * tp);

@@ -305,6 +305,14 @@ impl Chunk {
         self.head.as_mut().map(|head| Part { first_idx, params: head.params_mut() })
     }
 
+    /// Weights of the linear layers of the blocks.
+    pub(super) fn linear_params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        self.blocks.iter_mut().flat_map(|block| {
+            let Block { attention, mlp, .. } = block;
+            [&mut attention.qkv.weight, &mut attention.out.weight, &mut mlp.up.weight, &mut mlp.down.weight]
+        })
+    }
+
     /// Index in `params()` of a tied embedding; when the model has several chunks, the other copy is in another one.
     pub fn tied_param(&self) -> Option<usize> {
         if !self.config.ties_embeddings() {

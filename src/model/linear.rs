@@ -3,6 +3,7 @@
 //! and the gradient of the weight, which nobody waits for. The halves give the bits of the whole.
 
 use super::ctx::Ctx;
+use super::fp8;
 use super::param::Param;
 use crate::device::{Gemm, ScratchTensor};
 use crate::tensor::Tensor;
@@ -45,7 +46,10 @@ impl ColumnParallelLinear {
 pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
     let x = ctx.gather_rows(x); // tp: [T', I] -> [T, I]
     let mut y = ctx.take(&[x.n_rows(), weight.slice.shape[0]], x.dtype());
-    ctx.product(&mut y, &x, &weight.weight(), Gemm::NT); // y = x W^T
+    match &weight.scale {
+        Some(scale) => fp8::multiply(ctx, &mut y, &x, (&weight.value, scale)),
+        None => ctx.product(&mut y, &x, &weight.weight(), Gemm::NT), // y = x W^T
+    }
     y
 }
 
@@ -83,7 +87,10 @@ impl RowParallelLinear {
     /// x[T, I/tp] -> y[T', O].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], ctx.partial_dtype(x.dtype()));
-        ctx.partial_product(&mut partial, x, &self.weight.weight(), Gemm::NT); // y = x W^T, summed over tp next
+        match &self.weight.scale {
+            Some(scale) => fp8::multiply(ctx, &mut partial, x, (&self.weight.value, scale)),
+            None => ctx.partial_product(&mut partial, x, &self.weight.weight(), Gemm::NT), // y = x W^T, summed over tp next
+        }
         ctx.sum_rows(partial, x.dtype()) // tp: reduce-scatter or all-reduce
     }
 

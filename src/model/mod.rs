@@ -10,6 +10,7 @@ pub mod chunk;
 pub mod config;
 pub mod ctx;
 pub mod embedding;
+pub mod fp8;
 pub mod head;
 pub mod heads;
 pub mod linear;

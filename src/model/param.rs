@@ -37,6 +37,8 @@ pub struct Param {
     pub slice: Slice,
     /// The weights the layers compute with, float.
     pub value: Tensor,
+    /// The scales of `value` when it is E4M3: see `fp8`.
+    pub scale: Option<Tensor>,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
     /// With canonical sums: what stands beside `grad` while a step's samples come in.
@@ -55,7 +57,7 @@ impl Param {
             shape[0] = shape[0].next_multiple_of(layout.dp);
         }
         let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
-        Ok(Param { value: device.alloc(&shape, dtype)?, grad, sum: None, second: None, spec, slice })
+        Ok(Param { value: device.alloc(&shape, dtype)?, scale: None, grad, sum: None, second: None, spec, slice })
     }
 
     /// Takes the memory of canonical sums, for at most this many blocks of samples a replica.

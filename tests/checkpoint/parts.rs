@@ -85,6 +85,7 @@ pub fn tensor_of(bits: &[u32], dtype: DType) -> Tensor {
             DType::BF16 => tensor.bf16_mut()[i] = half::bf16::from_bits((bits >> 16) as u16),
             DType::F32 => tensor.f32_mut()[i] = f32::from_bits(bits),
             DType::U32 => tensor.u32_mut()[i] = bits,
+            DType::F8E4M3 => unreachable!("not stored"),
         }
     }
     tensor
@@ -95,6 +96,7 @@ pub fn bits_of(tensor: &Tensor) -> Vec<u32> {
         DType::BF16 => tensor.bf16().iter().map(|x| u32::from(x.to_bits()) << 16).collect(),
         DType::F32 => tensor.f32().iter().map(|x| x.to_bits()).collect(),
         DType::U32 => tensor.u32().to_vec(),
+        DType::F8E4M3 => unreachable!("not stored"),
     }
 }
 

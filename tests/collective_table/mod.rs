@@ -127,6 +127,7 @@ fn tensor(dtype: DType, values: &[f32]) -> Tensor {
     match dtype {
         DType::F32 => Tensor::from_f32(&[values.len()], values),
         DType::BF16 => Tensor::from_bf16(&[values.len()], values),
+        DType::F8E4M3 => unreachable!("not in the table"),
         DType::U32 => Tensor::from_u32(&[values.len()], &values.iter().map(|x| x.to_bits()).collect::<Vec<u32>>()),
     }
 }

@@ -11,8 +11,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::ThreadId;
-use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream, TensorMap};
-use trireme::device::{Gemm, Store};
+use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream, TensorMap};
+use trireme::device::{Fp8Scales, Gemm, Store};
 use trireme::tensor::DType;
 
 /// Bytes before and after every piece of memory.
@@ -73,6 +73,7 @@ pub struct Emulator {
 enum Call {
     Launch(Kernel, Grid, Vec<Arg>),
     Gemm(Matrix, Matrix, Matrix, Gemm),
+    GemmFp8(Matrix, Matrix, Matrix, ScalesAt),
     Zero(u64, usize),
 }
 
@@ -172,6 +173,30 @@ impl Backend for Emulator {
 
     fn is_hopper(&self) -> bool {
         self.hopper
+    }
+
+    fn capability(&self) -> (i32, i32) {
+        if self.hopper { (9, 0) } else { (8, 9) }
+    }
+
+    fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt) {
+        if self.is_kept(|| Call::GemmFp8(out, a, b, scales)) {
+            return;
+        }
+        for matrix in [&out, &a, &b] {
+            self.check_range(matrix.address, matrix.rows * matrix.columns * matrix.dtype.bytes(), "gemm_fp8");
+        }
+        let by_rows = scales.of == Fp8Scales::Rows;
+        for (address, rows) in [(scales.a, a.rows), (scales.b, b.rows)] {
+            self.check_range(address, if by_rows { 4 * rows } else { 4 }, "scales of gemm_fp8");
+        }
+        let k = a.columns;
+        for (i, j) in (0..a.rows).flat_map(|i| (0..b.rows).map(move |j| (i, j))) {
+            let sum: f32 = (0..k).map(|l| element(&a, i * k + l) * element(&b, j * k + l)).sum();
+            // SAFETY: so many scales are memory of the device (checked).
+            let scale = |address: u64, row: usize| unsafe { *(address as *const f32).add(if by_rows { row } else { 0 }) };
+            put(&out, i * b.rows + j, sum * scale(scales.a, i) * scale(scales.b, j));
+        }
     }
 
     fn alloc(&self, bytes: usize) -> Option<u64> {
@@ -324,6 +349,7 @@ impl Backend for Emulator {
             match call {
                 Call::Launch(kernel, grid, args) => self.launch(&kernel, grid, &args),
                 Call::Gemm(out, a, b, how) => self.gemm(out, a, b, how),
+                Call::GemmFp8(out, a, b, scales) => self.gemm_fp8(out, a, b, scales),
                 Call::Zero(at, bytes) => self.zero(at, bytes),
             }
         }
@@ -356,6 +382,7 @@ fn element(matrix: &Matrix, at: usize) -> f32 {
     unsafe {
         match matrix.dtype {
             DType::F32 => *(matrix.address as *const f32).add(at),
+            DType::F8E4M3 => crate::fp8::value_of(*(matrix.address as *const u8).add(at)) as f32,
             _ => (*(matrix.address as *const half::bf16).add(at)).to_f32(),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::arena::Arena;
-use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
+use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
 use trireme::device::{Device, Gemm};
 
 /// The backend.
@@ -55,6 +55,14 @@ impl Backend for Pooled {
     }
     fn is_hopper(&self) -> bool {
         self.below.is_hopper()
+    }
+
+    fn capability(&self) -> (i32, i32) {
+        self.below.capability()
+    }
+
+    fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt) {
+        self.below.gemm_fp8(out, a, b, scales);
     }
 
     fn identity(&self) -> [u8; 16] {

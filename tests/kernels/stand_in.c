@@ -280,7 +280,7 @@ int nvrtcDestroyProgram(void** program) { return 0; }
 
 // The products.
 typedef struct { int type; Address rows, columns; long long stride; } Layout;
-typedef struct { int first_transposed, second_transposed; } Product;
+typedef struct { int first_transposed, second_transposed;  int first_by_rows, second_by_rows; float *first_scale, *second_scale; } Product;
 int cublasLtCreate(void** handle) { *handle = &live; return 0; }
 int cublasLtDestroy(void* handle) { return 0; }
 int cublasLtMatrixLayoutCreate(Layout** layout, int type, Address rows, Address columns, long long stride) {
@@ -294,6 +294,14 @@ int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
     return compute == 68 && scale == 0 ? 0 : 7;
 }
 int cublasLtMatmulDescSetAttribute(Product* product, int attribute, const void* value, size_t bytes) {
+    if (attribute == 17 || attribute == 18) {
+        *(attribute == 17 ? &product->first_scale : &product->second_scale) = *(float**)value;
+        return bytes == 8 ? 0 : 7;
+    }
+    if (attribute == 31 || attribute == 32) { // 3: a scale for each row as we store it
+        *(attribute == 31 ? &product->first_by_rows : &product->second_by_rows) = 1;
+        return bytes == 4 && *(int*)value == 3 ? 0 : 7;
+    }
     *(attribute == 3 ? &product->first_transposed : &product->second_transposed) = *(int*)value;
     return bytes == 4 && (attribute == 3 || attribute == 4) ? 0 : 7;
 }
@@ -324,6 +332,11 @@ int cublasLtMatmulAlgoCheck(void* handle, Product* product, Layout* a, Layout* b
 static float element(const void* matrix, const Layout* layout, int transposed, size_t i, size_t j) {
     size_t at = transposed ? j + i * layout->stride : i + j * layout->stride;
     if (layout->type == 0) return ((const float*)matrix)[at];
+    if (layout->type == 28) { // E4M3
+        int code = ((const unsigned char*)matrix)[at], exponent = code >> 3 & 15, mantissa = code & 7;
+        double size = exponent ? (8 + mantissa) * (double)(1 << exponent) / 1024 : mantissa / 512.0;
+        return code & 128 ? -size : size;
+    }
     unsigned bits = (unsigned)((const unsigned short*)matrix)[at] << 16;
     float x;
     memcpy(&x, &bits, 4);
@@ -347,12 +360,17 @@ static void gemm(void* data) {
             float sum = 0, *to = (float*)g->d + i + j * g->ld.stride, from = ((float*)g->c)[i + j * g->ld.stride];
             for (size_t l = 0; l < k; l++)
                 sum += element(g->a, &g->la, g->product.first_transposed, i, l) * element(g->b, &g->lb, g->product.second_transposed, l, j);
+            if (g->product.first_scale) sum *= g->product.first_scale[g->product.first_by_rows ? i : 0];
+            if (g->product.second_scale) sum *= g->product.second_scale[g->product.second_by_rows ? j : 0];
             *to = g->alpha * sum + (g->beta == 0 ? 0 : g->beta * from);
         }
 }
 int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
                    const float* beta, const void* c, Layout* lc, void* d, Layout* ld, Address* algorithm, void* workspace, size_t bytes, Stream* stream) {
     if (c == d) TELL("product by algorithm %d\n", (int)*algorithm);
+    int is_fp8 = la->type == 28; // whose operands have one form, sizes and scales
+    if (is_fp8 && (lb->type != 28 || !product->first_transposed || product->second_transposed || la->rows % 16 || la->columns % 16 ||
+                   !product->first_scale || !product->second_scale || product->first_by_rows != product->second_by_rows)) return 7;
     if (ld->type != 0 || lc != ld || !workspace || (Address)workspace % 256) return 7;
     Gemm g = {*product, *la, *lb, *ld, a, b, d, c, *alpha, *beta, *algorithm};
     ask(stream, gemm, &g, sizeof g);

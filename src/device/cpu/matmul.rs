@@ -49,7 +49,7 @@ pub fn gemm(isa: Isa, pool: &Pool, out: &mut Tensor, a: &Tensor, b: &Tensor, how
             panels::product::<bf16, O>((isa, pool), elements_mut(out), (a.bf16(), b.bf16()), sizes, how)
         }),
         DType::BF16 => widened_product(isa, pool, out, a.bf16(), b.bf16(), sizes, how),
-        DType::U32 => panic!("gemm of u32"),
+        DType::U32 | DType::F8E4M3 => panic!("gemm of {a:?}"),
     }
 }
 

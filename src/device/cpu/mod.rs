@@ -9,6 +9,7 @@ mod attention_backward;
 mod canonical;
 mod elementwise;
 mod few_rows;
+pub mod fp8;
 mod lanes;
 mod loss;
 mod matmul;
@@ -20,7 +21,7 @@ mod rope;
 mod terms;
 
 use super::canonical::CanonicalSums;
-use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
+use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use lanes::{Element, elements, elements_mut};
@@ -42,7 +43,7 @@ macro_rules! float {
                 type $E = half::bf16;
                 $body
             }
-            DType::U32 => panic!("an operation on floats was given u32"),
+            DType::U32 | DType::F8E4M3 => panic!("an operation on floats was given {}", $dtype.name()),
         }
     };
 }
@@ -201,6 +202,18 @@ impl Device for Cpu {
 
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
         matmul::gemm(self.isa, &self.pool, out, a, b, how);
+    }
+
+    fn check_fp8(&self, _scales: Fp8Scales) -> Result<()> {
+        Ok(())
+    }
+
+    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor) {
+        fp8::quantise(out, scale, x);
+    }
+
+    fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) {
+        fp8::gemm(self, out, a, b);
     }
 
     fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize) {

@@ -7,7 +7,7 @@
 //! and `is_complete` look at what is done; only the first two wait. What an owner of a stream handle asks of it himself (NCCL on the
 //! communication stream) he orders with `record` and `wait`: see `streams`.
 
-use crate::device::Gemm;
+use crate::device::{Fp8Scales, Gemm};
 use crate::tensor::DType;
 
 /// A kernel by the file it stands in (`kernels/FILE.cu`) and its `extern "C"` name there, `<operation>_<dtype>`.
@@ -131,6 +131,17 @@ pub enum Algorithms {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Graph(pub u64);
 
+/// Addresses of the scales of a product of E4M3.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ScalesAt {
+    /// Of the first matrix.
+    pub a: u64,
+    /// Of the second.
+    pub b: u64,
+    /// How many each has.
+    pub of: Fp8Scales,
+}
+
 /// The machine below the CUDA device.
 pub trait Backend: Send + Sync {
     /// For people: "NVIDIA H200, 132 processors".
@@ -139,6 +150,8 @@ pub trait Backend: Send + Sync {
     fn processors(&self) -> usize;
     /// Whether it has the instructions of Hopper alone (sm_90a): kernels over hopper.cuh run.
     fn is_hopper(&self) -> bool;
+    /// Compute capability, major and minor.
+    fn capability(&self) -> (i32, i32);
     /// Memory, aligned to 256, contents unspecified; used before perhaps, but by no work that is asked for after this call. `None`
     /// when there is none left.
     fn alloc(&self, bytes: usize) -> Option<u64>;
@@ -155,6 +168,8 @@ pub trait Backend: Send + Sync {
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]);
     /// out = or += op(a) op(b), accumulated in f32; shapes agree.
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm);
+    /// out[m,n] = a[m,k] b[n,k]^T of E4M3, times the f32 scales at these addresses, accumulated in f32.
+    fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt);
     /// Waits until everything asked for is done, on all streams.
     fn finish(&self);
 

@@ -5,6 +5,7 @@
 //! follows, which reads the sum anyway. What is left is the sum into f32 gradients, which is beta = 1.
 
 mod choice;
+mod fp8;
 
 use super::backend::{Algorithms, Matrix};
 use crate::device::{Gemm, Store};
@@ -70,6 +71,7 @@ pub struct Blas {
     /// GPU and library, of which a choice holds.
     machine: String,
     plans: Mutex<HashMap<Product, Plan>>,
+    fp8_plans: Mutex<HashMap<fp8::Key, fp8::Plan>>,
 }
 
 // SAFETY: a handle of cuBLASLt may be used by several threads; descriptors are not changed after they were made.
@@ -93,7 +95,7 @@ impl Blas {
         let handle = result::create_handle().map_err(|error| Error::new(Kind::Other, format!("cuBLASLt does not start: {error}")))?;
         // SAFETY: reads a constant of the library.
         let machine = format!("{gpu}, cuBLASLt {}", unsafe { sys::cublasLtGetVersion() });
-        Ok(Blas { handle, algorithms, machine, plans: Mutex::default() })
+        Ok(Blas { handle, algorithms, machine, plans: Mutex::default(), fp8_plans: Mutex::default() })
     }
 
     /// Whether this product's algorithm is still to be measured, by [`Blas::measure`]. Until then the library's first proposal is used.

@@ -21,6 +21,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("cross_entropy", include_str!("../../../kernels/cross_entropy.cu")),
     ("elementwise", include_str!("../../../kernels/elementwise.cu")),
     ("embedding", include_str!("../../../kernels/embedding.cu")),
+    ("fp8", include_str!("../../../kernels/fp8.cu")),
     ("norm", include_str!("../../../kernels/norm.cu")),
     ("ordered", include_str!("../../../kernels/ordered.cu")),
     ("rope", include_str!("../../../kernels/rope.cu")),

@@ -7,7 +7,7 @@ mod graphs;
 mod queues;
 
 use super::arena::Arena;
-use super::backend::{Algorithms, Arg, Backend, Event, Graph, Grid, Kernel, Matrix, Stream};
+use super::backend::{Algorithms, Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
 use super::blas::{self, Blas, On};
 use super::compile;
 use super::tensor_map::TensorMaps;
@@ -47,6 +47,7 @@ pub struct Driver {
     workspace: u64,
     name: String,
     identity: [u8; 16],
+    capability: (i32, i32),
     processors: usize,
     architecture: String,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
@@ -128,6 +129,7 @@ impl Driver {
             workspace,
             name,
             identity,
+            capability,
             processors,
             architecture,
             modules: Mutex::default(),
@@ -250,6 +252,17 @@ impl Backend for Driver {
 
     fn processors(&self) -> usize {
         self.processors
+    }
+
+    fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt) {
+        self.call(&|| "gemm_fp8".into(), || Ok(()));
+        let on = On { stream: self.queues.of(Stream::Compute).cast(), workspace: self.workspace };
+        // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
+        unsafe { self.blas.gemm_fp8(out, (a, b), scales, on) };
     }
 
     fn is_hopper(&self) -> bool {

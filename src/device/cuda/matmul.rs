@@ -6,7 +6,7 @@ use crate::device::{Gemm, Store};
 use crate::tensor::{DType, Tensor};
 
 /// A tensor as a matrix: its rows by all of its other dims.
-fn matrix(x: &Tensor) -> Matrix {
+pub(super) fn matrix(x: &Tensor) -> Matrix {
     Matrix { address: Cuda::address(x), rows: x.n_rows(), columns: x.row_len(), dtype: x.dtype() }
 }
 

@@ -15,6 +15,7 @@ mod cross_entropy;
 mod driver;
 mod elementwise;
 mod embedding;
+mod fp8;
 mod grid;
 mod matmul;
 mod norm;

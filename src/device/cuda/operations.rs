@@ -3,7 +3,7 @@
 
 use super::{Cuda, Memory};
 use crate::device::{
-    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope,
+    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope,
 };
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
@@ -80,6 +80,18 @@ impl Device for Cuda {
 
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
         self.gemm(out, a, b, how);
+    }
+
+    fn check_fp8(&self, scales: Fp8Scales) -> Result<()> {
+        self.check_fp8(scales)
+    }
+
+    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor) {
+        self.quantise(out, scale, x);
+    }
+
+    fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) {
+        self.gemm_fp8(out, a, b);
     }
 
     fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize) {
