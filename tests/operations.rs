@@ -46,6 +46,14 @@ fn row_operations_match_the_oracle() {
     }
 }
 
+/// As above, for E4M3: every element is the nearest number, every scale the largest size / 448, every product that of the numbers.
+#[test]
+fn fp8_matches_the_oracle() {
+    for case in check::fp8_cases() {
+        check_all(&case);
+    }
+}
+
 /// As above, for attention: tiles, diagonals and sequence ends are where it would break.
 #[test]
 fn attention_matches_the_oracle() {

@@ -382,7 +382,7 @@ fn element(matrix: &Matrix, at: usize) -> f32 {
     unsafe {
         match matrix.dtype {
             DType::F32 => *(matrix.address as *const f32).add(at),
-            DType::F8E4M3 => crate::fp8::value_of(*(matrix.address as *const u8).add(at)) as f32,
+            DType::F8E4M3 => crate::oracle::e4m3(*(matrix.address as *const u8).add(at)) as f32,
             _ => (*(matrix.address as *const half::bf16).add(at)).to_f32(),
         }
     }

@@ -1,39 +1,27 @@
 //! E4M3 on every device: rounding against its definition, products against f64, weights of a model.
 
-use crate::common::{counting_documents, tiny_recipe, train, write_megatron};
+use crate::common::{counting_documents, tiny_model, tiny_recipe, train, write_megatron};
 use crate::driver::{inside, is_inside, stand_ins};
 use crate::emulator::{emulator, hopper};
+use crate::oracle::{e4m3, nearest_e4m3};
 use half::bf16;
 use trireme::checkpoint;
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
+use trireme::comm::threads;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Device, Fp8Scales};
+use trireme::device::{Device, Fp8Scales, Scratch};
 use trireme::infer::load::load_chunk;
 use trireme::infer::score::{self, Sequence};
+use trireme::model::chunk::{Chunk, ChunkSaved, MicroBatch, Output};
+use trireme::model::config::ModelConfig;
+use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
+use trireme::model::param::Purpose;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
-
-/// By the definition of the format: 4 bits of exponent with bias 7, 3 of mantissa, no leading one when the exponent is 0.
-pub fn value_of(code: u8) -> f64 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
-    let size = if exponent == 0 { mantissa * 2f64.powi(-9) } else { (8.0 + mantissa) * 2f64.powi(exponent - 10) };
-    let size = if code & 0x7f == 0x7f { f64::NAN } else { size };
-    if code & 0x80 == 0 { size } else { -size }
-}
-
-/// The code of the nearest number, of two the one with an even code; the largest for all above it.
-fn nearest(x: f64) -> u8 {
-    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
-    if x.is_nan() {
-        return sign | 0x7f;
-    }
-    let distance = |code: u8| (value_of(code) - x.abs()).abs();
-    let best = (0..=0x7eu8).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
-    sign | best.unwrap()
-}
 
 fn values(seed: u64, n: usize) -> Vec<f32> {
     let noise = Random::new(seed, "fp8");
@@ -82,14 +70,16 @@ fn every_bf16_becomes_the_nearest_number() {
             let (codes, scale) = quantised(&*device, &tensor(&*device, &[rows.len(), 256], &x, DType::BF16), scales);
             assert!(floats(&scale).iter().all(|scale| *scale == 1.0));
             for (code, x) in codes.host_bytes().iter().zip(&x) {
-                assert_eq!(*code, nearest(f64::from(*x)), "{x:e} on {}", device.name());
+                assert_eq!(*code, nearest_e4m3(f64::from(*x)), "{x:e} on {}", device.name());
             }
         }
     }
-    assert_eq!([trireme::device::cpu::fp8::rounded(1e9), trireme::device::cpu::fp8::rounded(f32::NEG_INFINITY)], [0x7e, 0xfe]);
-    assert_eq!(trireme::device::cpu::fp8::rounded(f32::NAN) & 0x7f, 0x7f);
+    // Those that no scale of 1 leaves to be rounded: above the largest, infinite, not a number.
+    for x in (0..=u16::MAX).map(|bits| bf16::from_bits(bits).to_f32()) {
+        assert_eq!(trireme::device::cpu::fp8::rounded(x), nearest_e4m3(f64::from(x)), "{x:e}");
+    }
     assert!((0..=255u8).all(|code| {
-        let (found, wanted) = (f64::from(trireme::device::cpu::fp8::widened(code)), value_of(code));
+        let (found, wanted) = (f64::from(trireme::device::cpu::fp8::widened(code)), e4m3(code));
         found == wanted || found.is_nan() && wanted.is_nan()
     }));
 }
@@ -116,9 +106,9 @@ fn numbers_are_near_what_they_stand_for() {
                     }
                     for (i, (x, code)) in x.iter().zip(&codes).enumerate() {
                         let (x, by) = (f64::from(*x), f64::from(scale[i / n_each]));
-                        let off = (value_of(*code) * by - x).abs();
+                        let off = (e4m3(*code) * by - x).abs();
                         let allowed = x.abs() * (2f64.powi(-4) + 2f64.powi(-22)) + by * 2f64.powi(-10);
-                        assert!(off <= allowed, "{x} became {} times {by}", value_of(*code));
+                        assert!(off <= allowed, "{x} became {} times {by}", e4m3(*code));
                     }
                     bits.push((codes, scale));
                 }
@@ -130,11 +120,11 @@ fn numbers_are_near_what_they_stand_for() {
 
 /// Codes and scales made on the host, so that products are tested alone, and on machines whose kernels do not run.
 fn given(device: &dyn Device, seed: u64, (rows, k): (usize, usize), scales: Fp8Scales) -> (Tensor, Tensor, Vec<f64>) {
-    let codes: Vec<u8> = values(seed, rows * k).iter().map(|x| nearest(f64::from(*x) * 40.0)).collect();
+    let codes: Vec<u8> = values(seed, rows * k).iter().map(|x| nearest_e4m3(f64::from(*x) * 40.0)).collect();
     let by: Vec<f32> = values(seed + 1, if scales == Fp8Scales::Rows { rows } else { 1 }).iter().map(|x| x.abs() / 448.0).collect();
     let mut matrix = device.alloc(&[rows, k], DType::F8E4M3).unwrap();
     device.upload(&codes, &mut matrix);
-    let wide = (0..rows * k).map(|i| value_of(codes[i]) * f64::from(by[if by.len() == 1 { 0 } else { i / k }])).collect();
+    let wide = (0..rows * k).map(|i| e4m3(codes[i]) * f64::from(by[if by.len() == 1 { 0 } else { i / k }])).collect();
     (matrix, tensor(device, &[by.len()], &by, DType::F32), wide)
 }
 
@@ -218,5 +208,136 @@ fn a_model_keeps_its_weights_so() {
             assert!(found.is_finite() && found != exact, "{found}");
             println!("{scales:?} on {}: {found}, {exact} in f32", device.name());
         }
+    }
+}
+
+/// Whether a parameter is one that `Chunk::quantise` rounds: by the definition, the four products of a block.
+fn is_linear(name: &str) -> bool {
+    ["qkv.weight", "out.weight", "up.weight", "down.weight"].iter().any(|end| name.starts_with("layers.") && name.ends_with(end))
+}
+
+/// The model of the test below, with its first weights.
+fn model(device: &dyn Device, groups: &Groups, purpose: Purpose) -> Chunk {
+    let config = ModelConfig { hidden: 32, n_layers: 2, ffn_hidden: 64, ..tiny_model() };
+    let mut chunk = Chunk::new(device, &config, &groups.layout, groups.at, 0, DType::F32, purpose).unwrap();
+    chunk.initialise(device, 3);
+    chunk
+}
+
+/// ln p(next | first) of a pair, and how far it may move by roundings of weights and of inputs: the S^2 of
+/// `log_probabilities_move_as_derived`.
+struct Moving {
+    logprob: f64,
+    weights: f64,
+    inputs: f64,
+}
+
+/// Of each pair, by the f32 model.
+fn moving(chunk: &mut Chunk, pairs: &[[u32; 2]]) -> Vec<Moving> {
+    let (device, groups, scratch) = (Cpu::new(), Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE), Scratch::new());
+    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+    let of_pair = |&[first, next]: &[u32; 2]| {
+        let batch = MicroBatch::new(&device, [&[first], &[next], &[0]], &[1.0], vec![0, 1]).unwrap();
+        let mut saved = ChunkSaved::default();
+        let Output::TokenLosses(losses) = chunk.forward(&ctx, None, &batch, Some(&mut saved)) else { unreachable!() };
+        chunk.params_mut().into_iter().for_each(|param| device.fill_zero(param.grad_mut()));
+        chunk.backward(&ctx, &batch, saved, None);
+        let mut moving = Moving { logprob: -f64::from(losses[0]), weights: 0.0, inputs: 0.0 };
+        for param in chunk.params().into_iter().filter(|param| is_linear(&param.spec.name)) {
+            let (grad, value, columns) = (param.grad().to_f32_vec(), param.value.to_f32_vec(), param.value.row_len());
+            let tiny = value.iter().fold(0f32, |most, w| most.max(w.abs())) / 448.0 / 1024.0;
+            let mut of_input = vec![0f64; columns];
+            for (i, (g, w)) in grad.iter().zip(&value).enumerate() {
+                moving.weights += (f64::from(*g) * f64::from((w.abs() / 16.0).max(tiny))).powi(2);
+                of_input[i % columns] += f64::from(*g) * f64::from(*w);
+            }
+            moving.inputs += of_input.iter().map(|of| (of / 16.0).powi(2)).sum::<f64>();
+        }
+        moving
+    };
+    pairs.iter().map(of_pair).collect()
+}
+
+/// The same log-probabilities as they are scored, with E4M3; those of one weight are taken times `wrong`.
+fn scored_in_fp8(device: &dyn Device, groups: &Groups, scales: Fp8Scales, pairs: &[[u32; 2]], wrong: f32) -> Vec<f64> {
+    let mut chunks = [model(device, groups, Purpose::Inference)];
+    chunks[0].quantise(device, scales).unwrap();
+    for param in chunks[0].params_mut().into_iter().filter(|param| param.spec.name == "layers.1.mlp.down.weight") {
+        device.scale(param.scale.as_mut().unwrap(), wrong);
+    }
+    let sequences: Vec<Sequence> = pairs.iter().map(|pair| Sequence { id: String::new(), tokens: pair.to_vec() }).collect();
+    score::logprobs(device, groups, &mut chunks, &sequences, 64).unwrap().iter().map(|scored| scored.sum).collect()
+}
+
+/// The weights of a model as the numbers that their codes and scales stand for, by the definition.
+fn round_weights(chunk: &mut Chunk, scales: Fp8Scales) {
+    for param in chunk.params_mut().into_iter().filter(|param| is_linear(&param.spec.name)) {
+        let (value, columns) = (param.value.to_f32_vec(), param.value.row_len());
+        let n_each = if scales == Fp8Scales::Rows { columns } else { value.len() };
+        let round = |part: &[f32]| {
+            let scale = part.iter().fold(0f32, |most, w| most.max(w.abs())) / 448.0;
+            part.iter().map(|w| (e4m3(nearest_e4m3(f64::from(w / scale))) * f64::from(scale)) as f32).collect::<Vec<f32>>()
+        };
+        param.value.f32_mut().copy_from_slice(&value.chunks(n_each).flat_map(round).collect::<Vec<f32>>());
+    }
+}
+
+/// How far log-probabilities may move, from the gradient of each.
+///
+/// A rounding to E4M3 moves an element v by at most c = 2^-4 |v| (a tiny one by 2^-10 of its scale), up or down as chance has it, so
+/// nearly evenly within +-c. To first order a move d of an element moves ln p by its derivative times d. For weights the derivative
+/// is the gradient g. The derivative by an input x_k of a product y = W x, times x_k, is sum_o W_ok (dln p/dy_o) x_k, and with one
+/// token g_ok = (dln p/dy_o) x_k, so it is sum_o W_ok g_ok: the gradients of the weights tell both. With S^2 the sum of all
+/// (derivative c)^2, the sum of independent moves has a variance of at most S^2 / 3, and exceeds 6 S / sqrt(3) with a probability
+/// below 2 exp(-18), as even distributions are sub-Gaussian with their own variance. What is of second order are moves of moves: a
+/// product is off by 2^-4 sqrt(2/3) = 5 % of itself, after the 8 products of two layers by 14 %, by twice that where it is squared:
+/// less than a third more is allowed for it.
+///
+/// Inputs of different tokens are rounded independently, so of n pairs the mean of (3 move^2 / S^2) exceeds 1 + 2 sqrt(t/n) + 2 t/n
+/// with a probability below exp(-t), t = 18 (Laurent and Massart 2000, lemma 1): the sharper check, which the scales of one weight fail
+/// when they are twice what they should be.
+///
+/// Three models: f32; f32 with weights rounded by the definition; E4M3. The first two differ by the weights' S, the last two by the
+/// inputs', the first and the last by both, on two tensor-parallel ranks as well.
+#[test]
+fn log_probabilities_move_as_derived() {
+    let solo = || Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
+    let pairs: Vec<[u32; 2]> = (0..61).map(|first| [first, (first * 7 + 3) % 61]).collect();
+    let exact = moving(&mut model(&Cpu::new(), &solo(), Purpose::Training), &pairs);
+    let second_order = 4.0 / 3.0;
+    // |move| / (S / sqrt(3)): the largest, and the root mean square.
+    let moves = |from: &[Moving], to: &[f64], s2: &dyn Fn(&Moving) -> f64| {
+        let squares: Vec<f64> = from.iter().zip(to).map(|(from, to)| 3.0 * (to - from.logprob).powi(2) / s2(from)).collect();
+        let (most, sum) = squares.iter().fold((0f64, 0.0), |(most, sum), square| (most.max(*square), sum + square));
+        (most.sqrt(), (sum / squares.len() as f64).sqrt())
+    };
+    let t_of_n = 18.0 / pairs.len() as f64;
+    let allowed = (second_order * 6.0, second_order * (1.0 + 2.0 * f64::sqrt(t_of_n) + 2.0 * t_of_n).sqrt());
+    let both = |moving: &Moving| moving.weights + moving.inputs;
+    let furthest = exact.iter().map(|moving| allowed.0 * (both(moving) / 3.0).sqrt()).fold(0f64, f64::max);
+    println!("log-probabilities may move by up to {furthest}");
+    for scales in [Fp8Scales::Rows, Fp8Scales::Tensor] {
+        let mut rounded = model(&Cpu::new(), &solo(), Purpose::Training);
+        round_weights(&mut rounded, scales);
+        let rounded = moving(&mut rounded, &pairs);
+        let logprobs: Vec<f64> = rounded.iter().map(|moving| moving.logprob).collect();
+        let by_weights = moves(&exact, &logprobs, &|moving| moving.weights);
+        assert!(by_weights.0 > 0.0 && by_weights.0 <= allowed.0, "{scales:?}: weights {by_weights:?}, {allowed:?} is allowed");
+        for device in devices() {
+            let what = format!("{scales:?} on {}", device.name());
+            let found = scored_in_fp8(&*device, &solo(), scales, &pairs, 1.0);
+            let by_inputs = moves(&rounded, &found, &|moving| moving.inputs);
+            assert!(by_inputs.0 > 0.0 && by_inputs.0 <= allowed.0, "{what}: inputs {by_inputs:?}, {allowed:?} is allowed");
+            assert!(by_inputs.1 <= allowed.1, "{what}: inputs {by_inputs:?}, {allowed:?} is allowed");
+            let by_both = moves(&exact, &found, &both);
+            assert!(by_both.0 <= allowed.0, "{what}: {by_both:?}, {allowed:?} is allowed");
+            let wrong = moves(&rounded, &scored_in_fp8(&*device, &solo(), scales, &pairs, 2.0), &|moving| moving.inputs);
+            assert!(wrong.1 > allowed.1, "{what}: a wrong scale is not seen, {wrong:?}");
+            println!("{what}: weights {by_weights:?}, inputs {by_inputs:?}, both {by_both:?}, a wrong scale {wrong:?} of {allowed:?}");
+        }
+        let layout = ParallelLayout { tp: 2, ..ParallelLayout::SINGLE };
+        let on_two = threads::run(2, |world| scored_in_fp8(&Cpu::new(), &Groups::new(world, layout), scales, &pairs, 1.0));
+        let by_both = moves(&exact, &on_two[0], &both);
+        assert!(on_two[0] == on_two[1] && by_both.0 <= allowed.0, "{scales:?}, two ranks: {by_both:?}, {allowed:?} is allowed");
     }
 }

@@ -1,7 +1,7 @@
 //! The table of operations (tests/operations) on the CUDA device over the emulator: launch code and kernels together.
 
 use crate::cases::{self, Case, Kind, Vocabulary};
-use crate::check::check;
+use crate::check::{self, check};
 use crate::emulator::{emulator, hopper};
 use crate::oracle::HeadCounts;
 use trireme::device::cuda::Cuda;
@@ -148,6 +148,18 @@ fn matrix_products_match_the_oracle() {
         }
     }
     check_all(list);
+}
+
+/// E4M3 on a Hopper GPU: kernels, scales at their operands, and sizes of 0.
+#[test]
+fn fp8_matches_the_oracle() {
+    let Some(hopper) = hopper() else { return };
+    let cuda = Cuda::with_backend(hopper);
+    for case in check::fp8_cases() {
+        check(&cuda, &case, DType::F32);
+        check(&cuda, &case, DType::BF16);
+    }
+    assert_eq!(cuda.memory().live_bytes, 0);
 }
 
 /// The sum of squares is the f64 one within the rounding of its additions (see tests/operations.rs), and no sum depends on how the

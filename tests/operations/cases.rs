@@ -1,6 +1,7 @@
 //! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
 
 mod attention;
+pub mod fp8;
 
 use crate::oracle::{self, HeadCounts, Near, U, near};
 pub use attention::{attention, attention_backward, attention_cached};
@@ -14,6 +15,8 @@ pub enum Kind {
     Float,
     F32,
     U32,
+    /// Rounded to the nearest.
+    E4M3,
 }
 
 /// What the operation does with an argument.
@@ -73,6 +76,12 @@ impl Case {
             let floats: Vec<f32> = raw.iter().map(|v| if poisoned { f32::NAN } else { *v as f32 }).collect();
             let tensor = match (arg.kind, dtype) {
                 (Kind::U32, _) => Tensor::from_u32(&arg.dims, &raw.iter().map(|v| *v as u32).collect::<Vec<_>>()),
+                (Kind::E4M3, _) => {
+                    let mut codes = Tensor::host(&arg.dims, DType::F8E4M3, None).expect("memory");
+                    let rounded = floats.iter().map(|v| oracle::nearest_e4m3(f64::from(*v)));
+                    codes.bytes_mut().iter_mut().zip(rounded).for_each(|(code, rounded)| *code = rounded);
+                    codes
+                }
                 (Kind::Float, DType::BF16) => Tensor::from_bf16(&arg.dims, &floats),
                 _ => Tensor::from_f32(&arg.dims, &floats),
             };
@@ -87,6 +96,7 @@ impl Case {
 pub fn widened(tensor: &Tensor) -> Vec<f64> {
     match tensor.dtype() {
         DType::U32 => tensor.u32().iter().map(|v| f64::from(*v)).collect(),
+        DType::F8E4M3 => tensor.bytes().iter().map(|code| oracle::e4m3(*code)).collect(),
         _ => tensor.to_f32_vec().iter().map(|v| f64::from(*v)).collect(),
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::cases::{self, Case, Kind, Role, Vocabulary, widened};
 use crate::oracle::{HeadCounts, U};
-use trireme::device::{Activation, Device, Direction, Gemm};
+use trireme::device::{Activation, Device, Direction, Fp8Scales, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -86,6 +86,21 @@ pub fn row_cases() -> Vec<Case> {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
             cases.push(cases::rope(t, heads, rotary_dims, Direction::Forward));
             cases.push(cases::rope(t, heads, rotary_dims, Direction::Backward));
+        }
+    }
+    cases
+}
+
+/// Rows around vectors of 16 bytes and more than a block; sizes of nothing; products of one step of tensor cores and of several.
+pub fn fp8_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for scales in [Fp8Scales::Rows, Fp8Scales::Tensor] {
+        for shape in [(0, 16), (3, 0), (1, 1), (3, 17), (67, 100), (2, 5000), (600, 3)] {
+            cases.push(cases::fp8::quantise(shape, scales));
+        }
+        for shape in [(0, 16, 16), (1, 16, 16), (5, 48, 32), (33, 64, 160), (17, 16, 1040)] {
+            cases.push(cases::fp8::gemm(shape, scales, Kind::Float));
+            cases.push(cases::fp8::gemm(shape, scales, Kind::F32));
         }
     }
     cases

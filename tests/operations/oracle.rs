@@ -20,6 +20,27 @@ pub fn near(value: f64, bound: f64) -> Near {
     Near { value, bound }
 }
 
+/// What an E4M3 stands for, by the definition of the format: 4 bits of exponent with bias 7, 3 of mantissa, no leading one when the
+/// exponent is 0.
+pub fn e4m3(code: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7));
+    let size = if exponent == 0 { mantissa * 2f64.powi(-9) } else { (8.0 + mantissa) * 2f64.powi(exponent - 10) };
+    let size = if code & 0x7f == 0x7f { f64::NAN } else { size };
+    if code & 0x80 == 0 { size } else { -size }
+}
+
+/// The code of the nearest number, of two the even one; the largest for all above it. By a search through all.
+pub fn nearest_e4m3(x: f64) -> u8 {
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    if x.is_nan() {
+        return sign | 0x7f;
+    }
+    let size = x.abs().min(448.0);
+    let distance = |code: u8| (e4m3(code) - size).abs();
+    let best = (0..=0x7eu8).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
+    sign | best.expect("there are codes")
+}
+
 /// Heads as the oracle sees them: query, kv, dim.
 pub type HeadCounts = (usize, usize, usize);
 
