@@ -137,6 +137,50 @@ fn wrong_checkpoints() {
     assert_eq!(generate().status.code(), Some(0), "the undamaged checkpoint works");
 }
 
+/// Weights as E4M3 are refused by name, both values, where there is no such form or tensor cores cannot multiply the weights; where
+/// they can, both programs do their work and its manifest says with what weights.
+#[test]
+fn weights_in_fp8() {
+    let place = Place::new();
+    let mut recipe = tiny_recipe(&place.path("shards"));
+    let (narrow, wide, out) = (place.path("narrow"), place.path("wide"), place.path("out"));
+    train(&recipe, &narrow, Some(1)).unwrap();
+    recipe.model.hidden = 32;
+    train(&recipe, &wide, Some(1)).unwrap();
+    let input = place.path("input.jsonl");
+    let run = |program: &str, run: &Path, weights: &str| {
+        let (mut command, line) = if program == "generate" {
+            (Command::new(env!("CARGO_BIN_EXE_trireme-generate")), r#"{"id":"a","tokens":[1,2],"max_new_tokens":3}"#)
+        } else {
+            (Command::new(env!("CARGO_BIN_EXE_trireme-score")), r#"{"id":"a","tokens":[1,2,3]}"#)
+        };
+        std::fs::write(&input, line).unwrap();
+        if program == "score" {
+            command.arg("logprobs");
+        }
+        let lines = if program == "score" { "--input" } else { "--requests" };
+        let checkpoint = run.join("checkpoints/step-00000001");
+        command.arg("--checkpoint").arg(checkpoint).arg(lines).arg(&input).arg("--out").arg(&out).args(["--weights", weights]);
+        command.output().unwrap()
+    };
+    for program in ["generate", "score"] {
+        let unknown = run(program, &wide, "fp4");
+        let stderr = String::from_utf8_lossy(&unknown.stderr);
+        assert!(unknown.status.code() == Some(2) && stderr.contains("\"fp4\" is neither fp8 nor fp8-tensor"), "{stderr}");
+        let wrong = ["layers.0.attention.qkv.weight has 128 x 24 elements on a rank, no multiples of 16", "leave --weights out"];
+        assert_refused(&run(program, &narrow, "fp8"), 2, &wrong, &out);
+        assert!(!out.exists());
+        for weights in ["fp8", "fp8-tensor"] {
+            let done = run(program, &wide, weights);
+            assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
+            let manifest = std::fs::read_to_string(out.join("manifest.json")).unwrap();
+            let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+            assert_eq!(manifest["recipe"]["weights"], weights, "{manifest}");
+            std::fs::remove_dir_all(&out).unwrap();
+        }
+    }
+}
+
 /// An output directory that another run owns, by recipe or by a live process, is refused with its owner's name.
 #[test]
 fn owned_output() {

@@ -99,7 +99,7 @@ mod operations {
     #[test]
     fn recorded_steps_see_new_values() {
         if let Some(cuda) = gpu_with(Algorithms::Fixed) {
-            decode_cases::check(&cuda, |_| {});
+            decode_cases::check(&cuda, None, |_| {});
         }
     }
 

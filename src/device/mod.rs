@@ -307,7 +307,8 @@ pub trait Device: Send + Sync {
     /// or [1], for all: the largest size of the elements it is for / 448, 1 when they are all 0.
     fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor);
     /// out[m,n] float = sum over k of a[m,k] b[n,k], E4M3, times their scales: [m] and [n], or [1] and [1]. k and n are multiples of 16,
-    /// as tensor cores want them. Accumulates in f32.
+    /// as tensor cores want them. Accumulates in f32, or as the tensor cores of 8 bits do: Hopper's keep about 14 bits between additions
+    /// to f32 (DeepSeek-AI 2024, section 3.3.2).
     fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor));
 
     /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else zeros (-0 where the sum over ranks must keep the

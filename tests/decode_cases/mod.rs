@@ -6,7 +6,7 @@ pub mod sample;
 
 use trireme::comm::solo::Solo;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, Scratch};
+use trireme::device::{Activation, CacheSpan, Device, Fp8Scales, KvCache, NormKind, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
@@ -42,11 +42,12 @@ fn model() -> ModelConfig {
     }
 }
 
-/// A model with caches whose every row holds something.
-fn model_and_caches(device: &dyn Device) -> (Chunk, Vec<KvCache>) {
+/// A model, its weights E4M3 where that is asked for, with caches whose every row holds something.
+fn model_and_caches(device: &dyn Device, weights: Option<Fp8Scales>) -> (Chunk, Vec<KvCache>) {
     let (layout, at) = (ParallelLayout::SINGLE, Coords { tp: 0, pp: 0, dp: 0 });
     let mut chunk = Chunk::new(device, &model(), &layout, at, 0, DType::F32, Purpose::Inference).unwrap();
     chunk.initialise(device, 3);
+    weights.iter().for_each(|scales| chunk.quantise(device, *scales).unwrap());
     let mut caches = chunk.new_caches(device, SLOTS, MAX_TOKENS).unwrap();
     let noise = Random::new(8, "caches");
     for (i, tensor) in caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).enumerate() {
@@ -78,9 +79,9 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 
 /// A step asked for in one call has the bits, in its logits and in what it adds to the caches, of the same step asked for one by one.
 /// `after_step` is told how many steps of that size came before.
-pub fn check(device: &Cuda, mut after_step: impl FnMut(usize)) {
+pub fn check(device: &Cuda, weights: Option<Fp8Scales>, mut after_step: impl FnMut(usize)) {
     let solo = Solo::new();
-    let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device), model_and_caches(device));
+    let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device, weights), model_and_caches(device, weights));
     let scratch = Scratch::new();
     let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let mut decoder = Decoder::default();

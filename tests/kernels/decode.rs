@@ -5,9 +5,9 @@ use crate::decode_cases;
 use crate::driver::{inside, is_inside, stand_ins};
 use crate::pooled::Pooled;
 use std::sync::Arc;
-use trireme::device::Device;
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::backend::Backend;
+use trireme::device::{Device, Fp8Scales};
 use trireme::tensor::DType;
 
 /// A step asked for in one call reads the tokens, positions, slots and lengths of its time, not those it was recorded with: its logits
@@ -18,10 +18,19 @@ fn recorded_steps_see_new_values() {
     let Some(backend) = Pooled::new() else { return };
     let device = Cuda::with_backend(Arc::clone(&backend) as Arc<dyn Backend>);
     let mut n_replays = 0;
-    decode_cases::check(&device, |n_before| {
+    decode_cases::check(&device, None, |n_before| {
         n_replays += usize::from(n_before > 0);
         assert_eq!(backend.n_replays(), n_replays, "{n_before} steps of this size came before");
     });
+}
+
+/// The same with E4M3: scales of inputs are made anew in every step.
+#[test]
+fn recorded_steps_see_new_values_with_fp8() {
+    let Some(backend) = Pooled::new() else { return };
+    let device = Cuda::with_backend(Arc::clone(&backend) as Arc<dyn Backend>);
+    decode_cases::check(&device, Some(Fp8Scales::Tensor), |_| {});
+    assert!(backend.n_replays() > 0);
 }
 
 fn record_on_the_device() {
