@@ -165,6 +165,7 @@ impl Noise {
                 Kind::U32 => DType::U32,
                 Kind::F32 => DType::F32,
                 Kind::Float => DType::BF16,
+                Kind::E4M3 => DType::F8E4M3,
             };
             let mut tensor = cuda.alloc(&arg.dims, dtype).unwrap_or_else(|error| panic!("{error}"));
             let given = |values: &[f64]| values.iter().map(|v| *v as u32).collect::<Vec<u32>>();
