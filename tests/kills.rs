@@ -124,35 +124,58 @@ fn killed_at_every_kind_of_moment() {
     }
 }
 
-/// Thirty kills at random places of random ranks: each life goes on where the one before was durable, and the run ends with the bits of
-/// an undisturbed one.
+/// Ranks and the layouts they start in.
+const LAYOUTS: [(usize, &[&str]); 4] = [
+    (1, &[]),
+    (2, &[]), // two replicas
+    (2, &["--set", "parallel.tp=2"]),
+    (2, &["--set", "parallel.pp=2", "--set", "parallel.sequence_parallel=false"]),
+];
+
+/// Thirty kills at random places of random ranks, each life under another number of ranks or another layout than the one before may have
+/// had: each goes on where the last was durable, and with reproducible numerics the run ends with the bits of one that nobody disturbed,
+/// weights and moments.
 #[test]
 fn thirty_random_kills() {
     let place = Place::new();
-    assert!(place.run("undisturbed", 2, "").status.success());
+    let run = |out: &str, (n_ranks, layout): (usize, &[&str]), fault: &str| {
+        let more = [&["--set", "numerics.mode=reproducible"], layout].concat();
+        place.job(out, n_ranks, fault, &more).output().unwrap()
+    };
+    let assert_undisturbed = |what: &str| {
+        let end = |out: &str| place.path(out).join(format!("checkpoints/step-{STEPS:08}"));
+        let compared =
+            Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint")).arg("diff").args([end("undisturbed"), end("killed")]).output();
+        let compared = compared.unwrap();
+        assert!(compared.status.success(), "{what}: {}", text(&compared));
+    };
+    assert!(run("undisturbed", LAYOUTS[0], "").status.success());
     let random = Random::new(31, "kills");
     let places = ["forward", "backward", "collective", "update", "save.write", "save.commit", "io.write", "io.sync", "io"];
-    let (mut n_kills, mut draw) = (0, 0);
-    let mut next = |n: u64| {
+    let (mut n_kills, mut draw, mut killed_in) = (0, 0, [0; LAYOUTS.len()]);
+    let mut next = |n: usize| {
         draw += 1;
-        random.bits(draw) % n
+        (random.bits(draw) % n as u64) as usize
     };
     let mut n_runs = 0;
     while n_kills < 30 {
-        let (at, n, rank) = (places[next(places.len() as u64) as usize], 1 + next(60), next(2));
-        let output = place.run("killed", 2, &format!("kill at={at} n={n} rank={rank}"));
+        let layout = next(LAYOUTS.len());
+        let (at, n, rank) = (places[next(places.len())], 1 + next(60), next(LAYOUTS[layout].0));
+        let output = run("killed", LAYOUTS[layout], &format!("kill at={at} n={n} rank={rank}"));
         if !output.status.success() {
             n_kills += 1;
+            killed_in[layout] += 1;
             continue;
         }
         // It came to its end before the place was passed so often.
-        assert_eq!(place.end_of("killed"), place.end_of("undisturbed"), "after {n_kills} kills");
+        assert_undisturbed(&format!("after {n_kills} kills"));
         std::fs::remove_dir_all(place.path("killed")).unwrap();
         n_runs += 1;
     }
-    let end = place.run("killed", 2, "");
+    assert!(killed_in.iter().all(|&n| n > 0), "kills by layout: {killed_in:?}");
+    let end = run("killed", LAYOUTS[1], "");
     assert!(end.status.success(), "{}", text(&end));
-    assert_eq!(place.end_of("killed"), place.end_of("undisturbed"), "after {n_kills} kills, {n_runs} runs before");
+    assert_undisturbed(&format!("after {n_kills} kills, {n_runs} runs before"));
 }
 
 /// SIGTERM, SIGUSR1 and SIGHUP in any loop, twice too, and while a save is under way: the job ends what it is at, saves, and leaves with
