@@ -3,7 +3,7 @@
 //! Layers, lowest first; a module may use its own layer and those below (tests/layering.rs holds this):
 //! L0 `error`, `exact`, `fault`, `rng`, `metrics`, `artifact` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`, `comm` -
 //! L3 `model`, `data`,
-//! `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime` - L6 the binaries.
+//! `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime`, `prove` - L6 the binaries.
 //!
 //! Letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv heads, `D`
 //! head dim, `L` layers, `M` micro-batches; tp pp dp vp: tensor, pipeline, data, virtual-pipeline parallel; lse:
@@ -26,6 +26,7 @@ pub mod metrics;
 pub mod model;
 pub mod parallel;
 pub mod progress;
+pub mod prove;
 pub mod recipe;
 pub mod rng;
 pub mod runtime;

@@ -1,7 +1,7 @@
 //! The architecture, held by reading the source: who may name whom, which files may name MPI and HDF5, and where `unsafe`
 //! may stand. The layers, lowest first; a module uses its own layer and those below:
 //! L0 error, exact, fault, rng, metrics, artifact, progress - L1 tensor, recipe, parallel, flight - L2 device, comm - L3 model, data, text,
-//! checkpoint - L4 train, infer - L5 runtime, cli - L6 the binaries.
+//! checkpoint - L4 train, infer - L5 runtime, cli, prove - L6 the binaries.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ const LAYERS: [&[&str]; 6] = [
     &["device", "comm"],
     &["model", "data", "text", "checkpoint"],
     &["train", "infer"],
-    &["runtime", "cli"],
+    &["runtime", "cli", "prove"],
 ];
 
 /// Uses upwards that are allowed, (file or folder, full path): plain data that stands with what it describes.

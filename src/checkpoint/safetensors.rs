@@ -72,11 +72,10 @@ pub struct Weights {
 impl Weights {
     /// Opens `model.safetensors`, or every file that `model.safetensors.index.json` names, and checks their headers.
     pub fn open(dir: &Path) -> Result<Weights> {
-        let mut weights = Weights { files: Vec::new(), entries: BTreeMap::new() };
         if dir.join(SINGLE).is_file() {
-            weights.add_file(&dir.join(SINGLE))?;
-            return Ok(weights);
+            return Weights::open_file(&dir.join(SINGLE));
         }
+        let mut weights = Weights { files: Vec::new(), entries: BTreeMap::new() };
         let table = dir.join(TABLE);
         if !table.is_file() {
             let wrong = format!("has neither {SINGLE} nor {TABLE}");
@@ -95,6 +94,13 @@ impl Weights {
                 return Err(Error::file(&table, format!("{tensor} is not in {file}")).remedy(AGAIN));
             }
         }
+        Ok(weights)
+    }
+
+    /// Opens one file and checks its header.
+    pub fn open_file(path: &Path) -> Result<Weights> {
+        let mut weights = Weights { files: Vec::new(), entries: BTreeMap::new() };
+        weights.add_file(path)?;
         Ok(weights)
     }
 
@@ -144,11 +150,12 @@ impl Weights {
         }
     }
 
-    /// Hands on rows of a tensor that [`Weights::expect`] has approved, in portions of whole elements.
+    /// Hands on rows of a tensor that [`Weights::expect`] has approved, in portions of whole elements. A single number of shape [] is
+    /// one row.
     pub fn read_rows(&self, name: &str, rows: Range<usize>, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let entry = &self.entries[name];
         let (path, file) = &self.files[entry.file];
-        let row_bytes = entry.shape[1..].iter().product::<usize>() * entry.dtype.bitsize() / 8;
+        let row_bytes = entry.shape.iter().skip(1).product::<usize>() * entry.dtype.bitsize() / 8;
         let (mut at, end) = (entry.at + (rows.start * row_bytes) as u64, entry.at + (rows.end * row_bytes) as u64);
         let mut portion = Vec::new();
         while at < end {

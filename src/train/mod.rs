@@ -20,3 +20,5 @@ pub mod saving;
 mod spans;
 pub mod state;
 mod trainer;
+
+pub(crate) use trainer::{dtype_of, mean_loss, new_state};

@@ -14,8 +14,8 @@ use super::run_dir;
 use super::saving::Saver;
 use super::state::TrainState;
 use crate::comm::{Groups, agree};
-use crate::device::Scratch;
 use crate::device::ceiling::Ceiling;
+use crate::device::{Device, Scratch};
 use crate::error::{Context, Result};
 use crate::exact::ExactSum;
 use crate::fault;
@@ -69,7 +69,7 @@ pub(super) struct StepResult {
 }
 
 /// What weights and activations are stored as.
-pub(super) fn dtype_of(recipe: &Pretrain) -> DType {
+pub(crate) fn dtype_of(recipe: &Pretrain) -> DType {
     match recipe.train.precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -83,7 +83,7 @@ impl<'a> Trainer<'a> {
         let world = &*groups.world;
         let dtype = dtype_of(recipe);
         let plan = recipe.plan();
-        let mut state = agree(world, new_state(job, dtype))?;
+        let mut state = agree(world, new_state(job.device, recipe, groups))?;
         let most_blocks = plan.stretches().iter().map(|stretch| recipe.numerics.blocks(stretch.global) / groups.layout.dp).max();
         agree(world, state.prepare_sums(job.device, &recipe.numerics, most_blocks.unwrap_or(1).max(1)))?;
         // All ranks measure at once, as they will compute at once.
@@ -254,10 +254,9 @@ impl<'a> Trainer<'a> {
 }
 
 /// Memory for this rank's stage, its layers as the recipe divides them and with what they make again.
-fn new_state(job: &Job, dtype: DType) -> Result<TrainState> {
-    let (recipe, groups) = (job.recipe, job.groups);
+pub(crate) fn new_state(device: &dyn Device, recipe: &Pretrain, groups: &Groups) -> Result<TrainState> {
     let (stages, recompute) = (recipe.stages()?, recipe.train.recompute.of_layers(recipe.model.n_layers)?);
-    let mut state = TrainState::with_stages(job.device, &recipe.model, groups, dtype, &stages)?;
+    let mut state = TrainState::with_stages(device, &recipe.model, groups, dtype_of(recipe), &stages)?;
     for (idx, chunk) in state.chunks.iter_mut().enumerate() {
         chunk.set_recompute(&recompute[stages.layers(&groups.layout, groups.at.pp, idx)]);
     }
@@ -265,9 +264,8 @@ fn new_state(job: &Job, dtype: DType) -> Result<TrainState> {
 }
 
 /// Sum of all token losses over `n_tokens`, the same bits on every rank and, of the same losses, under every layout. The ranks of one
-/// tensor-parallel group hold the same
-/// losses, so the first counts.
-fn mean_loss(token_losses: &[Vec<f32>], groups: &Groups, n_tokens: usize) -> f64 {
+/// tensor-parallel group hold the same losses, so the first counts.
+pub(crate) fn mean_loss(token_losses: &[Vec<f32>], groups: &Groups, n_tokens: usize) -> f64 {
     let counted = if groups.at.tp == 0 { token_losses } else { &[] };
     let mine: ExactSum = counted.iter().flatten().map(|&loss| f64::from(loss)).collect();
     sum_exactly(&*groups.world, &mine) / n_tokens as f64
