@@ -268,4 +268,8 @@ fn cuda_without_a_driver() {
         assert_refused(&output, 2, &["no NVIDIA driver", "libcuda.so.1", "--device cpu"], &out);
         assert!(!out.exists());
     }
+    // The one without --out.
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_trireme-prove")).arg("--recipe").arg(&recipe).args(["--device", "cuda"]).output().unwrap();
+    assert_refused(&output, 2, &["no NVIDIA driver", "libcuda.so.1", "--device cpu"], &out);
 }

@@ -164,6 +164,8 @@ fn wrong_results_are_found() {
         };
         let table = table_of(&recipe, &recipe, &disagrees);
         assert_eq!(failed(&table), ["weight final_norm.bias"], "{table}");
+        let by_norms = Table { judge: Judge::Norms, ..table };
+        assert_eq!(failed(&by_norms), ["weight final_norm.bias"], "{by_norms}");
     }
 }
 

@@ -14,7 +14,7 @@ use crate::checkpoint::hf::names::{Mapped, mapping};
 use crate::checkpoint::safetensors::{Element, Planned, Weights, Writer};
 use crate::comm::{Groups, agree};
 use crate::device::{Device, Scratch};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::infer::score::{self, Sequence};
 use crate::model::chunk::MicroBatch;
 use crate::model::config::{HeadKind, ModelConfig, ParamSpec};
@@ -220,16 +220,16 @@ impl Gradients {
 
     /// A logical gradient on rank 0, nothing elsewhere. Collective.
     fn joined(&self, groups: &Groups, spec: &ParamSpec) -> Result<Vec<f32>> {
-        let (mut whole, mut n_disagreements) = (Vec::new(), 0);
+        let (mut whole, mut n_conflicts) = (Vec::new(), 0);
         join(&*groups.world, spec, &self.parts, &mut |joined| {
-            n_disagreements += joined.n_disagreements;
+            n_conflicts += joined.conflicts.len();
             if groups.world.rank() == 0 {
                 whole.extend(joined.values);
             }
         });
-        if n_disagreements > 0 {
-            let wrong = format!("ranks disagree about {n_disagreements} elements of the gradient of {}", spec.name);
-            return Err(Error::new(crate::error::Kind::Numeric, wrong).remedy("find the faulty rank: run the recipe proof in this layout"));
+        if n_conflicts > 0 {
+            let wrong = format!("ranks disagree about {n_conflicts} elements of the gradient of {}", spec.name);
+            return Err(Error::new(Kind::Numeric, wrong).remedy("find the faulty rank: run the recipe proof in this layout"));
         }
         Ok(whole)
     }

@@ -57,8 +57,8 @@ fn first_column(slice: &Slice) -> usize {
 pub struct Joined {
     /// All elements of these rows.
     pub values: Vec<f32>,
-    /// Elements that several ranks hold, with different bits.
-    pub n_disagreements: usize,
+    /// (index, value) of what other ranks hold of them with other bits.
+    pub conflicts: Vec<(usize, f32)>,
 }
 
 /// Joins the parts of a parameter and hands its rows on, in order, on every rank; `take` may do nothing on most. Panics when some
@@ -85,7 +85,7 @@ fn to_bytes((slice, values): &(Slice, Vec<f32>)) -> Vec<u8> {
 fn put_together(name: &str, region: &Slice, messages: &[Vec<u8>]) -> Joined {
     let columns = row_len(region);
     let mut values: Vec<Option<f32>> = vec![None; region.n_elements()];
-    let mut n_disagreements = 0;
+    let mut conflicts = Vec::new();
     for mut message in messages.iter().map(Vec::as_slice) {
         while !message.is_empty() {
             let (head, rest) = message.split_at(32);
@@ -96,11 +96,12 @@ fn put_together(name: &str, region: &Slice, messages: &[Vec<u8>]) -> Joined {
             for (i, bytes) in body.chunks_exact(4).enumerate() {
                 let value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
                 let at = (first_row - region.offset[0] + i / width) * columns + first_column + i % width;
-                n_disagreements += usize::from(values[at].is_some_and(|held| held.to_bits() != value.to_bits()));
-                values[at] = Some(value);
+                if values[at].get_or_insert(value).to_bits() != value.to_bits() {
+                    conflicts.push((at, value));
+                }
             }
         }
     }
     let value = |held: Option<f32>| held.unwrap_or_else(|| panic!("{name}: some elements are on no rank"));
-    Joined { values: values.into_iter().map(value).collect(), n_disagreements }
+    Joined { values: values.into_iter().map(value).collect(), conflicts }
 }

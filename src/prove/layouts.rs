@@ -34,7 +34,6 @@ pub fn prove(recipe: &Pretrain, device: &dyn Device, groups: &Groups) -> Result<
     let divided = steps::run(recipe, device, groups, STEPS).doing(|| format!("training in {:?}", groups.layout))?;
     let alone = if world.rank() == 0 { run_alone(recipe, device).map(Some) } else { Ok(None) };
     let alone = agree(world, alone)?;
-    world.barrier();
     Ok(compare(recipe, groups, &divided, alone.as_ref()))
 }
 
@@ -86,7 +85,7 @@ fn joined_differences(groups: &Groups, spec: &ParamSpec, (mine, whole): (&Parts,
             // On one rank every part is the whole tensor.
             let expected = &whole[&spec.name][0].values[at..at + joined.values.len()];
             differences.add(&joined.values, expected);
-            differences.add_disagreements(joined.n_disagreements);
+            differences.add_conflicts(&joined.conflicts, expected);
             at += expected.len();
         }
     });

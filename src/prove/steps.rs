@@ -61,6 +61,7 @@ pub fn run(recipe: &Pretrain, device: &dyn Device, groups: &Groups, n_steps: u64
     let messages = if ahead { Messages::Ahead } else { Messages::Together };
     let shape = PipelineShape { pp: layout.pp, vp: layout.vp, n_micro: batch.n_micro() };
     let schedule = schedule::training(recipe.parallel.schedule, shape, messages)?;
+    schedule.check().unwrap_or_else(|problem| panic!("the generated schedule is wrong: {problem}"));
     let sequence = if recipe.parallel.sequence_parallel { SequenceMode::Sharded } else { SequenceMode::Replicated };
     let numerics = Numerics::of(&recipe.numerics, device, batch.global, layout.dp)?;
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence, numerics };
@@ -88,7 +89,8 @@ pub fn run(recipe: &Pretrain, device: &dyn Device, groups: &Groups, n_steps: u64
                 return Err(Error::new(Kind::Numeric, wrong).remedy("use a smaller optimizer.lr: there is nothing to compare"));
             }
         }
-        (trace.losses.push(loss), trace.grad_norms.push(grad_norm));
+        trace.losses.push(loss);
+        trace.grad_norms.push(grad_norm);
         if step == 1 {
             trace.gradients = gradients(chunks, optimizer);
         }

@@ -44,28 +44,42 @@ impl Differences {
     /// Adds these elements, widened to f32. Panics when they are not equally many.
     pub fn add(&mut self, found: &[f32], expected: &[f32]) {
         assert_eq!(found.len(), expected.len(), "differences of tensors of other sizes");
-        let shift = if self.dtype == DType::BF16 { 16 } else { 0 };
         for (&a, &b) in found.iter().zip(expected) {
-            let ulps = order(a.to_bits() >> shift, 31 - shift).abs_diff(order(b.to_bits() >> shift, 31 - shift));
-            self.add_one(a.to_bits() == b.to_bits(), ulps, (f64::from(a), f64::from(b)));
+            let (equal, ulps) = self.compare(a, b);
+            self.expect(f64::from(b));
+            self.differ(equal, ulps, (f64::from(a), f64::from(b)));
         }
     }
 
     /// Adds a number that is kept in f64; its ulps are those of f64.
     pub fn add_f64(&mut self, found: f64, expected: f64) {
         let key = |x: f64| if x.is_sign_negative() { -((x.to_bits() & !(1 << 63)) as i64) } else { x.to_bits() as i64 };
-        self.add_one(found.to_bits() == expected.to_bits(), key(found).abs_diff(key(expected)), (found, expected));
+        self.expect(expected);
+        self.differ(found.to_bits() == expected.to_bits(), key(found).abs_diff(key(expected)), (found, expected));
     }
 
-    /// Counts elements about which ranks that should hold the same disagree.
-    pub fn add_disagreements(&mut self, n: usize) {
-        self.n_unequal += n;
+    /// Adds what other ranks hold of elements that are counted already: (index in `expected`, value).
+    pub fn add_conflicts(&mut self, conflicts: &[(usize, f32)], expected: &[f32]) {
+        for &(at, found) in conflicts {
+            let (equal, ulps) = self.compare(found, expected[at]);
+            self.differ(equal, ulps, (f64::from(found), f64::from(expected[at])));
+        }
     }
 
-    fn add_one(&mut self, equal: bool, ulps: u64, (found, expected): (f64, f64)) {
+    /// Whether bits are equal, and the steps between two values.
+    fn compare(&self, a: f32, b: f32) -> (bool, u64) {
+        let shift = if self.dtype == DType::BF16 { 16 } else { 0 };
+        let ulps = order(a.to_bits() >> shift, 31 - shift).abs_diff(order(b.to_bits() >> shift, 31 - shift));
+        (a.to_bits() == b.to_bits(), ulps)
+    }
+
+    fn expect(&mut self, expected: f64) {
         self.n_elements += 1;
         self.max_expected = self.max_expected.max(expected.abs());
         self.squares_of_expected += expected * expected;
+    }
+
+    fn differ(&mut self, equal: bool, ulps: u64, (found, expected): (f64, f64)) {
         if equal {
             return;
         }
@@ -116,7 +130,7 @@ pub struct Row {
     pub name: String,
     /// Its size.
     pub n_elements: usize,
-    /// Elements whose bits differ.
+    /// Elements whose bits differ; one that several ranks hold counts for each that differs from the others.
     pub n_unequal: usize,
     /// The largest difference in steps of its type.
     pub max_ulp: u64,
