@@ -18,8 +18,9 @@ use trireme::tensor::DType;
 
 /// Prove on your own machines that training computes what it should.
 ///
-/// With --recipe: three steps of your recipe, made small (one layer a pipeline chunk, two micro-batches a stage, synthetic tokens: no
-/// data is needed), in its layout on all ranks, then the same on rank 0 alone. Layout, widths, vocabulary, precision, schedule and
+/// With --recipe: three steps of your recipe at its peak learning rate, made small (one layer a pipeline chunk, two micro-batches a
+/// stage, synthetic tokens: no data is needed), in its layout on all ranks, then the same on rank 0 alone. Layout, widths, vocabulary,
+/// precision, schedule and
 /// numerics stay yours. The table compares loss and gradient norm of each step, every gradient after the first step and every
 /// weight after the last, put together again as whole tensors. With numerics.mode = "reproducible" every bit must be equal; with
 /// "fast" |a - b| / |b| must be what rounding explains: 4 u sqrt(n d), u = 2^-24, n the longest sum, d = 12 layers + 6 operations;
