@@ -172,12 +172,12 @@ impl Table {
         let Some(worst) = failed.iter().max_by(|a, b| excess(a).total_cmp(&excess(b))) else { return Ok(()) };
         let (what, remedy) = match self.judge {
             Judge::Bits => (
-                format!("{} of {} elements differ, by up to {} ulp, expected equal bits", worst.n_unequal, worst.n_elements, worst.max_ulp),
+                format!("{} values differ, by up to {} ulp, expected equal bits", worst.n_unequal, worst.max_ulp),
                 "do not train in this layout before it is explained: report it with this table and the recipe",
             ),
             Judge::Norms => (
                 format!("it differs by {:.2e} of its norm, expected at most {:.2e}", worst.norm_relative, worst.allowed),
-                "a larger difference than rounding makes: see that both sides have the same weights, tokens and precision",
+                "that is more than rounding makes: do not train in this layout; see that a reference has the same weights and tokens",
             ),
         };
         let wrong = format!("{} of {} rows of the table do not hold; the worst is {}: {what}", failed.len(), self.rows.len(), worst.name);
@@ -194,7 +194,7 @@ impl fmt::Display for Table {
             let result = match (row.n_unequal, row.holds(self.judge)) {
                 (0, _) => "equal".to_string(),
                 (_, true) => "within".to_string(),
-                (n, false) => format!("NOT EQUAL ({n} of {})", row.n_elements),
+                (n, false) => format!("NOT EQUAL ({n} differ)"),
             };
             let (ulp, max, norm) = (row.max_ulp, row.max_relative, row.norm_relative);
             writeln!(f, "{:<width$}  {ulp:>12}  {max:>9.2e}  {norm:>9.2e}  {allowed:>9}  {result}", row.name)?;
