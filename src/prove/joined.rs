@@ -22,14 +22,15 @@ pub struct Part {
 pub type Parts = BTreeMap<String, Vec<Part>>;
 
 impl Part {
-    /// The first rows of `tensor`, those of the slice, copied from wherever they lie.
+    /// The first rows of `tensor`, f32 or bf16, those of the slice, copied from wherever they lie.
     pub fn of(tensor: &Tensor, slice: &Slice) -> Part {
         let rows = tensor.rows(0..slice.shape[0]);
         let bytes = rows.host_bytes();
         let bf16 = |b: &[u8]| half::bf16::from_le_bytes([b[0], b[1]]).to_f32();
         let values = match tensor.dtype() {
             DType::BF16 => bytes.chunks_exact(2).map(bf16).collect(),
-            _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            other => panic!("a part of {other:?}"),
         };
         Part { slice: slice.clone(), values }
     }

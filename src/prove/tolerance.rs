@@ -9,6 +9,7 @@ const K: f64 = 4.0;
 /// Half the distance of 1 and the next number.
 pub fn unit_roundoff(dtype: DType) -> f64 {
     match dtype {
+        DType::F8E4M3 => 2f64.powi(-4),
         DType::BF16 => 2f64.powi(-9),
         DType::F32 | DType::U32 => 2f64.powi(-24),
     }
