@@ -1,9 +1,8 @@
 //! Trireme: an MPI-style batch toolkit for everything in the Nemotron-4 340B report.
 //!
 //! Layers, lowest first; a module may use its own layer and those below (tests/layering.rs holds this):
-//! L0 `error`, `exact`, `fault`, `rng`, `metrics`, `artifact` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`, `comm` -
-//! L3 `model`, `data`,
-//! `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime`, `prove` - L6 the binaries.
+//! L0 `error`, `exact`, `fault`, `rng`, `metrics`, `artifact`, `progress` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`,
+//! `comm` - L3 `model`, `data`, `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime`, `cli`, `prove` - L6 the binaries.
 //!
 //! Letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv heads, `D`
 //! head dim, `L` layers, `M` micro-batches; tp pp dp vp: tensor, pipeline, data, virtual-pipeline parallel; lse:

@@ -1,7 +1,5 @@
 //! A reward model through the binaries: imported, asked for attributes, exported; and what is refused.
 
-#[allow(dead_code)]
-mod common;
 mod oracles;
 
 use std::path::{Path, PathBuf};
