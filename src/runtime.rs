@@ -189,11 +189,6 @@ impl Runtime {
         Watchdog::start(flight, self.world.rank(), patience, || STOP.load(Ordering::Relaxed))
     }
 
-    /// Whether any rank did; the same answer everywhere. Collective.
-    pub fn stop_agreed(&self, world: &dyn Communicator) -> bool {
-        world.sum_f64(f64::from(u8::from(self.stop_requested()))) > 0.0
-    }
-
     /// Starts the artifact `out` on rank 0 and says so everywhere; None when it was finished before, which is told. Collective.
     pub fn begin(&self, out: &Path, begin: impl FnOnce() -> Result<Begin>) -> Result<Option<Begun>> {
         let mine = if self.is_first() { begin().map(Some) } else { Ok(None) };

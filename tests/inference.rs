@@ -144,3 +144,25 @@ fn scores_do_not_depend_on_the_layout() {
         }
     }
 }
+
+/// A signal reaches one rank of a replica some iterations before the others: all leave together, asked to be started again. A rank that
+/// left alone would be waited for in the next exchange for ever; each layout must end within the test.
+#[test]
+fn a_replica_stops_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = trained(dir.path());
+    for (tp, pp, asked) in [(1, 1, 0), (2, 1, 0), (2, 1, 1), (1, 2, 0), (1, 2, 1), (2, 2, 3)] {
+        let codes = threads::run(tp * pp, |world| {
+            let rank = world.rank();
+            let groups = Groups::new(world, layout_for(tp * pp, tp, pp).unwrap());
+            let (device, stored) = (Cpu::new(), checkpoint::open(&run).unwrap());
+            let chunk = load_chunk(&device, &stored, &groups, DType::F32).unwrap();
+            let polls = std::sync::atomic::AtomicUsize::new(0);
+            let stop = || rank == asked && polls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= 2;
+            let (device, groups, chunk) = (&device, &groups, &chunk);
+            let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, n_slots: 2, stop: &stop };
+            generator.run(&requests()).map(|_| ()).unwrap_err().exit_code()
+        });
+        assert!(codes.iter().all(|&code| code == 75), "tp {tp} pp {pp}, rank {asked} asked: {codes:?}");
+    }
+}

@@ -33,7 +33,7 @@ pub struct Generator<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
     /// Responses under way at one time.
     pub n_slots: usize,
-    /// Whether any rank was asked to stop; asked by all ranks in the same iterations.
+    /// Whether this rank was asked to stop; the ranks of a replica leave together when one of them was.
     pub stop: &'a dyn Fn() -> bool,
 }
 
@@ -76,7 +76,7 @@ impl Generator<'_> {
             if active.is_empty() {
                 break;
             }
-            if (self.stop)() {
+            if self.is_asked_to_stop() {
                 return Err(Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again"));
             }
             let choices = self.pass(&mut memory, &mut caches, &mut active, requests);
@@ -90,6 +90,13 @@ impl Generator<'_> {
             progress.finish();
         }
         Ok(done)
+    }
+
+    /// Whether any rank of this replica was: signals do not arrive everywhere in the same iteration, and a rank that left alone would
+    /// be waited for. Collective over the replica.
+    fn is_asked_to_stop(&self) -> bool {
+        let mine = if (self.stop)() { 1.0 } else { 0.0 };
+        self.groups.pp.sum_f64(self.groups.tp.sum_f64(mine)) > 0.0
     }
 
     /// Cache rows a request can need.
