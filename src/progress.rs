@@ -16,6 +16,8 @@ pub struct Progress {
     started: Instant,
     last_line: Instant,
     bar: Option<ProgressBar>,
+    /// Another unit whose rate is told too, and how many there were.
+    also: Option<(String, u64)>,
 }
 
 impl Progress {
@@ -24,19 +26,36 @@ impl Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let (position, length, rate) =
                 if unit == "B" { ("{bytes}", "{total_bytes}", "{bytes_per_sec}") } else { ("{human_pos}", "{human_len}", "{per_sec}") };
-            let template = format!("{{prefix}} {{wide_bar}} {position}/{length} {unit} {rate} ends in {{eta}}");
+            let template = format!("{{prefix}} {{wide_bar}} {position}/{length} {unit} {rate} {{msg}} ends in {{eta}}");
             let style = ProgressStyle::with_template(&template).expect("a constant template");
             ProgressBar::new(total).with_style(style).with_prefix(what.to_string())
         });
         let now = Instant::now();
-        Progress { what: what.into(), unit: unit.into(), total, done: 0, started: now, last_line: now, bar }
+        Progress { what: what.into(), unit: unit.into(), total, done: 0, started: now, last_line: now, bar, also: None }
+    }
+
+    /// Tells the rate of another unit beside the rate of the work, which may stand still for long; see [`Progress::add_also`].
+    #[must_use]
+    pub fn with(self, unit: &str) -> Progress {
+        Progress { also: Some((unit.into(), 0)), ..self }
+    }
+
+    /// `n` more of the other unit.
+    pub fn add_also(&mut self, n: u64) {
+        if let Some((_, count)) = &mut self.also {
+            *count += n;
+        }
+        self.add(0);
     }
 
     /// `n` more units are done.
     pub fn add(&mut self, n: u64) {
         self.done += n;
         match &self.bar {
-            Some(bar) => bar.set_position(self.done),
+            Some(bar) => {
+                bar.set_position(self.done);
+                bar.set_message(self.rate_of_other(" "));
+            }
             None if self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
                 log::info!("{}", self.line());
@@ -55,19 +74,24 @@ impl Progress {
     fn line(&self) -> String {
         let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
         let rate = self.done as f64 / seconds;
-        let left_s = self.total.saturating_sub(self.done) as f64 / rate.max(1e-9);
+        let end = if self.done == 0 {
+            "end unknown".to_string()
+        } else {
+            format!("ends in {:.0} s", self.total.saturating_sub(self.done) as f64 / rate)
+        };
         let share = 100.0 * self.done as f64 / self.total.max(1) as f64;
         let Progress { what, unit, done, total, .. } = self;
         if unit == "B" {
             let mb = |bytes: f64| bytes / 1e6;
-            return format!(
-                "{what}: {:.0} of {:.0} MB ({share:.0} %), {:.1} MB/s, ends in {left_s:.0} s",
-                mb(*done as f64),
-                mb(*total as f64),
-                mb(rate)
-            );
+            return format!("{what}: {:.0} of {:.0} MB ({share:.0} %), {:.1} MB/s, {end}", mb(*done as f64), mb(*total as f64), mb(rate));
         }
-        format!("{what}: {done} of {total} {unit} ({share:.0} %), {rate:.2} {unit}/s, ends in {left_s:.0} s")
+        let other = self.rate_of_other(", ");
+        format!("{what}: {done} of {total} {unit} ({share:.0} %), {rate:.2} {unit}/s{other}, {end}")
+    }
+
+    fn rate_of_other(&self, before: &str) -> String {
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+        self.also.as_ref().map_or(String::new(), |(unit, count)| format!("{before}{:.0} {unit}/s", *count as f64 / seconds))
     }
 }
 
@@ -83,5 +107,11 @@ mod tests {
         progress.add(100);
         let line = progress.line();
         assert!(line.starts_with("tokenize: 100 of 400 documents (25 %), ") && line.ends_with("ends in 30 s"), "{line}");
+
+        let mut progress = Progress::new("generate", 4, "responses").with("tokens");
+        progress.started -= Duration::from_secs(10);
+        progress.add_also(2000);
+        let line = progress.line();
+        assert!(line.contains("0 of 4 responses (0 %), ") && line.ends_with(", 200 tokens/s, end unknown"), "{line}");
     }
 }

@@ -7,10 +7,11 @@ use std::path::Path;
 use trireme::checkpoint;
 use trireme::comm::{Groups, threads};
 use trireme::device::cpu::Cpu;
-use trireme::infer::generate::{self, Generator};
+use trireme::infer::generate::Generator;
 use trireme::infer::load::{layout_for, load_chunk};
 use trireme::infer::request::{FinishReason, Request, Response};
 use trireme::infer::sampler::Sampling;
+use trireme::infer::samples::Done;
 use trireme::infer::score::{self, Scored, Sequence};
 use trireme::rng::Random;
 use trireme::tensor::DType;
@@ -39,8 +40,7 @@ fn generate_on(run: &Path, requests: &[Request], shape: (usize, usize, usize), n
         let chunk = load_chunk(&device, &stored, &groups, DType::F32).unwrap();
         let generator =
             Generator { device: &device, groups: &groups, chunk: &chunk, eos_ids: vec![7], tokenizer: None, n_slots, stop: &|| false };
-        let mine = generator.run(requests).unwrap();
-        generate::gather(&groups, &mine)
+        generator.responses(requests).unwrap()
     });
     assert!(all.iter().all(|responses| *responses == all[0]), "ranks disagree");
     all.into_iter().next().unwrap()
@@ -58,13 +58,10 @@ fn score_on(run: &Path, sequences: &[Sequence], shape: (usize, usize, usize), ba
 }
 
 fn requests() -> Vec<Request> {
-    let sampling = |temperature, top_p, top_k| Sampling { temperature, top_p, top_k };
-    let request = |id: &str, n: usize, max_new_tokens, sampling| Request {
-        id: id.into(),
-        tokens: random_tokens(n, n as u64),
-        max_new_tokens,
-        sampling,
-        seed: 11,
+    let sampling = |temperature, top_p, top_k| Sampling { temperature, top_p, top_k, ..Sampling::PLAIN };
+    let request = |id: &str, n: usize, max_new_tokens, sampling| {
+        let plain = Request::new(id, random_tokens(n, n as u64), max_new_tokens);
+        Request { sampling, seed: 11, ..plain }
     };
     vec![
         request("greedy", 5, 12, sampling(0.0, 1.0, 0)),
@@ -101,6 +98,7 @@ fn decoding_with_the_cache_equals_the_full_forward() {
             FinishReason::Length => assert_eq!(response.tokens.len(), request.max_new_tokens),
             FinishReason::Context => assert_eq!(request.tokens.len() + response.tokens.len(), 32),
             FinishReason::Stop => assert!(response.tokens.len() < request.max_new_tokens),
+            FinishReason::Error => panic!("{}: no request is wrong", request.id),
         }
     }
     assert_eq!(responses[0].tokens, responses[6].tokens, "greedy decoding does not depend on the id");
@@ -161,7 +159,7 @@ fn a_replica_stops_together() {
             let stop = || rank == asked && polls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= 2;
             let (device, groups, chunk) = (&device, &groups, &chunk);
             let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, n_slots: 2, stop: &stop };
-            generator.run(&requests()).map(|_| ()).unwrap_err().exit_code()
+            generator.run(&requests(), &Done::nothing(&requests()), &mut |_, _| Ok(())).unwrap_err().exit_code()
         });
         assert!(codes.iter().all(|&code| code == 75), "tp {tp} pp {pp}, rank {asked} asked: {codes:?}");
     }

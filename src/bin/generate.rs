@@ -10,9 +10,9 @@ use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::device::Fp8Scales;
 use trireme::error::{Error, Result};
-use trireme::infer::generate::{self, Generator};
+use trireme::infer::generate::Generator;
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
-use trireme::infer::request::{Limits, Response, read_requests};
+use trireme::infer::request::{Limits, OnBad, Response, read_requests};
 use trireme::model::config::HeadKind;
 use trireme::runtime::Runtime;
 use trireme::tensor::DType;
@@ -89,8 +89,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
         n_slots: args.batch,
         stop: &|| runtime.stop_requested(),
     };
-    let mine = agree(&*groups.world, generator.run(&prepared.requests))?;
-    let responses = generate::gather(&groups, &mine);
+    let responses = generator.responses(&prepared.requests)?;
     agree(&*groups.world, begun.commit_with(|writer| write(writer, &responses)))?;
     if runtime.is_first() {
         println!("{}: {} responses", args.out.join("responses.jsonl").display(), responses.len());
@@ -120,7 +119,7 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
     let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
     let limits =
         Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref(), template: template.as_ref() };
-    let requests = read_requests(&args.requests, limits)?;
+    let requests = read_requests(&args.requests, limits, OnBad::Refuse)?.requests;
     let mut eos_ids = hf::eos_ids(&stored)?;
     // In Nemotron's format the next turn's mark ends an answer.
     eos_ids.extend(tokenizer.as_ref().and_then(|tokenizer| tokenizer.id_of(NEMOTRON_TURN)));

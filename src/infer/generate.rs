@@ -2,10 +2,13 @@
 //! (continuous batching). Replicas share out the requests; the ranks of one replica work in lockstep.
 
 use super::decode::{Decoder, NewTokens};
-use super::request::{FinishReason, Request, Response};
-use super::sampler::{self, Choice};
-use crate::comm::{Communicator, Groups, Recv, Send};
-use crate::device::{CacheSpan, Device, Draw, KvCache, Scratch, ScratchTensor};
+use super::growing::{Growing, Rules};
+use super::request::{Request, Response};
+use super::sampler::{Choice, Drawing};
+use super::samples::{Done, Sample};
+use super::sampling;
+use crate::comm::{Groups, Recv, Send, agree};
+use crate::device::{CacheSpan, Device, KvCache, Scratch, ScratchTensor};
 use crate::error::{Error, Kind, Result};
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
 use crate::model::ctx::{Ctx, SequenceMode};
@@ -47,55 +50,102 @@ struct Memory {
 }
 
 /// A response under way in a slot.
-struct Active {
-    request_idx: usize,
+struct Active<'a> {
+    sample: Sample,
+    request: &'a Request,
     slot: usize,
     noise: Random,
     /// Tokens to feed in the next pass: the prompt, then the last choice.
     feed: Vec<u32>,
     /// Tokens in the cache.
     past: usize,
-    tokens: Vec<u32>,
-    logprob: f64,
+    growing: Growing<'a>,
 }
 
-impl Generator<'_> {
-    /// Responses to this replica's share of `requests` (every dp-th), with their index. The same on every rank of the replica.
-    pub fn run(&self, requests: &[Request]) -> Result<Vec<(usize, Response)>> {
+/// Takes every finished response, in the order in which they end.
+pub type Sink<'a> = dyn FnMut(Sample, Response) -> Result<()> + 'a;
+
+/// Where finished responses of this rank go.
+struct Out<'s> {
+    sink: &'s mut Sink<'s>,
+    /// The first rank of a replica speaks for it.
+    speaks: bool,
+    /// What the sink could not take ended the work.
+    failed: Option<Error>,
+    progress: Option<Progress>,
+}
+
+impl Out<'_> {
+    fn put(&mut self, sample: Sample, response: impl FnOnce() -> Response) {
+        if let Some(progress) = &mut self.progress {
+            progress.add(1);
+        }
+        if self.speaks && self.failed.is_none() {
+            self.failed = (self.sink)(sample, response()).err();
+        }
+    }
+}
+
+impl<'g> Generator<'g> {
+    /// Makes this replica's share of the samples that are missing in `done` (every dp-th). The first rank of the replica (tp 0, pp 0)
+    /// hands each to `sink` as it ends; an Err of the sink ends the work. Err when a rank of the replica was asked to stop. Collective
+    /// over the replica; an Err may be of this rank alone, so `agree` comes next.
+    pub fn run<'a>(&'a self, requests: &'a [Request], done: &Done, sink: &mut Sink) -> Result<()> {
         let (dp, dp_idx) = (self.groups.layout.dp, self.groups.at.dp);
-        let mut waiting: VecDeque<usize> = (dp_idx..requests.len()).step_by(dp).collect();
-        let mut progress = (self.groups.world.rank() == 0).then(|| Progress::new("generate", waiting.len() as u64, "responses"));
+        let mut waiting: VecDeque<Sample> = done.missing().skip(dp_idx).step_by(dp).collect();
+        let mut out = Out {
+            sink,
+            speaks: self.groups.at.tp == 0 && self.groups.at.pp == 0,
+            failed: None,
+            progress: (self.groups.world.rank() == 0).then(|| Progress::new("generate", waiting.len() as u64, "responses").with("tokens")),
+        };
         let n_slots = self.n_slots.min(waiting.len()).max(1);
-        let longest = waiting.iter().map(|&idx| self.capacity_of(&requests[idx])).max().unwrap_or(1);
+        let longest = waiting.iter().map(|sample| self.capacity_of(&requests[sample.request_idx])).max().unwrap_or(1);
         let mut caches = self.chunk.new_caches(self.device, n_slots, longest)?;
         let mut free: Vec<usize> = (0..n_slots).rev().collect();
-        let (mut active, mut done) = (Vec::new(), Vec::new());
+        let mut active: Vec<Active<'a>> = Vec::new();
         let mut memory = Memory::default();
         loop {
-            self.admit(requests, &mut waiting, &mut free, &mut active, &mut done);
+            self.admit(requests, &mut waiting, &mut free, &mut active, &mut out);
             if active.is_empty() {
                 break;
             }
-            if self.is_asked_to_stop() {
-                return Err(Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again"));
+            if self.is_asked_to_stop(&out) {
+                let asked = Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again");
+                return Err(out.failed.unwrap_or(asked));
             }
-            let choices = self.pass(&mut memory, &mut caches, &mut active, requests);
-            let before = done.len();
-            self.advance(requests, &choices, (&mut active, &mut free, &mut done));
-            if let Some(progress) = &mut progress {
-                progress.add((done.len() - before) as u64);
+            let choices = self.pass(&mut memory, &mut caches, &mut active);
+            if let Some(progress) = &mut out.progress {
+                progress.add_also(active.len() as u64);
             }
+            self.advance(choices, &mut active, &mut free, &mut out)?;
         }
-        if let Some(progress) = progress {
+        if let Some(progress) = out.progress {
             progress.finish();
         }
-        Ok(done)
+        out.failed.map_or(Ok(()), Err)
+    }
+
+    /// All responses to `requests` in their order, on every rank, in memory. Collective over all ranks, which agree on an Err.
+    pub fn responses(&self, requests: &[Request]) -> Result<Vec<Response>> {
+        let mut mine: Vec<(usize, Response)> = Vec::new();
+        let done = Done::nothing(requests);
+        let ran = self.run(requests, &done, &mut |sample, response| {
+            mine.push((done.number(sample).expect("asked for"), response));
+            Ok(())
+        });
+        agree(&*self.groups.world, ran)?;
+        let parts = self.groups.world.gather_variable(&serde_json::to_vec(&mine).expect("responses are plain data"));
+        let mut all: Vec<(usize, Response)> =
+            parts.iter().flat_map(|part| serde_json::from_slice::<Vec<(usize, Response)>>(part).expect("written above")).collect();
+        all.sort_by_key(|(number, _)| *number);
+        Ok(all.into_iter().map(|(_, response)| response).collect())
     }
 
     /// Whether any rank of this replica was: signals do not arrive everywhere in the same iteration, and a rank that left alone would
     /// be waited for. Collective over the replica.
-    fn is_asked_to_stop(&self) -> bool {
-        let mine = if (self.stop)() { 1.0 } else { 0.0 };
+    fn is_asked_to_stop(&self, out: &Out) -> bool {
+        let mine = if (self.stop)() || out.failed.is_some() { 1.0 } else { 0.0 };
         self.groups.pp.sum_f64(self.groups.tp.sum_f64(mine)) > 0.0
     }
 
@@ -104,36 +154,41 @@ impl Generator<'_> {
         (request.tokens.len() + request.max_new_tokens).min(self.chunk.config().max_tokens)
     }
 
-    /// Moves waiting requests into free slots.
-    fn admit(
-        &self,
-        requests: &[Request],
-        waiting: &mut VecDeque<usize>,
+    /// What ends responses.
+    fn rules(&self) -> Rules<'_> {
+        Rules { eos_ids: &self.eos_ids, max_tokens: self.chunk.config().max_tokens, tokenizer: self.tokenizer }
+    }
+
+    /// Moves waiting samples into free slots.
+    fn admit<'a>(
+        &'a self,
+        requests: &'a [Request],
+        waiting: &mut VecDeque<Sample>,
         free: &mut Vec<usize>,
-        active: &mut Vec<Active>,
-        done: &mut Vec<(usize, Response)>,
+        active: &mut Vec<Active<'a>>,
+        out: &mut Out,
     ) {
         let mut n_tokens = 0;
-        while let (Some(&request_idx), Some(&slot)) = (waiting.front(), free.last()) {
-            let request = &requests[request_idx];
+        while let (Some(&sample), Some(&slot)) = (waiting.front(), free.last()) {
+            let request = &requests[sample.request_idx];
             if n_tokens > 0 && n_tokens + request.tokens.len() > PREFILL_TOKENS {
                 return;
             }
             waiting.pop_front();
-            if request.max_new_tokens == 0 {
-                done.push((request_idx, self.response(request, Vec::new(), 0.0, FinishReason::Length)));
+            let growing = Growing::new(request, self.rules());
+            if let Some(reason) = growing.ended_at_once() {
+                out.put(sample, || growing.into_response(sample.index, reason));
                 continue;
             }
             n_tokens += request.tokens.len();
             free.pop();
-            let noise = Random::new(request.seed, &format!("generate {}", request.id));
-            let feed = request.tokens.clone();
-            active.push(Active { request_idx, slot, noise, feed, past: 0, tokens: Vec::new(), logprob: 0.0 });
+            let (noise, feed) = (request.noise(), request.tokens.clone());
+            active.push(Active { sample, request, slot, noise, feed, past: 0, growing });
         }
     }
 
     /// One forward pass over all active slots; the next token of each, in the order of `active`.
-    fn pass(&self, memory: &mut Memory, caches: &mut [KvCache], active: &mut [Active], requests: &[Request]) -> Vec<Choice> {
+    fn pass(&self, memory: &mut Memory, caches: &mut [KvCache], active: &mut [Active]) -> Vec<Choice> {
         let (mut spans, mut tokens, mut positions, mut last_rows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for one in active.iter_mut() {
             let first = tokens.len();
@@ -151,7 +206,7 @@ impl Generator<'_> {
         if is_decode && self.groups.layout.tp * self.groups.layout.pp == 1 {
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = memory.decoder.logits(&ctx, self.chunk, &new, caches);
-            return self.sample(logits, active, requests);
+            return self.sample(logits, active);
         }
         let tokens = self.upload_u32(scratch, &tokens);
         let positions = self.upload_u32(scratch, &positions);
@@ -162,13 +217,13 @@ impl Generator<'_> {
             Some(hidden) => CachedInput::Hidden(hidden),
         };
         let output = self.chunk.forward_cached(&ctx, input, &positions, &spans, caches, &last_rows);
-        let mut choices = vec![Choice { token: 0, logprob: 0.0 }; active.len()];
+        let mut choices = Vec::new();
         match output {
             CachedOutput::Hidden(hidden) => self.send_hidden(&hidden),
-            CachedOutput::Logits(logits) => choices = self.sample(&logits, active, requests),
+            CachedOutput::Logits(logits) => choices = self.sample(&logits, active),
         }
         if last_stage > 0 {
-            share_choices(&*self.groups.pp, &mut choices, last_stage);
+            sampling::share(&*self.groups.pp, &mut choices, &drawings(active), last_stage);
         }
         choices
     }
@@ -191,104 +246,37 @@ impl Generator<'_> {
         self.groups.pp.start_group(vec![send], Vec::new()).wait();
     }
 
-    /// logits[n, V/tp] of all tensor-parallel ranks -> one choice a row, the same on all of them.
-    fn sample(&self, logits: &Tensor, active: &[Active], requests: &[Request]) -> Vec<Choice> {
-        let (n, columns) = (logits.n_rows(), logits.row_len());
-        let tp = self.groups.layout.tp;
-        if tp == 1
-            && let Some(choices) = self.sample_on_device(logits, active, requests)
-        {
-            return choices;
-        }
-        let mut mine = vec![0u8; logits.n_bytes()];
-        self.device.download(logits, &mut mine);
-        let mut all = vec![0u8; mine.len() * tp];
-        self.groups.tp.start_all_gather_bytes(&mine, &mut all).wait();
-        let values: Vec<f32> = match logits.dtype() {
-            DType::F32 => all.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect(),
-            DType::BF16 => all.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            DType::U32 | DType::F8E4M3 => unreachable!("logits are floats"),
-        };
-        let vocab_size = self.chunk.config().vocab_size;
-        let mut row = Vec::with_capacity(columns * tp);
-        (0..n)
-            .map(|idx| {
-                row.clear();
-                (0..tp).for_each(|part| row.extend_from_slice(&values[(part * n + idx) * columns..][..columns]));
-                let one = &active[idx];
-                let position = one.tokens.len() as u64;
-                sampler::choose(&row[..vocab_size], requests[one.request_idx].sampling, &one.noise, position)
-            })
-            .collect()
+    /// One choice a row of logits[n, V/tp], the same on all tensor-parallel ranks.
+    fn sample(&self, logits: &Tensor, active: &[Active]) -> Vec<Choice> {
+        sampling::choose_rows(self.device, &*self.groups.tp, logits, self.chunk.config().vocab_size, &drawings(active))
     }
 
-    /// The same where the device draws, so that no logits are downloaded; the noise is that of the host's sampler.
-    fn sample_on_device(&self, logits: &Tensor, active: &[Active], requests: &[Request]) -> Option<Vec<Choice>> {
-        let draw = |one: &Active| requests[one.request_idx].sampling.draw(&one.noise, one.tokens.len() as u64);
-        let draws: Vec<Draw> = active.iter().map(draw).collect();
-        let drawn = self.device.sample(logits, self.chunk.config().vocab_size, &draws)?;
-        Some(drawn.into_iter().map(|one| Choice { token: one.token, logprob: one.logprob }).collect())
-    }
-
-    /// Appends the choices, ends what is complete and frees its slots.
-    fn advance(&self, requests: &[Request], choices: &[Choice], state: (&mut Vec<Active>, &mut Vec<usize>, &mut Vec<(usize, Response)>)) {
-        let (active, free, done) = state;
+    /// Appends the choices, ends what is complete and frees its slots. Err, on all ranks of the replica, when logits were no numbers.
+    fn advance(&self, choices: Vec<Choice>, active: &mut Vec<Active>, free: &mut Vec<usize>, out: &mut Out) -> Result<()> {
         let mut going_on = Vec::with_capacity(active.len());
         for (mut one, choice) in active.drain(..).zip(choices) {
-            let request = &requests[one.request_idx];
-            one.logprob += choice.logprob;
-            let stopped = self.eos_ids.contains(&choice.token);
-            if !stopped {
-                one.tokens.push(choice.token);
+            if !choice.logprob.is_finite() {
+                let wrong = format!("request {:?}: the logits after {} tokens are not finite", one.request.id, one.past);
+                return Err(Error::new(Kind::Numeric, wrong).remedy("check the checkpoint (trireme-checkpoint verify), or try --dtype f32"));
             }
-            let reason = if stopped {
-                Some(FinishReason::Stop)
-            } else if one.tokens.len() == request.max_new_tokens {
-                Some(FinishReason::Length)
-            } else if request.tokens.len() + one.tokens.len() >= self.chunk.config().max_tokens {
-                Some(FinishReason::Context)
-            } else {
-                None
-            };
-            match reason {
+            let token = choice.token;
+            match one.growing.push(choice) {
                 Some(reason) => {
                     free.push(one.slot);
-                    done.push((one.request_idx, self.response(request, one.tokens, one.logprob, reason)));
+                    out.put(one.sample, || one.growing.into_response(one.sample.index, reason));
                 }
                 None => {
-                    one.feed.push(choice.token);
+                    one.feed.push(token);
                     going_on.push(one);
                 }
             }
         }
         *active = going_on;
-    }
-
-    fn response(&self, request: &Request, tokens: Vec<u32>, logprob: f64, finish_reason: FinishReason) -> Response {
-        let text = self.tokenizer.map(|tokenizer| tokenizer.decode(&tokens));
-        Response { id: request.id.clone(), text, tokens, logprob, finish_reason }
+        Ok(())
     }
 }
 
-/// The last stage's choices on all stages.
-fn share_choices(pp: &dyn Communicator, choices: &mut [Choice], root: usize) {
-    let mut bytes: Vec<u8> =
-        choices.iter().flat_map(|choice| [u64::from(choice.token).to_le_bytes(), choice.logprob.to_le_bytes()].concat()).collect();
-    pp.broadcast_bytes(&mut bytes, root);
-    for (choice, bytes) in choices.iter_mut().zip(bytes.chunks_exact(16)) {
-        choice.token = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as u32;
-        choice.logprob = f64::from_le_bytes(bytes[8..].try_into().expect("8 bytes"));
-    }
-}
-
-/// Responses of all replicas in request order, on every rank. Collective.
-pub fn gather(groups: &Groups, mine: &[(usize, Response)]) -> Vec<Response> {
-    // One rank of each replica speaks for it.
-    let speaks = groups.at.tp == 0 && groups.at.pp == 0;
-    let text = if speaks { serde_json::to_vec(mine).expect("responses are plain data") } else { b"[]".to_vec() };
-    let parts = groups.world.gather_variable(&text);
-    let mut all: Vec<(usize, Response)> =
-        parts.iter().flat_map(|part| serde_json::from_slice::<Vec<(usize, Response)>>(part).expect("written above")).collect();
-    all.sort_by_key(|(idx, _)| *idx);
-    all.into_iter().map(|(_, response)| response).collect()
+/// How the next token of each response is drawn.
+fn drawings<'a>(active: &'a [Active]) -> Vec<Drawing<'a>> {
+    active.iter().map(|one| one.request.drawing(&one.noise, one.sample.index, one.growing.tokens())).collect()
 }

@@ -2,7 +2,11 @@
 
 pub mod decode;
 pub mod generate;
+pub mod growing;
 pub mod load;
 pub mod request;
+mod request_line;
 pub mod sampler;
+pub mod samples;
+pub mod sampling;
 pub mod score;

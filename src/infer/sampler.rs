@@ -1,8 +1,13 @@
-//! Choosing the next token from a row of logits. The noise is a pure function of (seed, request id, position), so a
+//! Choosing the next token from a row of logits. The noise is a pure function of (seed, request id, sample, position), so a
 //! response does not depend on what it was batched with.
+//!
+//! The filters and their order are those of Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p. Only
+//! in ties they differ: top-k keeps exactly k tokens, of equal logits those with the lowest ids.
+//!
+//! A vocabulary has hundreds of thousands of tokens of which a draw looks at few: a histogram over the distance from the largest
+//! logit says how far down the order it goes, and only the tokens up to there are sorted.
 
 use crate::device::Draw;
-use crate::rng::Random;
 
 /// How to sample.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -13,77 +18,247 @@ pub struct Sampling {
     pub top_p: f64,
     /// Keep this many most likely tokens; 0 keeps all.
     pub top_k: usize,
+    /// Keep tokens whose probability is at least this part of the largest; 0 keeps all.
+    pub min_p: f64,
+    /// Logits of tokens that stand in prompt or response are divided by it when they are positive, multiplied when negative; 1 does
+    /// nothing.
+    pub repetition_penalty: f64,
 }
 
 impl Sampling {
-    /// The same for a device that draws, with the noise of this position.
-    pub fn draw(self, noise: &Random, position: u64) -> Draw {
-        Draw { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, uniform: noise.uniform(position) }
+    /// The model's own distribution.
+    pub const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0 };
+    /// Always the most likely token.
+    pub const GREEDY: Sampling = Sampling { temperature: 0.0, ..Sampling::PLAIN };
+}
+
+/// What is asked of a row of logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Drawing<'a> {
+    /// How to sample.
+    pub sampling: Sampling,
+    /// The noise, in (0, 1).
+    pub uniform: f64,
+    /// Tokens that a repetition penalty counts: the prompt ..
+    pub prompt: &'a [u32],
+    /// .. and what came after it.
+    pub response: &'a [u32],
+    /// How many of the most likely tokens are wanted beside the choice.
+    pub n_top: usize,
+}
+
+impl Drawing<'_> {
+    /// The same for a device that draws; None where only the host can.
+    pub fn on_device(&self) -> Option<Draw> {
+        let Sampling { temperature, top_p, top_k, min_p, repetition_penalty } = self.sampling;
+        let fits = min_p == 0.0 && repetition_penalty == 1.0 && self.n_top == 0;
+        fits.then_some(Draw { temperature, top_p, top_k, uniform: self.uniform })
     }
 }
 
-/// A chosen token and its log-probability under the model's own distribution (temperature 1, no truncation).
-#[derive(Clone, Copy, PartialEq, Debug)]
+/// A chosen token and its log-probability under the model's own distribution (temperature 1, no penalty, no truncation).
+#[derive(Clone, PartialEq, Debug)]
 pub struct Choice {
     /// The token.
     pub token: u32,
-    /// Its log-probability.
+    /// Its log-probability; not finite when a logit was not.
     pub logprob: f64,
+    /// The most likely tokens with theirs, as many as were wanted, most likely first, equal ones by id.
+    pub top: Vec<(u32, f64)>,
 }
 
-/// Chooses from logits[V] (the tokenizer's pieces, no padding). Ties go to the lowest token id. Order of the filters:
-/// temperature, top-k, top-p, as in Hugging Face transformers.
-pub fn choose(logits: &[f32], how: Sampling, noise: &Random, position: u64) -> Choice {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// Chooses from logits[V] (the tokenizer's pieces, no padding). Ties go to the lowest token id.
+pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
+    let max = largest(logits);
     let log_sum = f64::from(max) + logits.iter().map(|&l| f64::from(l - max).exp()).sum::<f64>().ln();
-    let token = if how.temperature == 0.0 { arg_max(logits, max) } else { draw(logits, how, noise.uniform(position)) };
-    Choice { token: token as u32, logprob: f64::from(logits[token]) - log_sum }
+    let logprob = |token: usize| f64::from(logits[token]) - log_sum;
+    let how = drawing.sampling;
+    let penalised = (how.repetition_penalty != 1.0).then(|| penalise(logits, drawing));
+    let scores = penalised.as_deref().unwrap_or(logits);
+    let token = match how.temperature {
+        0.0 => first_of(scores, largest(scores)),
+        _ => draw(scores, how, drawing.uniform),
+    };
+    let n_top = drawing.n_top.min(logits.len());
+    let top = if n_top == 0 { Vec::new() } else { first(logits, n_top).into_iter().map(|token| (token as u32, logprob(token))).collect() };
+    Choice { token: token as u32, logprob: logprob(token), top }
 }
 
-fn arg_max(logits: &[f32], max: f32) -> usize {
-    logits.iter().position(|&l| l == max).expect("logits are finite")
+fn largest(logits: &[f32]) -> f32 {
+    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Where this value stands first; 0 when it is nowhere, among numbers that are none.
+fn first_of(scores: &[f32], value: f32) -> usize {
+    scores.iter().position(|&score| score == value).unwrap_or(0)
+}
+
+/// The logits after the repetition penalty; however often a token stands there, it counts once.
+fn penalise(logits: &[f32], drawing: &Drawing) -> Vec<f32> {
+    let mut scores = logits.to_vec();
+    for &token in drawing.prompt.iter().chain(drawing.response) {
+        let (logit, penalty) = (f64::from(logits[token as usize]), drawing.sampling.repetition_penalty);
+        scores[token as usize] = if logit < 0.0 { logit * penalty } else { logit / penalty } as f32;
+    }
+    scores
+}
+
+/// Bins of a histogram.
+const BINS: usize = 2048;
+/// Bins to a factor of e in probability: the last begins at e^-64 of the largest.
+const BINS_A_NAT: f64 = 32.0;
+
+/// The tokens of a row, most likely first, as far as they were asked for.
+struct Descending<'a> {
+    logits: &'a [f32],
+    top: f64,
+    temperature: f64,
+    /// A prefix of the order: keys that sort as it does.
+    keys: Vec<u64>,
+    /// Their probabilities relative to the largest.
+    weights: Vec<f64>,
+    /// All tokens up to this bin were taken.
+    last_bin: usize,
+}
+
+impl<'a> Descending<'a> {
+    fn new(logits: &'a [f32], temperature: f64) -> Descending<'a> {
+        let top = f64::from(largest(logits));
+        Descending { logits, top, temperature, keys: Vec::new(), weights: Vec::new(), last_bin: 0 }
+    }
+
+    /// How far below the largest, in nats, from 0 up.
+    fn depth(&self, logit: f32) -> f64 {
+        (self.top - f64::from(logit)) / self.temperature
+    }
+
+    /// Probability relative to the largest.
+    fn weight(&self, logit: f32) -> f64 {
+        (-self.depth(logit)).exp()
+    }
+
+    fn bin(&self, logit: f32) -> usize {
+        bin_of(self.depth(logit))
+    }
+
+    /// Takes all tokens of the bins up to this one.
+    fn take(&mut self, last_bin: usize) {
+        let is_in = |logit: f32| last_bin >= BINS - 1 || self.bin(logit) <= last_bin;
+        let tokens = self.logits.iter().enumerate().filter(|&(_, &logit)| is_in(logit));
+        self.keys = tokens.map(|(token, &logit)| key(logit, token)).collect();
+        self.keys.sort_unstable();
+        self.weights = self.keys.iter().map(|&key| self.weight(self.logits[token_of(key)])).collect();
+        self.last_bin = last_bin;
+    }
+
+    fn token(&self, place: usize) -> usize {
+        token_of(self.keys[place])
+    }
+}
+
+fn bin_of(depth: f64) -> usize {
+    ((depth * BINS_A_NAT) as usize).min(BINS - 1)
+}
+
+/// Sorts as descending logits, -0 behind 0, equal ones as tokens.
+fn key(logit: f32, token: usize) -> u64 {
+    let bits = logit.to_bits();
+    let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(!ascending) << 32 | token as u64
+}
+
+fn token_of(key: u64) -> usize {
+    key as u32 as usize
+}
+
+/// The first bin with which the bins together have `need`; the last if they never do.
+fn bin_reaching<T: Copy + Default + std::ops::AddAssign + PartialOrd>(bins: &[T], need: T) -> usize {
+    let mut sum = T::default();
+    let reached = |&of_bin: &T| {
+        sum += of_bin;
+        sum >= need
+    };
+    bins.iter().position(reached).unwrap_or(BINS - 1)
+}
+
+/// The `n` most likely tokens, in order.
+fn first(logits: &[f32], n: usize) -> Vec<usize> {
+    let mut order = Descending::new(logits, 1.0);
+    let mut counts = [0usize; BINS];
+    logits.iter().for_each(|&logit| counts[order.bin(logit)] += 1);
+    order.take(bin_reaching(&counts, n));
+    (0..n).map(|place| order.token(place)).collect()
 }
 
 /// Inverse transform on the truncated distribution, most likely first.
 fn draw(logits: &[f32], how: Sampling, uniform: f64) -> usize {
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    let by_logit = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
-    let n_kept = if how.top_k == 0 { logits.len() } else { how.top_k.min(logits.len()) };
-    if n_kept < logits.len() {
-        order.select_nth_unstable_by(n_kept - 1, by_logit);
-        order.truncate(n_kept);
+    let mut order = Descending::new(logits, how.temperature);
+    let (mut counts, mut masses) = ([0usize; BINS], [0.0f64; BINS]);
+    for &logit in logits {
+        let bin = order.bin(logit);
+        counts[bin] += 1;
+        masses[bin] += order.weight(logit);
     }
-    order.sort_unstable_by(by_logit);
-    let top = f64::from(logits[order[0]]);
-    let weights: Vec<f64> = order.iter().map(|&token| ((f64::from(logits[token]) - top) / how.temperature).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    let mut kept = 0.0;
-    let mut n_nucleus = 0;
-    for weight in &weights {
-        kept += weight;
-        n_nucleus += 1;
-        if kept >= how.top_p * total {
-            break;
+    let n_most = if how.top_k == 0 { logits.len() } else { how.top_k.min(logits.len()) };
+    let total = if n_most < logits.len() {
+        order.take(bin_reaching(&counts, n_most));
+        order.weights[..n_most].iter().sum()
+    } else {
+        let total: f64 = masses.iter().sum();
+        let share = if how.top_p < 1.0 { how.top_p } else { uniform };
+        order.take(bin_reaching(&masses, share * total).min(bin_behind(how.min_p)));
+        total
+    };
+    choose_of(&order, how, uniform, (n_most, total)).unwrap_or_else(|| {
+        // Sums of the bins round otherwise than those in order: what was taken may be some tokens short.
+        order.take(BINS - 1);
+        choose_of(&order, how, uniform, (n_most, total)).expect("nothing is left to look at")
+    })
+}
+
+/// A bin behind which every token's relative probability is below `min_p`, whatever the rounding.
+fn bin_behind(min_p: f64) -> usize {
+    bin_of(-min_p.ln()).saturating_add(1).min(BINS - 1)
+}
+
+/// The token at which the running weight exceeds the noise; None when it may lie behind the tokens that were taken.
+fn choose_of(order: &Descending, how: Sampling, uniform: f64, (n_most, total): (usize, f64)) -> Option<usize> {
+    let n_taken = order.keys.len().min(n_most);
+    let (mut kept, mut n_kept) = (total, n_most);
+    if how.top_p < 1.0 || how.min_p > 0.0 {
+        let need = if how.top_p < 1.0 { how.top_p * total } else { f64::INFINITY };
+        (kept, n_kept) = (order.weights[0], 1);
+        while n_kept < n_taken && kept < need && order.weights[n_kept] >= how.min_p {
+            kept += order.weights[n_kept];
+            n_kept += 1;
+        }
+        let is_end = n_taken == n_most || (how.min_p > 0.0 && order.last_bin >= bin_behind(how.min_p));
+        if n_kept == n_taken && kept < need && !is_end {
+            return None;
         }
     }
-    let target = uniform * kept;
-    let mut sum = 0.0;
-    for (weight, &token) in weights[..n_nucleus].iter().zip(&order) {
+    let (target, mut sum) = (uniform * kept, 0.0);
+    for (place, weight) in order.weights[..n_kept.min(n_taken)].iter().enumerate() {
         sum += weight;
         if target < sum {
-            return token;
+            return Some(order.token(place));
         }
     }
-    order[n_nucleus - 1]
+    (n_kept <= n_taken).then(|| order.token(n_kept - 1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rng::Random;
 
     fn logits(n: usize, seed: u64) -> Vec<f32> {
         let noise = Random::new(seed, "test logits");
         (0..n as u64).map(|i| (2.0 * noise.normal(i)) as f32).collect()
+    }
+
+    fn drawn(logits: &[f32], sampling: Sampling, uniform: f64) -> Choice {
+        choose(logits, &Drawing { sampling, uniform, prompt: &[], response: &[], n_top: 0 })
     }
 
     /// Drawn frequencies match softmax(logits / temperature) by a chi-square test (99.99 % point of 49 degrees of freedom is
@@ -92,38 +267,98 @@ mod tests {
     fn frequencies_follow_the_softmax() {
         let (logits, temperature, n) = (logits(50, 1), 0.7, 100_000u64);
         let noise = Random::new(3, "draws");
-        let how = Sampling { temperature, top_p: 1.0, top_k: 0 };
+        let how = Sampling { temperature, ..Sampling::PLAIN };
         let mut counts = vec![0.0f64; logits.len()];
-        (0..n).for_each(|position| counts[choose(&logits, how, &noise, position).token as usize] += 1.0);
+        (0..n).for_each(|position| counts[drawn(&logits, how, noise.uniform(position)).token as usize] += 1.0);
         let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / temperature).exp()).collect();
         let total: f64 = weights.iter().sum();
         let chi2: f64 = counts.iter().zip(&weights).map(|(c, w)| (c - n as f64 * w / total).powi(2) / (n as f64 * w / total)).sum();
         assert!(chi2 < 95.6, "chi-square {chi2}");
     }
 
-    /// top-k draws only from the k largest, top-p only from the smallest set that reaches p, greedy takes the first of equals.
-    #[test]
-    fn truncation_keeps_the_right_tokens() {
-        let logits = logits(40, 2);
-        let mut order: Vec<usize> = (0..40).collect();
+    /// The definition, without shortcuts: everything sorted, every filter by itself.
+    fn by_definition(logits: &[f32], how: Sampling, uniform: f64) -> usize {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-        let noise = Random::new(4, "draws");
-        let total: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
-        let mut nucleus = 0;
-        let mut mass = 0.0;
-        while mass < 0.6 {
-            mass += f64::from(logits[order[nucleus]]).exp() / total;
-            nucleus += 1;
+        let weight = |token: usize| ((f64::from(logits[token]) - f64::from(logits[order[0]])) / how.temperature).exp();
+        let mut kept: Vec<(usize, f64)> = order.iter().map(|&token| (token, weight(token))).collect();
+        if how.top_k > 0 {
+            kept.truncate(how.top_k);
         }
-        for position in 0..5000 {
-            let k = choose(&logits, Sampling { temperature: 1.0, top_p: 1.0, top_k: 3 }, &noise, position).token as usize;
-            assert!(order[..3].contains(&k));
-            let p = choose(&logits, Sampling { temperature: 1.0, top_p: 0.6, top_k: 0 }, &noise, position).token as usize;
-            assert!(order[..nucleus].contains(&p));
+        if how.top_p < 1.0 {
+            let need = how.top_p * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+            let mut before = 0.0;
+            kept.retain(|(_, weight)| {
+                before += weight;
+                before - weight < need
+            });
         }
-        let greedy = choose(&[0.0, 2.0, 2.0], Sampling { temperature: 0.0, top_p: 1.0, top_k: 0 }, &noise, 0);
+        kept.retain(|&(token, weight)| token == order[0] || weight >= how.min_p);
+        let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+        let mut sum = 0.0;
+        let chosen = kept.iter().find(|(_, weight)| {
+            sum += weight;
+            uniform * total < sum
+        });
+        chosen.unwrap_or(&kept[kept.len() - 1]).0
+    }
+
+    /// Looking at a few tokens finds what sorting all of them finds, for every filter and all of them together, cold and hot (where
+    /// nearly all tokens count), with ties, and at the ends of the noise. Sums that are added in another order may round past a
+    /// boundary: with V <= 3000 terms, at less than 3000 2^-52 < 1e-12 of the draws, which is none of these.
+    #[test]
+    fn shortcuts_change_nothing() {
+        let mut rows: Vec<Vec<f32>> = [1, 2, 61, 3000].iter().map(|&v| logits(v, v as u64)).collect();
+        rows.push((0..777).map(|i| (i % 2) as f32).collect());
+        rows.push((0..777).map(|i| if i == 500 { 0.0 } else { -1e30 }).collect());
+        rows.push((0..777).map(|i| [0.0f32, -0.0, -1.0, f32::NEG_INFINITY][i % 4]).collect());
+        rows.push((0..777).map(|i| -(i as f32) / 64.0).collect());
+        let noise = Random::new(8, "shortcuts");
+        let mut n = 0;
+        for (row, temperature, top_p, top_k, min_p) in rows.iter().flat_map(|row| {
+            let each = |t| [1.0, 0.9, 0.3, 1e-9].map(|p| (t, p)).into_iter();
+            let pairs = [0.05, 0.7, 1.0, 3.0, 50.0].into_iter().flat_map(each);
+            pairs.flat_map(move |(t, p)| [0, 1, 5, 600].into_iter().flat_map(move |k| [0.0, 1e-3, 0.2, 1.0].map(|m| (row, t, p, k, m))))
+        }) {
+            let how = Sampling { temperature, top_p, top_k, min_p, repetition_penalty: 1.0 };
+            for uniform in [0.5f64.powi(54), 1.0 - 0.5f64.powi(30), noise.uniform(n), noise.uniform(n + 1)] {
+                let found = drawn(row, how, uniform).token as usize;
+                assert_eq!(found, by_definition(row, how, uniform), "{} tokens, {how:?}, {uniform}", row.len());
+            }
+            n += 2;
+        }
+    }
+
+    /// Greedy takes the first of equals, by its own log-probability; the most likely tokens are those of a sort.
+    #[test]
+    fn greedy_and_most_likely() {
+        let greedy = drawn(&[0.0, 2.0, 2.0], Sampling::GREEDY, 0.5);
         assert_eq!(greedy.token, 1);
         let expected = 2.0 - (1.0 + 2.0 * 2f64.exp()).ln();
         assert!((greedy.logprob - expected).abs() < 1e-12);
+        let row: Vec<f32> = logits(500, 7).iter().map(|l| (l * 4.0).round() / 4.0).collect();
+        let mut order: Vec<u32> = (0..500).collect();
+        order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
+        for n_top in [1, 2, 33, 500] {
+            let asked = Drawing { sampling: Sampling::PLAIN, uniform: 0.3, prompt: &[], response: &[], n_top };
+            let choice = choose(&row, &asked);
+            assert_eq!(choice.top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), order[..n_top]);
+            assert!(choice.top.iter().all(|(token, logprob)| *token != choice.token || *logprob == choice.logprob));
+        }
+    }
+
+    /// The penalty divides positive and multiplies negative logits of what stands in prompt or response, once however often it
+    /// stands there, and does not change log-probabilities.
+    #[test]
+    fn penalties_count_a_token_once() {
+        let row = [3.0f32, 2.9, -0.5, -0.6];
+        let greedy = Sampling { repetition_penalty: 1.5, ..Sampling::GREEDY };
+        let asked =
+            |prompt: &'static [u32], response: &'static [u32]| Drawing { sampling: greedy, uniform: 0.5, prompt, response, n_top: 0 };
+        assert_eq!(penalise(&row, &asked(&[0, 2], &[0, 0, 2])), [2.0, 2.9, -0.75, -0.6]);
+        let choice = choose(&row, &asked(&[0, 0], &[]));
+        let total: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
+        assert!(choice.token == 1 && (choice.logprob - (f64::from(row[1]) - total.ln())).abs() < 1e-7, "{choice:?}");
+        assert_eq!(choose(&row, &asked(&[0], &[1])).token, 0);
     }
 }

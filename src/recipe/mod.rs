@@ -23,6 +23,7 @@ pub use phases::{Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepP
 pub use recompute::{Recompute, RecomputePlan, RecomputeRange};
 pub use schedule::{DecayShape, LrDecay, LrSchedule, Wsd};
 pub use stages::{EndWeights, Layers};
+pub(crate) use strict::nearest as nearest_key;
 
 use crate::model::config::ModelConfig;
 use serde::{Deserialize, Serialize};

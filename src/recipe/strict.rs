@@ -88,7 +88,7 @@ fn plain(expected: &str) -> String {
 }
 
 /// The known name with the fewest edits (insert, delete, replace, swap neighbours) from `found`; of equals the first.
-pub(super) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     known.iter().copied().min_by_key(|name| strsim::damerau_levenshtein(&found.to_lowercase(), name))
 }
 

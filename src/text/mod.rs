@@ -7,6 +7,7 @@ pub mod chat;
 pub mod corpus;
 mod decode;
 mod encode;
+mod growing;
 mod hash;
 mod json;
 pub mod model_file;
@@ -16,6 +17,7 @@ pub mod train;
 
 use crate::artifact::{self, FileEntry, Manifest};
 use crate::error::{Error, IoContext, Result};
+pub use growing::GrowingText;
 use json::JsonTokenizer;
 pub use sentencepiece::SentencePiece;
 use std::path::{Path, PathBuf};

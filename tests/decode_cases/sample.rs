@@ -2,7 +2,7 @@
 
 use trireme::device::cuda::Cuda;
 use trireme::device::{Device, Draw};
-use trireme::infer::sampler::{self, Sampling};
+use trireme::infer::sampler::{self, Drawing, Sampling};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -27,10 +27,14 @@ fn logits(cuda: &Cuda, dtype: DType, rows: Vec<Vec<f32>>, padding: usize) -> Log
 /// Every row drawn `how[row % how.len()]` at positions 0.., on both sides.
 fn assert_same_choices(cuda: &Cuda, logits: &Logits, how: &[Sampling], what: &str) {
     let noise = Random::new(5, what);
-    let draws: Vec<Draw> = (0..logits.rows.len()).map(|row| how[row % how.len()].draw(&noise, row as u64)).collect();
+    let drawing = |row: usize| {
+        let (sampling, uniform) = (how[row % how.len()], noise.uniform(row as u64));
+        Drawing { sampling, uniform, prompt: &[], response: &[], n_top: 0 }
+    };
+    let draws: Vec<Draw> = (0..logits.rows.len()).map(|row| drawing(row).on_device().expect("this device can")).collect();
     let drawn = cuda.sample(&logits.device, logits.n_valid, &draws).expect("this device draws");
     for (row, (values, found)) in logits.rows.iter().zip(&drawn).enumerate() {
-        let expected = sampler::choose(values, how[row % how.len()], &noise, row as u64);
+        let expected = sampler::choose(values, &drawing(row));
         assert_eq!(found.token, expected.token, "{what}, row {row}, {:?}", how[row % how.len()]);
         // Both add V terms of at most 1 in f64, in other orders.
         let allowed = 2.0 * logits.n_valid as f64 * f64::EPSILON * (1.0 + expected.logprob.abs());
@@ -39,7 +43,7 @@ fn assert_same_choices(cuda: &Cuda, logits: &Logits, how: &[Sampling], what: &st
 }
 
 fn every_way() -> Vec<Sampling> {
-    let of = |temperature, top_p, top_k| Sampling { temperature, top_p, top_k };
+    let of = |temperature, top_p, top_k| Sampling { temperature, top_p, top_k, ..Sampling::PLAIN };
     let mut all = vec![of(0.0, 1.0, 0), of(1.0, 1.0, 0), of(0.7, 1.0, 0), of(3.0, 1.0, 0), of(1.0, 0.9, 0), of(1.3, 0.3, 0)];
     all.extend([of(1.0, 1.0, 5), of(0.8, 0.95, 40), of(2.0, 0.5, 3), of(1.0, 1.0, 1), of(1.0, 1e-9, 0), of(1.0, 1.0, 1 << 40)]);
     all

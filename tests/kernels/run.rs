@@ -27,16 +27,13 @@ fn losses(run: &Path) -> Vec<f64> {
 }
 
 /// What a checkpoint generates, and the log-probabilities it gives to two sequences.
-fn inferred(device: &dyn Device, run: &Path) -> (Vec<(usize, Response)>, Vec<f64>) {
+fn inferred(device: &dyn Device, run: &Path) -> (Vec<Response>, Vec<f64>) {
     let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
     let stored = checkpoint::open(run).unwrap();
     let mut chunks = [load_chunk(device, &stored, &groups, DType::F32).unwrap()];
-    let request = |id: &str, n: u32, temperature| Request {
-        id: id.into(),
-        tokens: (0..n).map(|i| (7 * i + n) % 61).collect(),
-        max_new_tokens: 9,
-        sampling: Sampling { temperature, top_p: 1.0, top_k: 0 },
-        seed: 11,
+    let request = |id: &str, n: u32, temperature| {
+        let plain = Request::new(id, (0..n).map(|i| (7 * i + n) % 61).collect(), 9);
+        Request { sampling: Sampling { temperature, ..Sampling::PLAIN }, seed: 11, ..plain }
     };
     let requests = [request("greedy", 5, 0.0), request("warm", 1, 1.0), request("last", 12, 1.0)];
     let sequences: Vec<Sequence> =
@@ -44,7 +41,7 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<(usize, Response)>, Vec<f64
     let scored = score::logprobs(device, &groups, &mut chunks, &sequences, 64).unwrap();
     let generator =
         Generator { device, groups: &groups, chunk: &chunks[0], eos_ids: vec![7], tokenizer: None, n_slots: 2, stop: &|| false };
-    (generator.run(&requests).unwrap(), scored.iter().map(|one| one.sum).collect())
+    (generator.responses(&requests).unwrap(), scored.iter().map(|one| one.sum).collect())
 }
 
 /// Two replicas with sharded optimizer state, saved after two steps and resumed from the file, lose what the CPU loses: sums in
@@ -71,7 +68,7 @@ fn a_run_is_that_of_the_cpu() {
 
     let ((theirs, sums), (ours, our_sums)) = (inferred(&Cpu::new(), &by_cuda), inferred(&*cuda(), &by_cuda));
     assert_eq!((theirs.len(), ours.len()), (3, 3));
-    for ((_, a), (_, b)) in theirs.iter().zip(&ours) {
+    for (a, b) in theirs.iter().zip(&ours) {
         assert_eq!((&a.id, &a.tokens), (&b.id, &b.tokens));
         assert!((a.logprob - b.logprob).abs() <= 1e-4, "{}: {} and {}", a.id, a.logprob, b.logprob);
     }

@@ -1,0 +1,94 @@
+//! The next tokens of all rows of a pass: drawn by the device where it can, by the host from the gathered logits where it cannot; and
+//! handed to the stages of a pipeline. Which of the two draws a row depends on its own request alone.
+
+use super::sampler::{self, Choice, Drawing};
+use crate::comm::Communicator;
+use crate::device::{Device, Draw};
+use crate::tensor::{DType, Tensor};
+use rayon::prelude::*;
+
+/// One choice a row of logits[n, V/tp] of all tensor-parallel ranks, of the first `n_valid` columns; the same on all of them.
+pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, n_valid: usize, drawings: &[Drawing]) -> Vec<Choice> {
+    let mut choices: Vec<Option<Choice>> = vec![None; drawings.len()];
+    if tp.size() == 1 {
+        draw_on_device(device, logits, n_valid, drawings, &mut choices);
+    }
+    if choices.iter().all(Option::is_some) {
+        return choices.into_iter().flatten().collect();
+    }
+    let gathered = Gathered::new(device, tp, logits);
+    let choose =
+        |(idx, choice): (usize, Option<Choice>)| choice.unwrap_or_else(|| sampler::choose(&gathered.row(idx, n_valid), &drawings[idx]));
+    choices.into_par_iter().enumerate().map(choose).collect()
+}
+
+/// Fills in the rows that the device can draw, so that their logits are not downloaded when it can draw all of them.
+fn draw_on_device(device: &dyn Device, logits: &Tensor, n_valid: usize, drawings: &[Drawing], choices: &mut [Option<Choice>]) {
+    // What only the host can draw takes the most likely token there, which is not looked at.
+    let unused = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, uniform: 0.5 };
+    let wanted: Vec<Option<Draw>> = drawings.iter().map(Drawing::on_device).collect();
+    if wanted.iter().all(Option::is_none) {
+        return;
+    }
+    let draws: Vec<Draw> = wanted.iter().map(|draw| draw.unwrap_or(unused)).collect();
+    let Some(drawn) = device.sample(logits, n_valid, &draws) else { return };
+    for ((choice, wanted), drawn) in choices.iter_mut().zip(&wanted).zip(drawn) {
+        *choice = wanted.map(|_| Choice { token: drawn.token, logprob: drawn.logprob, top: Vec::new() });
+    }
+}
+
+/// Logits of all tensor-parallel ranks on the host.
+struct Gathered {
+    /// [tp, n, V/tp]
+    bytes: Vec<u8>,
+    dtype: DType,
+    tp: usize,
+    n: usize,
+    columns: usize,
+}
+
+impl Gathered {
+    fn new(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor) -> Gathered {
+        let mut mine = vec![0u8; logits.n_bytes()];
+        device.download(logits, &mut mine);
+        let mut bytes = vec![0u8; mine.len() * tp.size()];
+        tp.start_all_gather_bytes(&mine, &mut bytes).wait();
+        Gathered { bytes, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() }
+    }
+
+    /// The first `n_valid` logits of a row.
+    fn row(&self, idx: usize, n_valid: usize) -> Vec<f32> {
+        let row_bytes = self.columns * self.dtype.bytes();
+        let mut row = Vec::with_capacity(self.columns * self.tp);
+        for part in 0..self.tp {
+            let bytes = &self.bytes[(part * self.n + idx) * row_bytes..][..row_bytes];
+            match self.dtype {
+                DType::F32 => row.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))),
+                DType::BF16 => row.extend(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
+                DType::U32 | DType::F8E4M3 => unreachable!("logits are floats"),
+            }
+        }
+        row.truncate(n_valid);
+        row
+    }
+}
+
+/// The choices of stage `root` on all stages; `drawings` says what was asked for. Collective over the pipeline.
+pub fn share(pp: &dyn Communicator, choices: &mut Vec<Choice>, drawings: &[Drawing], root: usize) {
+    // Each choice has as many of the most likely tokens as were wanted of it: all stages know the length of the message.
+    let mut words: Vec<u64> = Vec::new();
+    if pp.rank() == root {
+        let pairs = choices.iter().flat_map(|choice| std::iter::once((choice.token, choice.logprob)).chain(choice.top.iter().copied()));
+        words.extend(pairs.flat_map(|(token, logprob)| [u64::from(token), logprob.to_bits()]));
+    }
+    words.resize(drawings.iter().map(|drawing| 2 * (1 + drawing.n_top)).sum(), 0);
+    pp.broadcast_bytes(bytemuck::cast_slice_mut(&mut words), root);
+    let mut pairs = words.chunks_exact(2).map(|pair| (pair[0] as u32, f64::from_bits(pair[1])));
+    *choices = drawings
+        .iter()
+        .map(|drawing| {
+            let (token, logprob) = pairs.next().expect("two words a token");
+            Choice { token, logprob, top: pairs.by_ref().take(drawing.n_top).collect() }
+        })
+        .collect();
+}
