@@ -3,6 +3,7 @@
 use crate::comm::nccl::{Options, Sums};
 use crate::device::Fp8Scales;
 use crate::error::{Error, Result};
+use crate::model::packed::WeightFormat;
 use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
 use std::process::ExitCode;
@@ -46,18 +47,24 @@ pub fn report(error: &Error) {
     runtime::report_final(error);
 }
 
-/// For `--weights`: fp8 (a scale for each output channel) or fp8-tensor (one for each weight).
-pub fn parse_weights(text: &str) -> std::result::Result<Fp8Scales, String> {
+/// For `--weights`: int8 or fp8 (a scale for each output channel), or fp8-tensor (one for each weight).
+pub fn parse_weights(text: &str) -> std::result::Result<WeightFormat, String> {
     match text {
-        "fp8" => Ok(Fp8Scales::Rows),
-        "fp8-tensor" => Ok(Fp8Scales::Tensor),
-        other => Err(format!("{other:?} is neither fp8 nor fp8-tensor")),
+        "int8" => Ok(WeightFormat::Int8),
+        "fp8" => Ok(WeightFormat::Fp8(Fp8Scales::Rows)),
+        "fp8-tensor" => Ok(WeightFormat::Fp8(Fp8Scales::Tensor)),
+        other => Err(format!("{other:?} is none of int8, fp8 and fp8-tensor")),
     }
 }
 
 /// `--weights` as it stands in an artifact.
-pub fn weights_name(weights: Option<Fp8Scales>) -> Option<&'static str> {
-    weights.map(|scales| if scales == Fp8Scales::Rows { "fp8" } else { "fp8-tensor" })
+pub fn weights_name(weights: Option<WeightFormat>) -> Option<&'static str> {
+    match weights? {
+        WeightFormat::Stored => None,
+        WeightFormat::Int8 => Some("int8"),
+        WeightFormat::Fp8(Fp8Scales::Rows) => Some("fp8"),
+        WeightFormat::Fp8(Fp8Scales::Tensor) => Some("fp8-tensor"),
+    }
 }
 
 /// For `--dtype`: f32 or bf16.

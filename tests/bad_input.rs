@@ -137,10 +137,10 @@ fn wrong_checkpoints() {
     assert_eq!(generate().status.code(), Some(0), "the undamaged checkpoint works");
 }
 
-/// Weights as E4M3 are refused by name, both values, where there is no such form or tensor cores cannot multiply the weights; where
+/// Weights in 8 bits are refused by name, both values, where there is no such form or tensor cores cannot multiply the weights; where
 /// they can, both programs do their work and its manifest says with what weights.
 #[test]
-fn weights_in_fp8() {
+fn weights_in_8_bits() {
     let place = Place::new();
     let mut recipe = tiny_recipe(&place.path("shards"));
     let (narrow, wide, out) = (place.path("narrow"), place.path("wide"), place.path("out"));
@@ -166,11 +166,11 @@ fn weights_in_fp8() {
     for program in ["generate", "score"] {
         let unknown = run(program, &wide, "fp4");
         let stderr = String::from_utf8_lossy(&unknown.stderr);
-        assert!(unknown.status.code() == Some(2) && stderr.contains("\"fp4\" is neither fp8 nor fp8-tensor"), "{stderr}");
+        assert!(unknown.status.code() == Some(2) && stderr.contains("\"fp4\" is none of int8, fp8 and fp8-tensor"), "{stderr}");
         let wrong = ["layers.0.attention.qkv.weight has 128 x 24 elements on a rank, no multiples of 16", "leave --weights out"];
         assert_refused(&run(program, &narrow, "fp8"), 2, &wrong, &out);
         assert!(!out.exists());
-        for weights in ["fp8", "fp8-tensor"] {
+        for weights in ["int8", "fp8", "fp8-tensor"] {
             let done = run(program, &wide, weights);
             assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
             let manifest = std::fs::read_to_string(out.join("manifest.json")).unwrap();

@@ -8,12 +8,12 @@ use trireme::checkpoint::{self, hf};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
-use trireme::device::Fp8Scales;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::Generator;
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, OnBad, Response, read_requests};
 use trireme::model::config::HeadKind;
+use trireme::model::packed::WeightFormat;
 use trireme::runtime::Runtime;
 use trireme::tensor::DType;
 use trireme::text::Tokenizer;
@@ -54,9 +54,10 @@ struct Args {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Keep the weights of linear layers as E4M3: fp8 (a scale for each output channel) or fp8-tensor (one for each weight)
+    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
+    /// channel, or fp8-tensor (one for each weight)
     #[arg(long, value_parser = cli::parse_weights)]
-    weights: Option<Fp8Scales>,
+    weights: Option<WeightFormat>,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -79,7 +80,7 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
     let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
-    agree(&*groups.world, args.weights.map_or(Ok(()), |scales| chunk.quantise(device, scales)))?;
+    agree(&*groups.world, chunk.pack(device, &*groups.tp, args.weights.unwrap_or(WeightFormat::Stored)))?;
     let generator = Generator {
         device,
         groups: &groups,

@@ -9,11 +9,11 @@ use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::data::h5;
-use trireme::device::Fp8Scales;
 use trireme::error::{Error, Result};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::score::{self, Rated, Scored, Sequence};
 use trireme::model::config::HeadKind;
+use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::runtime::Runtime;
 use trireme::tensor::DType;
@@ -74,9 +74,10 @@ struct ScoreArgs {
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
-    /// Keep the weights of linear layers as E4M3: fp8 (a scale for each output channel) or fp8-tensor (one for each weight)
+    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
+    /// channel, or fp8-tensor (one for each weight)
     #[arg(long, value_parser = cli::parse_weights)]
-    weights: Option<Fp8Scales>,
+    weights: Option<WeightFormat>,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -108,7 +109,7 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
     let mut chunks = [agree(&*groups.world, load_chunk(device, &stored, &groups, args.dtype))?];
-    agree(&*groups.world, args.weights.map_or(Ok(()), |scales| chunks[0].quantise(device, scales)))?;
+    agree(&*groups.world, args.weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
     match what {
         What::Logprobs(_) => {
             let scored = agree(&*groups.world, score::logprobs(device, &groups, &mut chunks, &sequences, args.batch_tokens))?;

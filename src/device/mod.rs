@@ -12,12 +12,14 @@ pub mod canonical;
 pub mod ceiling;
 pub mod cpu;
 pub mod cuda;
+pub mod packed;
 pub mod peak;
 mod scratch;
 
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 use canonical::CanonicalSums;
+use packed::PackedProducts;
 pub use scratch::{Scratch, ScratchTensor};
 
 /// Transposition and accumulation of a matrix product.
@@ -265,6 +267,10 @@ pub trait Device: Send + Sync {
     fn name(&self) -> String;
     /// Sums in a canonical order, where the device has them: `numerics.mode = "reproducible"` needs them.
     fn canonical(&self) -> Option<&dyn CanonicalSums> {
+        None
+    }
+    /// Products with weights in a form of its own, where the device has one.
+    fn packed(&self) -> Option<&dyn PackedProducts> {
         None
     }
 

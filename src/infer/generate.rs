@@ -202,7 +202,8 @@ impl<'g> Generator<'g> {
         // Prompts come in all lengths: their temporaries are not kept.
         let prefill = Scratch::new();
         let scratch = if is_decode { &memory.decode } else { &prefill };
-        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+        let numerics = Numerics::of_inference(self.device, self.groups.layout.tp);
+        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated, numerics };
         if is_decode && self.groups.layout.tp * self.groups.layout.pp == 1 {
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = memory.decoder.logits(&ctx, self.chunk, &new, caches);

@@ -307,10 +307,16 @@ impl Chunk {
 
     /// Weights of the linear layers of the blocks.
     pub(super) fn linear_params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        self.blocks.iter_mut().flat_map(|block| {
-            let Block { attention, mlp, .. } = block;
-            [&mut attention.qkv.weight, &mut attention.out.weight, &mut mlp.up.weight, &mut mlp.down.weight]
-        })
+        self.blocks.iter_mut().flat_map(linear_params_of)
+    }
+
+    /// The same, and the output layer over the vocabulary: the head's own or the embedding.
+    pub(super) fn product_params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        let output = match &mut self.head {
+            Some(Head::Vocabulary(head)) => head.weight.as_mut().or(self.embedding.as_mut().map(|embedding| &mut embedding.weight)),
+            Some(Head::Reward(_)) | None => None,
+        };
+        self.blocks.iter_mut().flat_map(linear_params_of).chain(output)
     }
 
     /// Index in `params()` of a tied embedding; when the model has several chunks, the other copy is in another one.
@@ -550,6 +556,11 @@ impl Chunk {
     fn tied_weight(&self) -> Option<&Param> {
         self.embedding.as_ref().map(|embedding| &embedding.weight)
     }
+}
+
+fn linear_params_of(block: &mut Block) -> [&mut Param; 4] {
+    let Block { attention, mlp, .. } = block;
+    [&mut attention.qkv.weight, &mut attention.out.weight, &mut mlp.up.weight, &mut mlp.down.weight]
 }
 
 /// The residual stream after the last block: what that block returned, added to its stream (its own, or the one kept for the

@@ -1,6 +1,7 @@
 //! The input embedding, rows divided over tensor-parallel ranks.
 
 use super::ctx::Ctx;
+use super::packed;
 use super::param::Param;
 use crate::device::ScratchTensor;
 use crate::tensor::Tensor;
@@ -15,7 +16,11 @@ impl VocabParallelEmbedding {
     /// tokens[T] -> x[T', H]: each rank looks up its own rows, the others are zero, and the sum over tp is the embedding.
     pub fn forward(&self, ctx: &Ctx, tokens: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[tokens.n_rows(), self.weight.slice.shape[1]], self.weight.value.dtype());
-        ctx.device.embed(&mut partial, tokens, &self.weight.weight(), self.weight.slice.offset[0]);
+        let first_row = self.weight.slice.offset[0];
+        match &self.weight.packed {
+            Some(table) => packed::look_up(ctx, &mut partial, tokens, table, first_row),
+            None => ctx.device.embed(&mut partial, tokens, &self.weight.weight(), first_row),
+        }
         let dtype = partial.dtype();
         ctx.sum_rows(partial, dtype) // tp: reduce-scatter or all-reduce
     }

@@ -3,8 +3,8 @@
 //! and the gradient of the weight, which nobody waits for. The halves give the bits of the whole.
 
 use super::ctx::Ctx;
-use super::fp8;
 use super::param::Param;
+use super::{fp8, packed};
 use crate::device::{Gemm, ScratchTensor};
 use crate::tensor::Tensor;
 
@@ -46,11 +46,23 @@ impl ColumnParallelLinear {
 pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
     let x = ctx.gather_rows(x); // tp: [T', I] -> [T, I]
     let mut y = ctx.take(&[x.n_rows(), weight.slice.shape[0]], x.dtype());
-    match &weight.scale {
-        Some(scale) => fp8::multiply(ctx, &mut y, &x, (&weight.value, scale)),
-        None => ctx.product(&mut y, &x, &weight.weight(), Gemm::NT), // y = x W^T
-    }
+    multiply(ctx, &mut y, &x, weight, Ctx::product); // y = x W^T
     y
+}
+
+/// y[T, out] = x[T, in] W^T by the form that the weight is in; as it is stored, by `product`.
+fn multiply<'a>(
+    ctx: &Ctx<'a>,
+    y: &mut Tensor,
+    x: &Tensor,
+    weight: &Param,
+    product: impl Fn(&Ctx<'a>, &mut Tensor, &Tensor, &Tensor, Gemm),
+) {
+    match (&weight.packed, &weight.scale) {
+        (Some(weight), _) => packed::multiply(ctx, y, x, weight),
+        (None, Some(scale)) => fp8::multiply(ctx, y, x, (&weight.value, scale)),
+        (None, None) => product(ctx, y, x, &weight.weight(), Gemm::NT),
+    }
 }
 
 /// `ColumnParallelLinear::backward` for a weight that lives elsewhere.
@@ -87,10 +99,7 @@ impl RowParallelLinear {
     /// x[T, I/tp] -> y[T', O].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], ctx.partial_dtype(x.dtype()));
-        match &self.weight.scale {
-            Some(scale) => fp8::multiply(ctx, &mut partial, x, (&self.weight.value, scale)),
-            None => ctx.partial_product(&mut partial, x, &self.weight.weight(), Gemm::NT), // y = x W^T, summed over tp next
-        }
+        multiply(ctx, &mut partial, x, &self.weight, Ctx::partial_product); // y = x W^T, summed over tp next
         ctx.sum_rows(partial, x.dtype()) // tp: reduce-scatter or all-reduce
     }
 

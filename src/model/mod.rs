@@ -17,5 +17,6 @@ pub mod linear;
 pub mod mlp;
 pub mod norm;
 pub mod numerics;
+pub mod packed;
 pub mod param;
 pub mod reward;

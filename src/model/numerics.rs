@@ -79,6 +79,15 @@ impl<'a> Numerics<'a> {
         let blocks = BatchBlocks { samples: samples / n_blocks, per_replica: n_blocks / dp };
         Ok(Numerics::Reproducible(Canonical { sums, blocks, batch: None }))
     }
+
+    /// For passes without gradients over so many tensor-parallel ranks: canonical where the device can and the ranks add in pairs.
+    pub fn of_inference(device: &'a dyn Device, tp: usize) -> Numerics<'a> {
+        let blocks = BatchBlocks { samples: 1, per_replica: 1 }; // there are no gradients to sum over samples
+        match device.canonical().filter(|_| TP_PIECES % tp == 0) {
+            Some(sums) => Numerics::Reproducible(Canonical { sums, blocks, batch: None }),
+            None => Numerics::Fast,
+        }
+    }
 }
 
 /// The device's canonical sums. Err: it has none.

@@ -3,6 +3,7 @@
 use super::config::{Init, ParamSpec, Split};
 use super::numerics::SampleSum;
 use crate::device::Device;
+use crate::device::packed::PackedWeight;
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::parallel::slice::Slice;
@@ -39,6 +40,8 @@ pub struct Param {
     pub value: Tensor,
     /// The scales of `value` when it is E4M3: see `fp8`.
     pub scale: Option<Tensor>,
+    /// The weights in the device's own form: see `packed`. `value` has no rows then.
+    pub packed: Option<PackedWeight>,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
     /// With canonical sums: what stands beside `grad` while a step's samples come in.
@@ -57,7 +60,7 @@ impl Param {
             shape[0] = shape[0].next_multiple_of(layout.dp);
         }
         let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
-        Ok(Param { value: device.alloc(&shape, dtype)?, scale: None, grad, sum: None, second: None, spec, slice })
+        Ok(Param { value: device.alloc(&shape, dtype)?, scale: None, packed: None, grad, sum: None, second: None, spec, slice })
     }
 
     /// Takes the memory of canonical sums, for at most this many blocks of samples a replica.

@@ -23,7 +23,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
-    /// AVX-512 with bf16 dot products.
+    /// AVX-512 with dot products of bf16 and of bytes (VNNI): processors with the first have the second.
     Avx512Bf16,
 }
 
@@ -37,7 +37,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return match (wide, is_x86_feature_detected!("avx512bf16")) {
+                let dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+                return match (wide, dots) {
                     (true, true) => Isa::Avx512Bf16,
                     (true, false) => Isa::Avx512,
                     _ => Isa::Avx2,
@@ -65,6 +66,8 @@ pub trait Vector: Copy {
     const N: usize;
     /// Vector registers of the processor.
     const REGISTERS: usize;
+    /// Whether there are dot products of bf16: `pack_pairs` and `dot_pairs`.
+    const DOTS_PAIRS: bool = false;
     /// 2^f for |f| <= 1/2, the highest power first.
     #[allow(clippy::approx_constant)] // one of them is close to ln 2, as it must be
     const EXP2: [f32; 6] = [1.326_472_8e-3, 9.671_514e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
@@ -154,6 +157,11 @@ pub trait Vector: Copy {
     fn dot_pairs(self, _y: Self, _z: Self) -> Self {
         unreachable!("pairs of bf16 on a processor without their dot products")
     }
+    /// z + the dot products of the four bytes in the words of self, unsigned, and y, signed; z and the result are 32-bit integers that
+    /// wrap around.
+    fn dot_bytes(self, y: Self, z: Self) -> Self;
+    /// 32-bit integers as numbers, rounded to nearest even.
+    fn integers_to_float(self) -> Self;
     /// 2 N elements as (even, odd). SAFETY: they are readable.
     #[inline(always)]
     unsafe fn load_pairs_bf16(from: *const bf16) -> (Self, Self) {
@@ -382,7 +390,7 @@ macro_rules! kernel {
             #[cfg(target_arch = "x86_64")]
             {
                 use $crate::device::cpu::lanes::{Avx2, Avx512, Isa};
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512bf16<$($e: $crate::device::cpu::lanes::Element),*>($($arg: $ty),*) $(-> $r)? {
                     body::<Avx512<true>, $($e),*>($($arg),*)

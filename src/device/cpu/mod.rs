@@ -14,6 +14,7 @@ mod lanes;
 mod loss;
 mod matmul;
 mod norm;
+mod packed;
 mod panels;
 mod parallel;
 mod product;
@@ -21,6 +22,7 @@ mod rope;
 mod terms;
 
 use super::canonical::CanonicalSums;
+use super::packed::PackedProducts;
 use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
@@ -99,6 +101,10 @@ fn assert_sequences(what: &str, starts: &[usize], n_tokens: usize) {
 
 impl Device for Cpu {
     fn canonical(&self) -> Option<&dyn CanonicalSums> {
+        Some(self)
+    }
+
+    fn packed(&self) -> Option<&dyn PackedProducts> {
         Some(self)
     }
 

@@ -30,20 +30,22 @@ const AHEAD: usize = 12;
 
 /// A matrix seen as rows (of out, for a; columns of out, for b) by k.
 #[derive(Clone, Copy)]
-struct Side<'a, E> {
-    data: &'a [E],
+pub struct Side<'a, E> {
+    /// The matrix.
+    pub data: &'a [E],
     /// Rows or columns of out.
-    len: usize,
+    pub len: usize,
     /// Terms.
-    k: usize,
+    pub k: usize,
     /// Whether k is the contiguous dim.
-    k_contiguous: bool,
+    pub k_contiguous: bool,
     /// Rows of a panel.
-    width: usize,
+    pub width: usize,
 }
 
 impl<E> Side<'_, E> {
-    fn n_panels(&self) -> usize {
+    /// Panels that hold them all.
+    pub fn n_panels(&self) -> usize {
         self.len.div_ceil(self.width)
     }
 }
@@ -63,11 +65,11 @@ const N_WAITING: usize = 3;
 
 /// A piece of k in a packed panel.
 #[derive(Clone, Debug)]
-struct Piece {
+pub struct Piece {
     /// Which terms.
-    terms: Range<usize>,
+    pub terms: Range<usize>,
     /// Its first word in the panel, and its words.
-    words: Range<usize>,
+    pub words: Range<usize>,
 }
 
 /// The pieces, one behind the other in a panel.
@@ -82,7 +84,7 @@ fn laid_out(terms: Terms, pieces: &[Range<usize>]) -> Vec<Piece> {
 }
 
 /// A piece of k cut as it is packed, in slabs of equal words. More than one slab is added up in out, so out is f32 then.
-fn slabs_of(terms: Terms, piece: Range<usize>) -> Vec<Range<usize>> {
+pub fn slabs_of(terms: Terms, piece: Range<usize>) -> Vec<Range<usize>> {
     if piece.is_empty() {
         return vec![piece];
     }
@@ -330,7 +332,7 @@ kernel! {
 }
 
 /// Panels one after another: `to[panel][word][lane]` is word `word` of row `panel * width + lane`, zeros past the ends.
-fn pack<E: Element>(isa: Isa, to: &mut [f32], side: Side<E>, panels: Range<usize>, pieces: &[Piece]) {
+pub fn pack<E: Element>(isa: Isa, to: &mut [f32], side: Side<E>, panels: Range<usize>, pieces: &[Piece]) {
     let size = to.len() / panels.len();
     for piece in pieces.iter().filter(|piece| !piece.terms.is_empty()) {
         if !side.k_contiguous {

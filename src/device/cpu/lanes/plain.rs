@@ -94,6 +94,18 @@ impl Vector for Plain {
         self.map2(n, |x, n| (f64::from(x) * std::f64::consts::LOG2_E - f64::from(n)) as f32)
     }
     #[inline(always)]
+    fn dot_bytes(self, y: Self, z: Self) -> Self {
+        let dot = |x: f32, y: f32| -> i32 {
+            let (x, y) = (x.to_bits().to_le_bytes(), y.to_bits().to_le_bytes());
+            (0..4).map(|i| i32::from(x[i]) * i32::from(y[i] as i8)).sum()
+        };
+        Plain(std::array::from_fn(|i| f32::from_bits((z.0[i].to_bits() as i32).wrapping_add(dot(self.0[i], y.0[i])) as u32)))
+    }
+    #[inline(always)]
+    fn integers_to_float(self) -> Self {
+        Plain(self.0.map(|x| x.to_bits() as i32 as f32))
+    }
+    #[inline(always)]
     fn unzip(self, y: Self) -> (Self, Self) {
         let at = |i: usize| if i < 8 { self.0[i] } else { y.0[i - 8] };
         (Plain(std::array::from_fn(|i| at(2 * i))), Plain(std::array::from_fn(|i| at(2 * i + 1))))

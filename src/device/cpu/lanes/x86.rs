@@ -39,6 +39,7 @@ impl<const BF16: bool> Avx512<BF16> {
 impl<const BF16: bool> Vector for Avx512<BF16> {
     const N: usize = 16;
     const REGISTERS: usize = 32;
+    const DOTS_PAIRS: bool = BF16;
     #[inline(always)]
     fn splat(x: f32) -> Self {
         // SAFETY: see above.
@@ -203,6 +204,27 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn dot_bytes(self, y: Self, z: Self) -> Self {
+        // SAFETY: see above; all are 512 plain bits.
+        unsafe {
+            let (x, y, z) = (_mm512_castps_si512(self.0), _mm512_castps_si512(y.0), _mm512_castps_si512(z.0));
+            let sums = if BF16 {
+                _mm512_dpbusd_epi32(z, x, y)
+            } else {
+                // Even bytes and odd ones as 16 bits each: their products in pairs need 17.
+                let (even, odd) = (_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16::<8>(x));
+                let even = _mm512_madd_epi16(even, _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(y)));
+                _mm512_add_epi32(z, _mm512_add_epi32(even, _mm512_madd_epi16(odd, _mm512_srai_epi16::<8>(y))))
+            };
+            Avx512(_mm512_castsi512_ps(sums))
+        }
+    }
+    #[inline(always)]
+    fn integers_to_float(self) -> Self {
+        // SAFETY: see above.
+        Avx512(unsafe { _mm512_cvtepi32_ps(_mm512_castps_si512(self.0)) })
+    }
+    #[inline(always)]
     fn exp(self) -> Self {
         // As the trait's, with 2^n added to the exponent as an integer, which leaves the multiplying units to the polynomial.
         // SAFETY: see above.
@@ -340,6 +362,22 @@ impl Vector for Avx2 {
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
             Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased)))
         }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, y: Self, z: Self) -> Self {
+        // SAFETY: see above; all are 256 plain bits.
+        unsafe {
+            let (x, y, z) = (_mm256_castps_si256(self.0), _mm256_castps_si256(y.0), _mm256_castps_si256(z.0));
+            let (even, odd) = (_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(x));
+            let even = _mm256_madd_epi16(even, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(y)));
+            let sums = _mm256_add_epi32(z, _mm256_add_epi32(even, _mm256_madd_epi16(odd, _mm256_srai_epi16::<8>(y))));
+            Avx2(_mm256_castsi256_ps(sums))
+        }
+    }
+    #[inline(always)]
+    fn integers_to_float(self) -> Self {
+        // SAFETY: see above.
+        Avx2(unsafe { _mm256_cvtepi32_ps(_mm256_castps_si256(self.0)) })
     }
     #[inline(always)]
     fn unzip(self, y: Self) -> (Self, Self) {

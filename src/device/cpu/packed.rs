@@ -1,0 +1,260 @@
+//! Products with packed weights (`crate::device::packed`): one form for one row and for thousands.
+//!
+//! A weight lies in panels of 32 output channels, [words of k][32 lanes], a word being an f32, a pair of bf16 or four integers; the rows
+//! of x are packed beside each call, a few at a time, [words][rows]. A tile, all rows of a panel of x with all lanes of a panel of W,
+//! stays in registers for all of k, so each element is one chain over k: fused multiply-adds in order, or dot products of neighbouring
+//! pairs in order (vdpbf16ps). Where the processor has no such dot products, the pairs are taken apart and their terms multiplied in
+//! f32, in order. Long pieces are summed in the slabs of `panels`, so that every sum of floats here is, bit by bit, that of
+//! `CanonicalSums::gemm_in_pairs`. Sums of integers (vpdpbusd, or by 16 bits) are exact; each piece becomes
+//! (sum * scale of the channel) * scale of the row and piece, on every processor the same bits.
+//!
+//! With few rows the weight streams by once, and nothing else is read: decode runs at the bandwidth of the memory. With many, blocks of
+//! panels stay in the second-level cache while the rows pass by.
+
+mod int8;
+mod tiles;
+
+use super::lanes::{Element, Isa, elements, elements_mut};
+use super::panels::{self, Piece, Side};
+use super::parallel::{Shared, for_rows, for_tasks};
+use super::{Cpu, elementwise, float};
+use crate::device::Device;
+use crate::device::packed::{PackedForm, PackedProducts, PackedWeight};
+use crate::error::Result;
+use crate::parallel::pieces::pieces;
+use crate::tensor::{DType, Tensor};
+use int8::RowPanel;
+use tiles::{Job, Out, Scales};
+
+/// Output channels of a panel.
+const LANES: usize = 32;
+/// Bytes of the panels that a task keeps in the second-level cache while rows pass by.
+const BLOCK_BYTES: usize = 384 * 1024;
+/// Most pieces that are added in pairs.
+const MOST_PIECES: usize = 8;
+/// Most terms of a piece of integers: sums of as many products of 8 bits fit 32.
+const MOST_TERMS: usize = 1 << 16;
+
+/// What a word of a panel holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Word {
+    /// An f32.
+    Single,
+    /// Two bf16, the earlier in the low half.
+    Pair,
+    /// Four integers, the earliest in the lowest byte: of x as they are, of W with 128 added.
+    Bytes,
+}
+
+impl Word {
+    fn of(form: PackedForm) -> Word {
+        match form {
+            PackedForm::Float(DType::BF16) => Word::Pair,
+            PackedForm::Float(_) => Word::Single,
+            PackedForm::Int8 => Word::Bytes,
+        }
+    }
+
+    /// Terms of k.
+    fn n_terms(self) -> usize {
+        match self {
+            Word::Single => 1,
+            Word::Pair => 2,
+            Word::Bytes => 4,
+        }
+    }
+}
+
+/// How the words of a panel are summed.
+struct Order {
+    /// Runs of words that are summed in order, laid out one after another.
+    runs: Vec<Piece>,
+    /// Runs of each piece: added in turn.
+    n_runs: Vec<usize>,
+}
+
+impl Order {
+    /// Of k terms in so many pieces.
+    fn of(isa: Isa, word: Word, k: usize, n_pieces: usize) -> Order {
+        assert!(n_pieces.is_power_of_two() && n_pieces <= MOST_PIECES, "{n_pieces} pieces in pairs");
+        let (mut order, mut at) = (Order { runs: Vec::new(), n_runs: Vec::new() }, 0);
+        for piece in pieces(k, n_pieces) {
+            let runs = match word {
+                Word::Single if isa >= Isa::Avx512 => panels::slabs_of(super::terms::Terms::Single, piece),
+                Word::Pair if isa == Isa::Avx512Bf16 => panels::slabs_of(super::terms::Terms::Pairs, piece),
+                Word::Single | Word::Pair | Word::Bytes => vec![piece],
+            };
+            order.n_runs.push(runs.len());
+            for terms in runs {
+                let words = at..at + terms.len().div_ceil(word.n_terms());
+                at = words.end;
+                order.runs.push(Piece { terms, words });
+            }
+        }
+        order
+    }
+
+    fn words(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.words.end)
+    }
+}
+
+impl PackedProducts for Cpu {
+    fn pack(&self, weight: &Tensor, n_pieces: usize) -> Result<PackedWeight> {
+        let (n, k, form) = (weight.n_rows(), weight.row_len(), PackedForm::Float(weight.dtype()));
+        let order = Order::of(self.isa, Word::of(form), k, n_pieces);
+        let mut words = self.alloc(&[n.div_ceil(LANES), order.words(), LANES], DType::F32)?;
+        float!(weight.dtype(), E => self.pack_floats::<E>(words.f32_mut(), (weight, LANES), &order));
+        Ok(PackedWeight { form, n_rows: n, row_len: k, n_pieces, words, scale: None })
+    }
+
+    fn sizes(&self, sizes: &mut Tensor, weight: &Tensor) {
+        assert_eq!(sizes.n_elements(), weight.n_rows(), "sizes of the rows of {weight:?} to {sizes:?}");
+        let (n, k, sizes) = (weight.n_rows(), weight.row_len(), Shared::new(sizes.f32_mut()));
+        for_rows(n, k, |rows| {
+            let mut wide = self.pool.take(k);
+            // SAFETY: the ranges are disjoint.
+            for (size, row) in unsafe { sizes.part(rows.clone()) }.iter_mut().zip(rows) {
+                float!(weight.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(weight)[row * k..][..k]));
+                *size = int8::size(self.isa, &wide);
+            }
+        });
+    }
+
+    fn pack_int8(&self, weight: &Tensor, sizes: &Tensor, n_pieces: usize) -> Result<PackedWeight> {
+        let (n, k, form) = (weight.n_rows(), weight.row_len(), PackedForm::Int8);
+        let order = Order::of(self.isa, Word::of(form), k, n_pieces);
+        assert!(sizes.n_elements() == n && order.runs.iter().all(|run| run.terms.len() <= MOST_TERMS), "int8 of {weight:?}, {sizes:?}");
+        let mut words = self.alloc(&[n.div_ceil(LANES), order.words(), LANES], DType::F32)?;
+        let mut scale = self.alloc(&[n], DType::F32)?;
+        scale.f32_mut().iter_mut().zip(sizes.f32()).for_each(|(scale, size)| *scale = int8::scale_of(*size));
+        let (scales, size) = (scale.f32(), order.words() * LANES);
+        let to = Shared::new(words.f32_mut());
+        for_tasks(n.div_ceil(LANES), n * k, |panel| {
+            // SAFETY: each panel is packed by one task.
+            let to = unsafe { to.part(panel * size..(panel + 1) * size) };
+            let mut wide = self.pool.take(k);
+            for row in panel * LANES..((panel + 1) * LANES).min(n) {
+                float!(weight.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(weight)[row * k..][..k]));
+                int8::set_lane(self.isa, to, row % LANES, &wide, scales[row], &order);
+            }
+        });
+        Ok(PackedWeight { form, n_rows: n, row_len: k, n_pieces, words, scale: Some(scale) })
+    }
+
+    fn multiply(&self, out: &mut Tensor, x: &Tensor, weight: &PackedWeight) {
+        let (m, n, k) = (x.n_rows(), weight.n_rows, weight.row_len);
+        let fits = x.row_len() == k && out.n_rows() == m && out.row_len() == n && [DType::F32, x.dtype()].contains(&out.dtype());
+        assert!(
+            fits && [PackedForm::Int8, PackedForm::Float(x.dtype())].contains(&weight.form),
+            "{out:?} = {x:?} x [{n}, {k}] {:?}",
+            weight.form
+        );
+        if m == 0 || n == 0 {
+            return;
+        }
+        let word = Word::of(weight.form);
+        let order = Order::of(self.isa, word, k, weight.n_pieces);
+        let (words, rows) = (order.words(), tiles::rows_of_tile(self.isa, m));
+        let n_row_panels = m.div_ceil(rows);
+        let mut packed = self.pool.take(n_row_panels * rows * words);
+        let mut scales = self.pool.take(if word == Word::Bytes { 2 * n_row_panels * rows * weight.n_pieces } else { 0 });
+        let half = scales.len() / 2;
+        let (row_scales, begin) = scales.split_at_mut(half);
+        match word {
+            Word::Bytes => self.pack_bytes((&mut packed, row_scales, begin), (x, rows), &order),
+            Word::Single | Word::Pair => float!(x.dtype(), E => self.pack_floats::<E>(&mut packed, (x, rows), &order)),
+        }
+        let scales = weight.scale.as_ref().map(|scale| Scales { weight: scale.f32(), rows: row_scales, begin });
+        let out = match out.dtype() {
+            DType::F32 => Out::Single(Shared::new(out.f32_mut())),
+            _ => Out::Half(Shared::new(elements_mut(out))),
+        };
+        let job = Job { word, x: &packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
+        let n_panels = n.div_ceil(LANES);
+        // As many panels as the cache holds, but enough tasks that the threads end together.
+        let fair = n_panels.div_ceil(4 * rayon::current_num_threads());
+        let in_task = (BLOCK_BYTES / (4 * words * LANES).max(1)).clamp(1, fair);
+        for_tasks(n_panels.div_ceil(in_task), m * n * words / 16, |task| {
+            tiles::tiles(self.isa, &job, task * in_task..((task + 1) * in_task).min(n_panels));
+        });
+    }
+
+    fn look_up(&self, out: &mut Tensor, tokens: &Tensor, table: &PackedWeight, first_row: usize) {
+        let (tokens, k) = (tokens.u32(), table.row_len);
+        assert!(out.n_rows() == tokens.len() && out.row_len() == k, "{} tokens of [{}, {k}] to {out:?}", tokens.len(), table.n_rows);
+        assert!([PackedForm::Int8, PackedForm::Float(out.dtype())].contains(&table.form), "look up {:?} to {out:?}", table.form);
+        let order = Order::of(self.isa, Word::of(table.form), k, table.n_pieces);
+        let size = order.words() * LANES;
+        float!(out.dtype(), E => {
+            let out = Shared::new(elements_mut::<E>(out));
+            for_rows(tokens.len(), 8 * k, |rows| {
+                // SAFETY: the ranges are disjoint.
+                let out = unsafe { out.part(rows.start * k..rows.end * k) };
+                for (row, token) in out.chunks_exact_mut(k.max(1)).zip(&tokens[rows]) {
+                    let Some(at) = (*token as usize).checked_sub(first_row).filter(|at| *at < table.n_rows) else {
+                        row.fill(E::from_f32(-0.0));
+                        continue;
+                    };
+                    let panel = &table.words.f32()[at / LANES * size..][..size];
+                    match &table.scale {
+                        Some(scale) => {
+                            let mut wide = self.pool.take(k);
+                            int8::get_lane(&mut wide, panel, at % LANES, scale.f32()[at], &order);
+                            elementwise::convert(self.isa, row, &wide);
+                        }
+                        None => get_lane(row, panel, at % LANES, &order),
+                    }
+                }
+            });
+        });
+    }
+}
+
+impl Cpu {
+    /// Rows of a matrix, so many a panel, as words.
+    fn pack_floats<E: Element>(&self, to: &mut [f32], (rows, width): (&Tensor, usize), order: &Order) {
+        let (len, k, size) = (rows.n_rows(), rows.row_len(), width * order.words());
+        if size == 0 {
+            return;
+        }
+        let side = Side { data: elements::<E>(rows), len, k, k_contiguous: true, width };
+        let to = Shared::new(to);
+        for_tasks(side.n_panels(), len * k, |panel| {
+            // SAFETY: each panel is packed by one task.
+            panels::pack(self.isa, unsafe { to.part(panel * size..(panel + 1) * size) }, side, panel..panel + 1, &order.runs);
+        });
+    }
+
+    /// Rows of x, so many a panel, as integers: (words, scales, what sums begin with). Rows past the last one have all 0.
+    fn pack_bytes(&self, to: (&mut [f32], &mut [f32], &mut [f32]), (x, width): (&Tensor, usize), order: &Order) {
+        let (m, k, size, n_scales) = (x.n_rows(), x.row_len(), width * order.words(), width * order.n_runs.len());
+        let (words, scales, begin) = (Shared::new(to.0), Shared::new(to.1), Shared::new(to.2));
+        for_tasks(m.div_ceil(width), m * k, |panel| {
+            let of_scales = panel * n_scales..(panel + 1) * n_scales;
+            // SAFETY: each panel is packed by one task.
+            let (scales, begin) = unsafe { (scales.part(of_scales.clone()), begin.part(of_scales)) };
+            // SAFETY: as above.
+            let mut to = RowPanel { words: unsafe { words.part(panel * size..(panel + 1) * size) }, scales, begin };
+            let mut wide = self.pool.take(k);
+            for row in 0..width {
+                match panel * width + row {
+                    at if at < m => float!(x.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(x)[at * k..][..k])),
+                    _ => wide.fill(0.0),
+                }
+                to.set_row(self.isa, (row, width), &wide, order);
+            }
+        });
+    }
+}
+
+/// Lane `lane` of a panel of floats.
+fn get_lane<E: Element>(to: &mut [E], panel: &[f32], lane: usize, order: &Order) {
+    let (panel, per_word): (&[E], usize) = (bytemuck::cast_slice(panel), 4 / size_of::<E>());
+    for run in &order.runs {
+        let words = panel[run.words.start * LANES * per_word..].chunks_exact(LANES * per_word);
+        for (to, word) in to[run.terms.clone()].chunks_mut(per_word).zip(words) {
+            to.copy_from_slice(&word[lane * per_word..][..to.len()]);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Rows of numbers as integers of 8 bits with a scale. The scale of numbers is the size of the largest / 127, each becomes
+//! round(x / scale), ties to even, at most 127 in size, so the integer times the scale is within half a scale of it (and a unit of
+//! roundoff of the number). Numbers that are all so small that the scale were subnormal count as 0; where one is not finite, so is the
+//! scale, and every product with it.
+
+use super::{LANES, Order};
+use crate::device::cpu::lanes::kernel;
+
+/// The largest integer.
+const LARGEST: f32 = 127.0;
+/// What weights are stored with, unsigned, because the dot products want one side so.
+const OFFSET: i32 = 128;
+
+/// The scale of numbers of which the largest has this size.
+pub fn scale_of(size: f32) -> f32 {
+    let scale = size / LARGEST;
+    if scale < f32::MIN_POSITIVE { 0.0 } else { scale }
+}
+
+kernel! {
+    /// The size of the largest; not finite where one is not.
+    pub fn size over V [] (x: &[f32]) -> f32 {
+        // Without the sign, numbers are ordered as their bits are, and what is not finite comes last.
+        f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)))
+    }
+}
+
+kernel! {
+    /// to[i] = x[i] by this scale; returns their sum.
+    pub fn integers over V [] (to: &mut [i8], x: &[f32], scale: f32) -> i32 {
+        if scale == 0.0 || !scale.is_finite() {
+            to.fill(0);
+            return 0;
+        }
+        let mut sum = 0;
+        for (to, x) in to.iter_mut().zip(x) {
+            let integer = (x / scale).round_ties_even().clamp(-LARGEST, LARGEST) as i32;
+            *to = integer as i8;
+            sum += integer;
+        }
+        sum
+    }
+}
+
+/// A panel of x: words [words][rows], scales [pieces][rows], and what each sum begins with, [pieces][rows]: the weights' offset taken
+/// off, as it comes in with every term.
+pub struct RowPanel<'a> {
+    /// Four integers each.
+    pub words: &'a mut [f32],
+    /// The scales.
+    pub scales: &'a mut [f32],
+    /// 32-bit integers.
+    pub begin: &'a mut [f32],
+}
+
+impl RowPanel<'_> {
+    /// Row `row` of so many.
+    pub fn set_row(&mut self, isa: super::Isa, (row, rows): (usize, usize), x: &[f32], order: &Order) {
+        let mut integers = vec![0i8; 4 * order.words()];
+        for (piece, run) in order.runs.iter().enumerate() {
+            let x = &x[run.terms.clone()];
+            let scale = scale_of(size(isa, x));
+            let sum = self::integers(isa, &mut integers[4 * run.words.start..][..x.len()], x, scale);
+            self.scales[piece * rows + row] = scale;
+            self.begin[piece * rows + row] = f32::from_bits((-OFFSET * sum) as u32);
+        }
+        for (to, word) in self.words[row..].iter_mut().step_by(rows).zip(integers.chunks_exact(4)) {
+            *to = f32::from_bits(u32::from_le_bytes([word[0] as u8, word[1] as u8, word[2] as u8, word[3] as u8]));
+        }
+    }
+}
+
+/// Row `lane` of a panel of W, [words][LANES], by its scale.
+pub fn set_lane(isa: super::Isa, panel: &mut [f32], lane: usize, w: &[f32], scale: f32, order: &Order) {
+    let mut integers = vec![0i8; 4 * order.words()];
+    for run in &order.runs {
+        self::integers(isa, &mut integers[4 * run.words.start..][..run.terms.len()], &w[run.terms.clone()], scale);
+    }
+    for (to, word) in panel[lane..].iter_mut().step_by(LANES).zip(integers.chunks_exact(4)) {
+        let unsigned = |i: usize| (i32::from(word[i]) + OFFSET) as u8;
+        *to = f32::from_bits(u32::from_le_bytes([unsigned(0), unsigned(1), unsigned(2), unsigned(3)]));
+    }
+}
+
+/// Lane `lane` of a panel of W, as numbers.
+pub fn get_lane(to: &mut [f32], panel: &[f32], lane: usize, scale: f32, order: &Order) {
+    for run in &order.runs {
+        let words = panel[lane + run.words.start * LANES..].iter().step_by(LANES);
+        for (to, word) in to[run.terms.clone()].chunks_mut(4).zip(words) {
+            let bytes = word.to_bits().to_le_bytes();
+            to.iter_mut().zip(bytes).for_each(|(to, byte)| *to = (i32::from(byte) - OFFSET) as f32 * scale);
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Tiles of products with packed weights: all rows of a panel of x with all lanes of a panel of W, in registers for all of k.
+
+use super::{LANES, Order, Word};
+use crate::device::cpu::lanes::{Isa, Vector, kernel, load, store};
+use crate::device::cpu::parallel::Shared;
+use half::bf16;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Most rows of a tile that is two vectors wide, with 32 and with 16 registers.
+const MOST_ROWS_WIDE: usize = 14;
+const MOST_ROWS: usize = 6;
+/// Sums of 1, 2 and 4 pieces that wait for as many more.
+const N_WAITING: usize = 3;
+
+/// Rows of x that a tile takes, of m > 0: as equal shares as the registers allow.
+pub fn rows_of_tile(isa: Isa, m: usize) -> usize {
+    let most = if isa >= Isa::Avx512 { MOST_ROWS_WIDE } else { MOST_ROWS };
+    m.div_ceil(m.div_ceil(most))
+}
+
+/// Where sums go.
+pub enum Out<'a> {
+    /// As they are.
+    Single(Shared<'a, f32>),
+    /// Rounded.
+    Half(Shared<'a, bf16>),
+}
+
+/// What integer sums are turned into numbers by.
+#[derive(Clone, Copy)]
+pub struct Scales<'a> {
+    /// Of each output channel: [n].
+    pub weight: &'a [f32],
+    /// Of panels of rows, [panels][pieces][rows]: the scale.
+    pub rows: &'a [f32],
+    /// The same: what the sum of the piece begins with, a 32-bit integer.
+    pub begin: &'a [f32],
+}
+
+/// A product.
+pub struct Job<'a> {
+    /// What a word is.
+    pub word: Word,
+    /// Panels of x, [words][rows], of so many rows each.
+    pub x: &'a [f32],
+    /// Rows of a panel of x.
+    pub rows: usize,
+    /// Panels of W, [words][LANES].
+    pub weight: &'a [f32],
+    /// How the words of a panel are summed.
+    pub order: &'a Order,
+    /// With bytes.
+    pub scales: Option<Scales<'a>>,
+    /// Rows and columns of out.
+    pub size: (usize, usize),
+    /// [m, n]
+    pub out: Out<'a>,
+}
+
+/// R rows of x by P panels of W, two vectors of each.
+type Sums<V, const R: usize, const P: usize> = [[[V; 2]; P]; R];
+
+/// What a word is to a kernel: an f32, a pair of bf16 for dot products or to be taken apart, or four bytes.
+const SINGLE: u8 = 0;
+const PAIR: u8 = 1;
+const APART: u8 = 2;
+const BYTES: u8 = 3;
+
+/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on.
+/// SAFETY: behind `x` are words * R elements, behind each of `w` words * LANES less the lanes before it.
+#[inline(always)]
+unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
+    mut sums: Sums<V, R, P>,
+    x: &mut *const f32,
+    w: &mut [*const f32; P],
+    words: usize,
+) -> Sums<V, R, P> {
+    for _ in 0..words {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (p, w) in w.iter_mut().enumerate() {
+                for half in 0..2 {
+                    let at = w.add(half * V::N);
+                    let (low, high) = if WORD == APART { V::load_pairs_bf16(at.cast()) } else { (V::load(at), V::zero()) };
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let (x, sum) = (*x.add(r), &mut sums[p][half]);
+                        *sum = match WORD {
+                            SINGLE => V::splat(x).fma(low, *sum),
+                            PAIR => V::splat(x).dot_pairs(low, *sum),
+                            BYTES => low.dot_bytes(V::splat(x), *sum),
+                            _ => {
+                                let first = V::splat(f32::from_bits(x.to_bits() << 16)).fma(low, *sum);
+                                V::splat(f32::from_bits(x.to_bits() & 0xffff_0000)).fma(high, first)
+                            }
+                        };
+                    }
+                }
+                *w = w.add(LANES);
+            }
+            *x = x.add(R);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn add<V: Vector, const R: usize, const P: usize>(x: &Sums<V, R, P>, y: &Sums<V, R, P>) -> Sums<V, R, P> {
+    let mut sums = *x;
+    for (r, sums) in sums.iter_mut().enumerate() {
+        for (p, sums) in sums.iter_mut().enumerate() {
+            *sums = [sums[0].add(y[r][p][0]), sums[1].add(y[r][p][1])];
+        }
+    }
+    sums
+}
+
+/// What the sum of a piece begins with.
+#[inline(always)]
+fn begin<V: Vector, const R: usize, const P: usize>(job: &Job, (row_panel, piece): (usize, usize)) -> Sums<V, R, P> {
+    let Some(scales) = job.scales else { return [[[V::zero(); 2]; P]; R] };
+    let begin = &scales.begin[(row_panel * job.order.n_runs.len() + piece) * R..][..R];
+    std::array::from_fn(|r| [[V::splat(begin[r]); 2]; P])
+}
+
+/// The integer sums of a piece as numbers: times the scale of the channel, then that of the row.
+#[inline(always)]
+fn scaled<V: Vector, const R: usize, const P: usize>(
+    sums: &Sums<V, R, P>,
+    (scales, n_pieces): (&Scales, usize),
+    (row_panel, piece): (usize, usize),
+    first_lane: usize,
+) -> Sums<V, R, P> {
+    let rows = &scales.rows[(row_panel * n_pieces + piece) * R..][..R];
+    let lane = |p: usize, half: usize| first_lane + p * LANES + half * V::N;
+    let of_lanes = |first: usize| {
+        let there = scales.weight.len().saturating_sub(first).min(V::N);
+        if there == 0 { V::zero() } else { load::<V, f32>(scales.weight, first, there) }
+    };
+    let weight: [[V; 2]; P] = std::array::from_fn(|p| [of_lanes(lane(p, 0)), of_lanes(lane(p, 1))]);
+    let scaled = |r: usize, p: usize, half: usize| sums[r][p][half].integers_to_float().mul(weight[p][half]).mul(V::splat(rows[r]));
+    std::array::from_fn(|r| std::array::from_fn(|p| [scaled(r, p, 0), scaled(r, p, 1)]))
+}
+
+/// One tile: panel `row_panel` of x with P panels of W from `panel`, two vectors of lanes from `lane`.
+#[inline(always)]
+fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, row_panel: usize, panel: usize, lane: usize) {
+    let (words, n_pieces) = (job.order.words(), job.order.n_runs.len());
+    let mut x = job.x[row_panel * words * R..][..words * R].as_ptr();
+    let panel_of = |p: usize| job.weight[(panel + p) * words * LANES..][..words * LANES].as_ptr().wrapping_add(lane);
+    let mut w: [*const f32; P] = std::array::from_fn(panel_of);
+    // Which sums wait is the binary number of the pieces done.
+    let mut waiting = [MaybeUninit::<Sums<V, R, P>>::uninit(); N_WAITING];
+    let mut runs = job.order.runs.iter();
+    for (done, n_runs) in job.order.n_runs.iter().enumerate() {
+        let mut sums = begin(job, (row_panel, done));
+        for (i, run) in runs.by_ref().take(*n_runs).enumerate() {
+            // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
+            let next = |from, x: &mut _, w: &mut _| unsafe { chain::<V, WORD, R, P>(from, x, w, run.words.len()) };
+            sums = if i == 0 { next(sums, &mut x, &mut w) } else { add(&sums, &next([[[V::zero(); 2]; P]; R], &mut x, &mut w)) };
+        }
+        if let (BYTES, Some(scales)) = (WORD, &job.scales) {
+            sums = scaled(&sums, (scales, n_pieces), (row_panel, done), panel * LANES + lane);
+        }
+        let n_full = done.trailing_ones() as usize;
+        for earlier in &waiting[..n_full] {
+            // SAFETY: it was written when as many pieces were done as make it wait.
+            sums = add(unsafe { earlier.assume_init_ref() }, &sums);
+        }
+        match waiting.get_mut(n_full).filter(|_| done + 1 < n_pieces) {
+            Some(place) => _ = place.write(sums),
+            None => store_sums(job, (row_panel * R, panel * LANES + lane), &sums),
+        }
+    }
+}
+
+/// The sums of a tile to their places in out, from (row, column) on, as far as there are rows and columns.
+#[inline(always)]
+fn store_sums<V: Vector, const R: usize, const P: usize>(job: &Job, (row, column): (usize, usize), sums: &Sums<V, R, P>) {
+    let (m, n) = job.size;
+    for (i, sums) in sums.iter().enumerate().take(m - row) {
+        for (p, sums) in sums.iter().enumerate() {
+            for (half, sum) in sums.iter().enumerate() {
+                let first = column + p * LANES + half * V::N;
+                let there = n.saturating_sub(first).min(V::N);
+                if there == 0 {
+                    break;
+                }
+                let at = (row + i) * n + first;
+                // SAFETY: each tile is written by one task.
+                match &job.out {
+                    Out::Single(out) => store(unsafe { out.part(at..at + there) }, 0, there, *sum),
+                    Out::Half(out) => store(unsafe { out.part(at..at + there) }, 0, there, *sum),
+                }
+            }
+        }
+    }
+}
+
+/// All tiles of these panels of W. One row alone takes two panels at a time: a chain waits for its own last addition.
+#[inline(always)]
+fn rows_by_panels<V: Vector, const WORD: u8, const R: usize>(job: &Job, panels: Range<usize>) {
+    for row_panel in 0..job.size.0.div_ceil(R) {
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let pair = R == 1 && panel + 2 <= panels.end;
+            for lane in (0..LANES).step_by(2 * V::N) {
+                if pair {
+                    tile::<V, WORD, R, 2>(job, row_panel, panel, lane);
+                } else {
+                    tile::<V, WORD, R, 1>(job, row_panel, panel, lane);
+                }
+            }
+            panel += if pair { 2 } else { 1 };
+        }
+    }
+}
+
+/// The same for the number of rows that a panel of x has.
+#[inline(always)]
+fn any_rows<V: Vector, const WORD: u8>(job: &Job, panels: Range<usize>) {
+    match job.rows {
+        1 => rows_by_panels::<V, WORD, 1>(job, panels),
+        2 => rows_by_panels::<V, WORD, 2>(job, panels),
+        3 => rows_by_panels::<V, WORD, 3>(job, panels),
+        4 => rows_by_panels::<V, WORD, 4>(job, panels),
+        5 => rows_by_panels::<V, WORD, 5>(job, panels),
+        6 => rows_by_panels::<V, WORD, 6>(job, panels),
+        _ if V::REGISTERS < 32 => unreachable!("{} rows in a tile", job.rows),
+        7 => rows_by_panels::<V, WORD, 7>(job, panels),
+        8 => rows_by_panels::<V, WORD, 8>(job, panels),
+        9 => rows_by_panels::<V, WORD, 9>(job, panels),
+        10 => rows_by_panels::<V, WORD, 10>(job, panels),
+        11 => rows_by_panels::<V, WORD, 11>(job, panels),
+        12 => rows_by_panels::<V, WORD, 12>(job, panels),
+        13 => rows_by_panels::<V, WORD, 13>(job, panels),
+        14 => rows_by_panels::<V, WORD, 14>(job, panels),
+        rows => unreachable!("{rows} rows in a tile"),
+    }
+}
+
+kernel! {
+    /// The columns of out of these panels of W.
+    pub fn tiles over V [] (job: &Job, panels: Range<usize>) {
+        match job.word {
+            Word::Single => any_rows::<V, SINGLE>(job, panels),
+            Word::Pair if V::DOTS_PAIRS => any_rows::<V, PAIR>(job, panels),
+            Word::Pair => any_rows::<V, APART>(job, panels),
+            Word::Bytes => any_rows::<V, BYTES>(job, panels),
+        }
+    }
+}
