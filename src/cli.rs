@@ -75,3 +75,11 @@ pub fn parse_dtype(text: &str) -> std::result::Result<DType, String> {
         other => Err(format!("{other:?} is neither f32 nor bf16")),
     }
 }
+
+/// A size: a positive number of bytes, or one with KB, MB, GB (powers of 1000), KiB, MiB or GiB (powers of 1024).
+pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
+    let units = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("KB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("", 1)];
+    let (number, unit) = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit))).expect("the empty suffix fits all");
+    let bytes = number.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| format!("{text:?} is no size: expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB"))
+}

@@ -72,6 +72,7 @@ fn meta() -> Meta {
         recipe: serde_json::json!({}),
         data_fingerprint: String::new(),
         tokenizer: None,
+        companions: Default::default(),
         trainer: serde_json::Value::Null,
     }
 }

@@ -55,6 +55,7 @@ fn save(folder: &Path, step: u64) -> Vec<Result<()>> {
             recipe,
             data_fingerprint: String::new(),
             tokenizer,
+            companions: Default::default(),
             trainer: serde_json::Value::Null,
         };
         match snapshot::start(&folder.join(format!("step-{step:08}")), &meta, &pieces, options, &*world)? {

@@ -1,5 +1,5 @@
 //! trireme-checkpoint: checkpoints in and out of Hugging Face's form, shown, verified, compared and averaged. Wiring only; the work
-//! is `checkpoint`, `checkpoint::compare` and `checkpoint::hf`.
+//! is `checkpoint`, `checkpoint::compare`, `checkpoint::hf` and `infer::verify`.
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -7,17 +7,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use trireme::artifact::Manifest;
 use trireme::checkpoint::compare::{self, Difference, Verdict};
-use trireme::checkpoint::hf::{self, ExportType};
+use trireme::checkpoint::hf::{self, ExportType, Source};
 use trireme::checkpoint::{self, Stored};
 use trireme::cli;
+use trireme::device::cpu::Cpu;
 use trireme::error::{Context, Error, IoContext, Kind, Result};
+use trireme::infer::verify::{self, Compared};
 use trireme::tensor::DType;
 
 /// Checkpoints in and out of Hugging Face's form, shown, verified, compared and averaged.
 ///
 /// Examples:
 ///   trireme-checkpoint import nvidia/Minitron-4B-Base --out base
-///   trireme-checkpoint export runs/first --out first-hf --dtype bf16
+///   trireme-checkpoint export runs/first --out first-hf --dtype bf16 --shard-size 2GB --verify
 ///   trireme-checkpoint show runs/first
 ///   trireme-checkpoint verify runs/first
 ///   trireme-checkpoint diff runs/first runs/second
@@ -33,11 +35,16 @@ struct Args {
 enum What {
     /// Turn safetensors of NemotronForCausalLM or LlamaForCausalLM into a checkpoint of weights
     Import {
-        /// Directory with config.json and the weights; a tokenizer.model or tokenizer.json in it comes along
+        /// Directory with config.json and the weights; tokenizer, chat template and settings of generation in it come along
         hf_dir: PathBuf,
         /// Checkpoint to write
         #[arg(long)]
         out: PathBuf,
+        /// Then read both again and compare every weight, and the logits of a few token sequences, bit by bit; exit code 4 on any
+        /// difference. Both sides run this program's forward in f32, a layer at a time: it shows that the two say the same, not that
+        /// transformers computes the same of them (the tests of this program show that)
+        #[arg(long, verbatim_doc_comment)]
+        verify: bool,
     },
     /// Write a checkpoint's weights as a directory that transformers loads
     Export {
@@ -46,9 +53,15 @@ enum What {
         /// Directory to write
         #[arg(long)]
         out: PathBuf,
-        /// f32 or bf16; left out: each tensor as it is stored
+        /// f32 (of training in bf16: its f32 master weights) or bf16 (rounded to nearest even); left out: each tensor as it is stored
         #[arg(long, value_parser = cli::parse_dtype)]
         dtype: Option<DType>,
+        /// Most bytes of a file of weights, unless one tensor alone is larger: a number, or one with KB, MB, GB, KiB, MiB or GiB
+        #[arg(long, default_value = "5GB", value_parser = cli::parse_bytes)]
+        shard_size: u64,
+        /// Then read both again and compare as import --verify does, the checkpoint's weights as --dtype makes them
+        #[arg(long)]
+        verify: bool,
     },
     /// Print what a checkpoint holds: name, type, shape and pieces of every tensor
     Show {
@@ -88,17 +101,21 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     match &args.what {
-        What::Import { hf_dir, out } => tell_written(out, &hf::import(hf_dir, out)?),
-        What::Export { checkpoint, out, dtype } => {
+        What::Import { hf_dir, out, verify } => {
+            tell_written(out, &hf::import(hf_dir, out)?)?;
+            if *verify { compare_logits(hf_dir, out, ExportType::AsStored) } else { Ok(()) }
+        }
+        What::Export { checkpoint, out, dtype, shard_size, verify } => {
             let dtype = match dtype {
                 Some(DType::BF16) => ExportType::Bf16,
                 Some(_) => ExportType::F32,
                 None => ExportType::AsStored,
             };
-            tell_written(out, &hf::export(checkpoint, out, dtype)?)
+            tell_written(out, &hf::export_in_files(checkpoint, out, dtype, *shard_size)?)?;
+            if *verify { compare_logits(out, checkpoint, dtype) } else { Ok(()) }
         }
         What::Show { checkpoint } => say(&describe(&checkpoint::open(checkpoint)?)),
-        What::Verify { checkpoint } => verify(checkpoint),
+        What::Verify { checkpoint } => verify_files(checkpoint),
         What::Diff { first, second } => diff(&checkpoint::open(first)?, &checkpoint::open(second)?),
         What::Average { checkpoints, out } => {
             let stored = checkpoints.iter().map(|path| checkpoint::open(path)).collect::<Result<Vec<Stored>>>()?;
@@ -115,6 +132,14 @@ fn say(text: &str) -> Result<()> {
 fn tell_written(out: &Path, manifest: &Manifest) -> Result<()> {
     let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     say(&format!("{}: {} files, {:.1} MB, fingerprint {}", out.display(), manifest.files.len(), bytes as f64 / 1e6, manifest.fingerprint))
+}
+
+fn compare_logits(hf_dir: &Path, checkpoint: &Path, dtype: ExportType) -> Result<()> {
+    let (source, stored) = (Source::open(hf_dir)?, checkpoint::open(checkpoint)?);
+    let compared = verify::compare(&Cpu::new(), &source, &stored, dtype)?;
+    let Compared { n_sequences, n_outputs, n_weights } = compared;
+    let what = format!("{n_weights} weights and {n_outputs} outputs of {n_sequences} token sequences");
+    say(&format!("{} and {}: {what}, all the same bits", hf_dir.display(), stored.dir().display()))
 }
 
 fn describe(stored: &Stored) -> String {
@@ -155,7 +180,7 @@ fn diff(first: &Stored, second: &Stored) -> Result<()> {
     }
 }
 
-fn verify(path: &Path) -> Result<()> {
+fn verify_files(path: &Path) -> Result<()> {
     let steps = checkpoint::list(path)?;
     let all: Vec<PathBuf> = if steps.is_empty() { vec![path.into()] } else { steps.into_iter().map(|(_, path)| path).collect() };
     let mut damaged = Vec::new();

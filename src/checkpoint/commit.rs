@@ -1,4 +1,5 @@
-//! The end of a save, by one process: the index of virtual datasets, the table of pieces, the tokenizer, and the manifest, last.
+//! The end of a save, by one process: the index of virtual datasets, the table of pieces, the tokenizer and its
+//! companions, and the manifest, last.
 
 use super::save::Meta;
 use super::shard::StoredShard;
@@ -15,7 +16,7 @@ use std::path::Path;
 /// A finished shard: as the manifest names it, and as the table of pieces describes it.
 pub(super) type Written = (FileEntry, StoredShard);
 
-/// Index, table and tokenizer, then the commit: after it the checkpoint exists.
+/// Index, table, tokenizer and what else came with the weights, then the commit: after it the checkpoint exists.
 pub(super) fn finish(mut writer: ArtifactWriter, meta: &Meta, written: Vec<Written>) -> Result<Manifest> {
     fault::at("save.commit");
     let (entries, shards): (Vec<FileEntry>, Vec<StoredShard>) = written.into_iter().unzip();
@@ -26,6 +27,9 @@ pub(super) fn finish(mut writer: ArtifactWriter, meta: &Meta, written: Vec<Writt
     writer.add(write_file(&dir, PIECES, &serde_json::to_vec(&shards).expect("plain data"))?);
     if let Some(tokenizer) = &meta.tokenizer {
         writer.add(write_file(&dir, text::file_name(tokenizer), tokenizer)?);
+    }
+    for (name, bytes) in &meta.companions {
+        writer.add(write_file(&dir, name, bytes)?);
     }
     writer.count("step", meta.step);
     writer.count("consumed_samples", meta.consumed_samples);

@@ -14,6 +14,7 @@ use crate::parallel::slice::Slice;
 use crate::tensor::Tensor;
 use crate::text;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What a checkpoint says about itself.
@@ -33,6 +34,9 @@ pub struct Meta {
     pub data_fingerprint: String,
     /// The SentencePiece model, byte for byte, when known.
     pub tokenizer: Option<Vec<u8>>,
+    /// Small files that imported weights came with, by name, byte for byte ([`super::hf::COMPANIONS`]); they stand in the
+    /// checkpoint under the same names.
+    pub companions: BTreeMap<String, Vec<u8>>,
     /// What the trainer that wrote it keeps for the one that goes on; null for imported weights.
     pub trainer: serde_json::Value,
 }

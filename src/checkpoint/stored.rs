@@ -1,6 +1,7 @@
 //! Reading checkpoints: hyper-rectangles of whole tensors, assembled from the pieces, whatever layout wrote them. It knows
 //! nothing of HDF5: the table of pieces says at which byte of which shard each piece lies.
 
+use super::hf::COMPANIONS;
 use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardFile, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES};
@@ -312,6 +313,11 @@ fn read_meta(dir: &Path, manifest: &Manifest) -> Result<Meta> {
         Some(file) => Some(fs::read(dir.join(&file.name)).at(dir.join(&file.name))?),
         None => None,
     };
+    let tokenizer_file = text::file_of(manifest).map(|file| file.name.as_str());
+    let mut companions = BTreeMap::new();
+    for name in COMPANIONS.into_iter().filter(|name| manifest.file(name).is_some() && Some(*name) != tokenizer_file) {
+        companions.insert(name.to_string(), fs::read(dir.join(name)).at(dir.join(name))?);
+    }
     Ok(Meta {
         step: count("step")?,
         consumed_samples: count("consumed_samples")?,
@@ -320,6 +326,7 @@ fn read_meta(dir: &Path, manifest: &Manifest) -> Result<Meta> {
         recipe: settings.recipe,
         data_fingerprint: settings.data_fingerprint,
         tokenizer,
+        companions,
         trainer: settings.trainer,
     })
 }

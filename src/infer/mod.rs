@@ -1,4 +1,5 @@
-//! Using a trained model: batch generation with a KV cache, and scoring of given text. Both read a checkpoint of any layout.
+//! Using a trained model: batch generation with a KV cache, scoring of given text, and the comparison of a checkpoint with
+//! what it was imported from or exported to. All read a checkpoint of any layout.
 
 pub mod decode;
 pub mod generate;
@@ -10,3 +11,4 @@ pub mod sampler;
 pub mod samples;
 pub mod sampling;
 pub mod score;
+pub mod verify;

@@ -409,6 +409,18 @@ impl Chunk {
         output
     }
 
+    /// As `forward`, without what a backward needs, of the last chunk of a language model: logits [T, V/tp] of every token.
+    pub fn logits(&self, ctx: &Ctx, input: Option<&Tensor>, batch: &MicroBatch) -> ScratchTensor {
+        let ctx = &ctx.of_batch(batch);
+        let mut passing = self.enter(ctx, input, batch);
+        for idx in 0..self.blocks.len() {
+            passing = self.pass_block(ctx, idx, passing, batch, &mut None);
+        }
+        let rows: Vec<usize> = (0..batch.n_tokens()).collect();
+        let head = self.head.as_ref().expect("only the last chunk has logits");
+        head.logits(ctx, residual(&passing.stream, None, passing.delta), &rows, self.tied_weight())
+    }
+
     /// doutput[T', H] from the next chunk (None for the last) -> gradient of the input (None for the first); weight gradients
     /// accumulated.
     pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: ChunkSaved, doutput: Option<&Tensor>) -> Option<ScratchTensor> {

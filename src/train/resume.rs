@@ -21,6 +21,7 @@ use crate::metrics;
 use crate::model::config::ModelConfig;
 use crate::recipe::{Moments, Pretrain, Start};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Where weights came from besides steps.
 #[derive(Clone, Debug)]
@@ -31,12 +32,14 @@ pub(super) struct Lineage {
     pub started_from: Option<Input>,
     /// The SentencePiece model, of the shards or, where they know none, of the checkpoint.
     pub tokenizer: Option<Vec<u8>>,
+    /// The tokenizer's settings, the chat template and the like that the first weights came with.
+    pub companions: BTreeMap<String, Vec<u8>>,
 }
 
 impl Lineage {
     /// Of a run that begins with new weights.
     pub fn new(data: &RunData) -> Lineage {
-        Lineage { accepted: Vec::new(), started_from: None, tokenizer: data.tokenizer.clone() }
+        Lineage { accepted: Vec::new(), started_from: None, tokenizer: data.tokenizer.clone(), companions: BTreeMap::new() }
     }
 }
 
@@ -149,7 +152,7 @@ impl Trainer<'_> {
             log::warn!("{} changed at step {} from {} to {}, as accepted", change.what.name(), change.at_step, change.was, change.is);
         }
         self.lineage.accepted.extend(accepted);
-        self.lineage.tokenizer = self.lineage.tokenizer.take().or(meta.tokenizer.clone());
+        self.take_tokenizer_of(stored);
         self.saver.goes_on_from(self.state.step);
         log::info!("resumed from {place} at step {}", self.state.step);
         Ok(None)
@@ -172,9 +175,18 @@ impl Trainer<'_> {
         let fingerprint = stored.manifest().fingerprint.clone();
         self.lineage.started_from = Some(Input { role: "start".into(), path: stored.dir().into(), fingerprint });
         self.lineage.accepted = accepted;
-        self.lineage.tokenizer = self.lineage.tokenizer.take().or(stored.meta().tokenizer.clone());
+        self.take_tokenizer_of(&stored);
         log::info!("started from {place} (step {}), moments: {:?}", stored.meta().step, start.moments);
         Ok(())
+    }
+
+    /// The tokenizer of a checkpoint where the data know none; and what came with it, unless the data are of another.
+    fn take_tokenizer_of(&mut self, stored: &Stored) {
+        let theirs = &stored.meta().tokenizer;
+        self.lineage.tokenizer = self.lineage.tokenizer.take().or_else(|| theirs.clone());
+        if self.lineage.tokenizer == *theirs {
+            self.lineage.companions = stored.meta().companions.clone();
+        }
     }
 
     fn model_and_tokenizer_differences(&self, stored: &Stored) -> Vec<Difference> {
@@ -200,12 +212,13 @@ impl Trainer<'_> {
         replicas::compare_before_save(self)?;
         let _saving = self.job.groups.flight.span(Phase::Save);
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
-        let Lineage { accepted, started_from, tokenizer } = self.lineage.clone();
+        let Lineage { accepted, started_from, tokenizer, companions } = self.lineage.clone();
         let kept = Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };
         let what = SavedAs {
             recipe: recipe_value(self.job.recipe),
             data_fingerprint: self.data.fingerprint(),
             tokenizer,
+            companions,
             model: &self.job.recipe.model,
             trainer: serde_json::to_value(kept).expect("plain data"),
         };

@@ -15,6 +15,7 @@ use crate::parallel::stages::Stages;
 use crate::recipe::Moments;
 use crate::recipe::{Mode, Numerics};
 use crate::tensor::DType;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The state of one rank.
@@ -39,6 +40,8 @@ pub struct SavedAs<'a> {
     pub data_fingerprint: String,
     /// The tokenizer's model file.
     pub tokenizer: Option<Vec<u8>>,
+    /// What the weights that the run started from came with, where it fits that tokenizer.
+    pub companions: BTreeMap<String, Vec<u8>>,
     /// The function.
     pub model: &'a ModelConfig,
     /// What the trainer keeps besides.
@@ -129,6 +132,7 @@ impl TrainState {
             recipe: what.recipe,
             data_fingerprint: what.data_fingerprint,
             tokenizer: what.tokenizer,
+            companions: what.companions,
             trainer: what.trainer,
         };
         // Views of the owned rows live here while the pieces borrow them.

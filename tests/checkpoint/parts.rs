@@ -44,6 +44,7 @@ pub fn meta(model: ModelConfig, layout: ParallelLayout, step: u64) -> Meta {
         recipe: serde_json::json!({"train": {"seed": 7}}),
         data_fingerprint: "0123456789abcdef".into(),
         tokenizer: Some(b"not really a tokenizer".to_vec()),
+        companions: Default::default(),
         trainer: serde_json::json!({"updates": step}),
     }
 }

@@ -3,6 +3,7 @@
 //! change the function in a way this program does not compute is an error. Source: transformers' configuration_nemotron.py
 //! and configuration_llama.py, and the history of nvidia/Minitron-4B-Base.
 
+use super::unsupported;
 use crate::device::{Activation, NormKind};
 use crate::error::{Error, IoContext, Result};
 use crate::model::config::{HeadKind, ModelConfig};
@@ -43,21 +44,29 @@ const ROTARY: &[&str] = &[
     "rotary_percentage",
     "rotary_pct",
     "rope_parameters.partial_rotary_factor",
+    "rope_scaling.partial_rotary_factor",
 ];
-const BASE: &[&str] = &["rope_theta", "rotary_base", "rotary_emb_base", "rope_parameters.rope_theta"];
+const BASE: &[&str] = &["rope_theta", "rotary_base", "rotary_emb_base", "rope_parameters.rope_theta", "rope_scaling.rope_theta"];
 const TIED: &[&str] = &["tie_word_embeddings", "share_embeddings_and_output_weights"];
 const INIT_STD: &[&str] = &["initializer_range", "init_method_std"];
 const LABELS: &[&str] = &["num_labels"];
-const ACTIVATION: &[&str] = &["hidden_act", "activation"];
+const ACTIVATION: &[&str] = &["hidden_act", "hidden_activation", "activation", "activation_function"];
+/// All of them.
+const READ: [&[&str]; 15] =
+    [HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, MAX_TOKENS, EPS, ROTARY, BASE, TIED, INIT_STD, LABELS, ACTIVATION];
 
-/// Reads `dir/config.json`: the model that it describes, and the file as it is.
-pub fn read(dir: &Path) -> Result<(ModelConfig, Value)> {
+/// Reads `dir/config.json`: the model that it describes. Keys that nobody here has heard of are told.
+pub fn read(dir: &Path) -> Result<ModelConfig> {
     let path = dir.join(FILE);
     let text = fs::read(&path).at(&path)?;
     let value: Value =
         serde_json::from_slice(&text).map_err(|error| Error::file(&path, format!("not JSON: {error}")).remedy("download it again"))?;
     let model = parse(&path, &value)?;
-    Ok((model, value))
+    let unheard_of = unsupported::unheard_of(&value, &READ.concat());
+    if !unheard_of.is_empty() {
+        log::warn!("{}: not known here and not used: {}", path.display(), unheard_of.join(", "));
+    }
+    Ok(model)
 }
 
 /// The model that a config.json describes; `path` is for messages.
@@ -89,7 +98,7 @@ pub fn parse(path: &Path, config: &Value) -> Result<ModelConfig> {
         activation,
         rotary_fraction: keys.number_or(ROTARY, rotary)?,
         rope_base: keys.number_or(BASE, 10000.0)?,
-        tied_embeddings: keys.find(TIED)?.is_some_and(|(_, value)| value == &Value::Bool(true)),
+        tied_embeddings: keys.flag(TIED)?,
         head: keys.head()?,
         init_std: keys.number_or(INIT_STD, init_std)?,
     };
@@ -111,8 +120,13 @@ impl<'a> Keys<'a> {
         let architecture = self.config["architectures"][0].as_str();
         let model_type = self.config["model_type"].as_str();
         match (architecture, model_type) {
-            (Some("NemotronForCausalLM" | "NemotronForSequenceClassification"), _) | (None, Some("nemotron")) => Ok(Family::Nemotron),
-            (Some("LlamaForCausalLM" | "LlamaForSequenceClassification"), _) | (None, Some("llama")) => Ok(Family::Llama),
+            (Some("NemotronForCausalLM" | "NemotronForSequenceClassification") | None, Some("nemotron"))
+            | (Some("NemotronForCausalLM" | "NemotronForSequenceClassification"), None) => Ok(Family::Nemotron),
+            (Some("LlamaForCausalLM" | "LlamaForSequenceClassification") | None, Some("llama"))
+            | (Some("LlamaForCausalLM" | "LlamaForSequenceClassification"), None) => Ok(Family::Llama),
+            (Some(name), Some(kind)) if name.starts_with("NemotronFor") || name.starts_with("LlamaFor") => {
+                Err(self.wrong(format!("architecture {name} with model_type {kind}")))
+            }
             _ => {
                 let found = architecture.or(model_type).unwrap_or("none");
                 let wrong = format!("architecture {found}, expected NemotronForCausalLM or LlamaForCausalLM");
@@ -172,17 +186,23 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn refuse_what_is_not_computed(&self, family: Family) -> Result<()> {
-        for key in ["attention_bias", "mlp_bias", "bias", "use_bias"] {
-            if self.config[key] == Value::Bool(true) {
-                return Err(self.wrong(format!("{key} = true, but linear layers have no bias here")));
-            }
+    fn flag(&self, spellings: &[&'static str]) -> Result<bool> {
+        match self.find(spellings)? {
+            Some((key, value)) => value.as_bool().ok_or_else(|| self.wrong(format!("{key} = {value}, expected true or false"))),
+            None => Ok(false),
         }
-        for object in ["rope_parameters", "rope_scaling"] {
-            let kind = [&self.config[object]["rope_type"], &self.config[object]["type"]];
-            if let Some(kind) = kind.into_iter().find(|kind| !kind.is_null() && kind.as_str() != Some("default")) {
-                return Err(self.wrong(format!("{object} of type {kind}, expected plain rotary embeddings")));
+    }
+
+    fn refuse_what_is_not_computed(&self, family: Family) -> Result<()> {
+        if let Some(wrong) = unsupported::first(self.config) {
+            return Err(self.wrong(wrong));
+        }
+        // transformers' Llama rotates whole heads and takes no notice of such a key.
+        match self.find(ROTARY)? {
+            Some((key, value)) if family == Family::Llama && value.as_f64() != Some(1.0) => {
+                return Err(self.wrong(format!("{key} = {value}, but Llama models rotate whole heads")));
             }
+            _ => {}
         }
         let accepted: &[&str] = match family {
             Family::Nemotron => &["relu2", "squared-relu", "squared_relu"],

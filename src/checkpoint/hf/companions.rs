@@ -1,0 +1,131 @@
+//! What comes along with weights besides numbers: the tokenizer's files, the chat template, the settings of generation. A checkpoint
+//! keeps each as it came, under its own name, and an export writes it again.
+
+use crate::checkpoint::stored::Stored;
+use crate::error::{Error, IoContext, Result};
+use crate::text::chat::{self, ChatTemplate, SpecialTokens};
+use crate::text::{self, Tokenizer};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::config::{self, TokenIds};
+
+/// Where transformers 4 kept the chat template.
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// What `generate` of transformers goes by.
+pub(super) const GENERATION_CONFIG: &str = "generation_config.json";
+/// Under this key stands the template in [`TOKENIZER_CONFIG`].
+const CHAT_TEMPLATE: &str = "chat_template";
+/// A larger file is none of these: the largest published tokenizer.json has 35 MB.
+const MOST_BYTES: u64 = 256 << 20;
+
+/// Files that are kept. A tokenizer file that is the checkpoint's tokenizer is not counted among them; config.json is kept for its ids,
+/// and written anew on export.
+pub const COMPANIONS: [&str; 9] = [
+    config::FILE,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    text::JSON_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    chat::TEMPLATE_FILE,
+];
+
+/// The tokenizer of a directory, and everything else of [`COMPANIONS`] in it.
+pub(super) struct Found {
+    pub tokenizer: Option<Vec<u8>>,
+    pub companions: BTreeMap<String, Vec<u8>>,
+}
+
+impl Found {
+    /// Reads them. Err: a file that cannot be read, is too large, or ends in .json and is none.
+    pub fn read(hf_dir: &Path) -> Result<Found> {
+        let primary = text::TOKENIZER_FILES.into_iter().find(|name| hf_dir.join(name).is_file());
+        let tokenizer = primary.map(|name| read(&hf_dir.join(name))).transpose()?;
+        let mut companions = BTreeMap::new();
+        for name in COMPANIONS.into_iter().filter(|name| Some(*name) != primary && hf_dir.join(name).is_file()) {
+            companions.insert(name.to_string(), read(&hf_dir.join(name))?);
+        }
+        Ok(Found { tokenizer, companions })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let n_bytes = fs::metadata(path).at(path)?.len();
+    if n_bytes > MOST_BYTES {
+        return Err(Error::file(path, format!("{n_bytes} bytes, expected at most {MOST_BYTES}")).remedy("download it again"));
+    }
+    let bytes = fs::read(path).at(path)?;
+    if path.extension().is_some_and(|extension| extension == "json") {
+        let parsed: serde_json::Result<serde::de::IgnoredAny> = serde_json::from_slice(&bytes);
+        parsed.map_err(|error| Error::file(path, format!("not JSON: {error}")).remedy("download it again"))?;
+    }
+    Ok(bytes)
+}
+
+/// A companion that is JSON; null when there is none.
+fn value(stored: &Stored, name: &str) -> Value {
+    stored.meta().companions.get(name).map_or(Value::Null, |bytes| serde_json::from_slice(bytes).unwrap_or(Value::Null))
+}
+
+/// The template as a file of its own, as transformers 5 writes it, or in tokenizer_config.json as earlier ones did: one, or several by
+/// name, of which "default" counts.
+fn template_text(stored: &Stored) -> Option<String> {
+    if let Some(own) = stored.meta().companions.get(chat::TEMPLATE_FILE) {
+        return Some(String::from_utf8_lossy(own).into_owned());
+    }
+    let config = value(stored, TOKENIZER_CONFIG);
+    let named = config[CHAT_TEMPLATE].as_array().and_then(|all| all.iter().find(|one| one["name"] == "default"));
+    named.map_or(&config[CHAT_TEMPLATE], |one| &one["template"]).as_str().map(String::from)
+}
+
+/// The ids that the model came with; else those of its tokenizer; else none.
+pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
+    let came_with = value(stored, config::FILE);
+    if came_with.is_object() {
+        let id = |key: &str| came_with[key].clone();
+        return Ok(TokenIds { bos: id("bos_token_id"), eos: id("eos_token_id"), pad: id("pad_token_id") });
+    }
+    let Some(tokenizer) = stored.tokenizer()? else { return Ok(TokenIds::default()) };
+    Ok(TokenIds { bos: json!(tokenizer.bos_id()), eos: json!(tokenizer.eos_id()), pad: json!(tokenizer.pad_id()) })
+}
+
+/// The tokens that end what the model says: as transformers has it, by the generation_config.json that it came with, else by its
+/// config.json, else by its tokenizer; none when nobody knows.
+pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {
+    let of_generation = value(stored, GENERATION_CONFIG)["eos_token_id"].clone();
+    let eos = if of_generation.is_null() { token_ids(stored)?.eos } else { of_generation };
+    let ids = eos.as_array().cloned().unwrap_or_else(|| vec![eos]);
+    Ok(ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect())
+}
+
+/// How conversations become text: the template that came with the model, or Nemotron's where the tokenizer has its pieces; else
+/// none. Err: a template that cannot be read.
+pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    let Some(text) = template_text(stored) else {
+        return Ok(tokenizer.id_of(chat::NEMOTRON_TURN).map(|_| ChatTemplate::nemotron()));
+    };
+    let ids = token_ids(stored)?;
+    let token = |id: &Value| id.as_u64().and_then(|id| tokenizer.piece_text(id as u32)).unwrap_or_default();
+    let special = SpecialTokens { bos: token(&ids.bos), eos: token(&ids.eos) };
+    ChatTemplate::new(&text, special, stored.dir()).map(Some)
+}
+
+/// The files of an export besides config.json and weights: the tokenizer, and what came along; a generation_config.json is made when
+/// none did.
+pub(super) fn of_export(stored: &Stored, ids: &TokenIds) -> BTreeMap<String, Vec<u8>> {
+    let mut files = stored.meta().companions.clone();
+    files.remove(config::FILE);
+    files.entry(GENERATION_CONFIG.into()).or_insert_with(|| {
+        let made = json!({"_from_model_config": true, "bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad});
+        serde_json::to_vec_pretty(&made).expect("plain data")
+    });
+    if let Some(tokenizer) = &stored.meta().tokenizer {
+        files.insert(text::file_name(tokenizer).into(), tokenizer.clone());
+    }
+    files
+}
