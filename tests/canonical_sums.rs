@@ -148,13 +148,18 @@ fn products_in_turn_are_one_call_a_piece() {
             let (a, b, old) = (values("a", k * m), values("b", k * n), values("old", m * n));
             let (a, b) = (tensor(dtype, &[k, m], &a), tensor(dtype, &[k, n], &b));
             let mut together = Tensor::from_f32(&[m, n], &old);
-            sums.gemm_in_turn(&mut together, &a, &b, Gemm::TN, &starts);
+            sums.gemm_in_turn(&mut together, &a, &b, Gemm::TN.accumulate(), &starts);
             let mut apart = Tensor::from_f32(&[m, n], &old);
             for ends in starts.windows(2).filter(|ends| ends[0] < ends[1]) {
                 let rows = ends[0]..ends[1];
-                sums.gemm_in_turn(&mut apart, &a.rows(rows.clone()), &b.rows(rows.clone()), Gemm::TN, &[0, rows.len()]);
+                sums.gemm_in_turn(&mut apart, &a.rows(rows.clone()), &b.rows(rows.clone()), Gemm::TN.accumulate(), &[0, rows.len()]);
             }
             assert_eq!(bits(&together), bits(&apart), "{isa:?} {dtype:?} {starts:?}");
+            let mut assigned = Tensor::from_f32(&[m, n], &vec![f32::NAN; m * n]);
+            sums.gemm_in_turn(&mut assigned, &a, &b, Gemm::TN, &starts);
+            let mut added = Tensor::from_f32(&[m, n], &vec![0.0; m * n]);
+            sums.gemm_in_turn(&mut added, &a, &b, Gemm::TN.accumulate(), &starts);
+            assert_eq!(assigned.f32(), added.f32(), "{isa:?} {dtype:?} {starts:?} assigned");
         }
     }
 }

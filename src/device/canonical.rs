@@ -12,7 +12,7 @@ pub trait CanonicalSums: Send + Sync {
     /// out[m,n] = op(a)[m,k] op(b)[k,n] as `Device::gemm`, k in `n_pieces` equal pieces that are added in pairs, rounded once to
     /// out's type. 1, 2, 4 or 8 pieces.
     fn gemm_in_pairs(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, n_pieces: usize);
-    /// out[m,n] f32 += op(a)[m,k] op(b)[k,n], k in the pieces `starts[i]..starts[i + 1]`, added in turn.
+    /// out[m,n] f32 = or += op(a)[m,k] op(b)[k,n], k in the pieces `starts[i]..starts[i + 1]`, added in turn.
     fn gemm_in_turn(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, starts: &[usize]);
     /// As `Device::cross_entropy_sum`, the columns in `n_pieces` equal pieces (cut at n_valid) that are added in pairs.
     #[allow(clippy::too_many_arguments)]

@@ -21,7 +21,7 @@ use super::chunk::MicroBatch;
 use super::ctx::Ctx;
 use super::param::Param;
 use crate::device::canonical::CanonicalSums;
-use crate::device::{Device, Gemm};
+use crate::device::{Device, Gemm, Store};
 use crate::error::{Error, Result};
 use crate::parallel::pieces::{TP_PIECES, pieces};
 use crate::recipe::{self, Mode};
@@ -148,10 +148,19 @@ impl SampleSum {
         Ok(SampleSum { waiting, n_seen: 0 })
     }
 
-    /// Adds a part's leaves by `add`, which accumulates into the gradient without padding rows; when a block ends, adds it up
-    /// with those that wait. After the last block `grad` is the sum over the replica's samples.
-    fn add(&mut self, ctx: &Ctx, blocks: BatchBlocks, (grad, n_rows): (&mut Tensor, usize), part: &Part, add: &mut dyn FnMut(&mut Tensor)) {
-        add(&mut grad.rows_mut(0..n_rows));
+    /// Adds a part's leaves by `add(gradient, how)`, which assigns the first of a block and accumulates the others into the gradient
+    /// without padding rows; when a block ends, adds it up with those that wait. After the last block `grad` is the sum over the
+    /// replica's samples.
+    fn add(
+        &mut self,
+        ctx: &Ctx,
+        blocks: BatchBlocks,
+        (grad, n_rows): (&mut Tensor, usize),
+        part: &Part,
+        add: &mut dyn FnMut(&mut Tensor, Store),
+    ) {
+        let how = if self.n_seen % blocks.samples == 0 { Store::Assign } else { Store::Accumulate };
+        add(&mut grad.rows_mut(0..n_rows), how);
         self.n_seen += part.samples.len();
         let Some(block) = part.block_ended else { return };
         let n_full = block.trailing_ones() as usize;
@@ -162,7 +171,6 @@ impl SampleSum {
             self.n_seen = 0;
         } else {
             std::mem::swap(grad, &mut self.waiting[n_full]);
-            ctx.device.fill_zero(grad);
         }
     }
 }
@@ -206,8 +214,9 @@ impl<'a> Ctx<'a> {
     pub fn add_weight_gradient(&self, weight: &mut Param, dy: &Tensor, x: &Tensor) {
         match self.numerics {
             Numerics::Fast => self.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate()),
-            Numerics::Reproducible(canonical) => self.add_parts(weight, |dweight, part| {
-                canonical.sums.gemm_in_turn(dweight, &dy.rows(part.rows.clone()), &x.rows(part.rows.clone()), Gemm::TN, &part.starts);
+            Numerics::Reproducible(canonical) => self.write_parts(weight, |dweight, part, out| {
+                let (dy, x) = (dy.rows(part.rows.clone()), x.rows(part.rows.clone()));
+                canonical.sums.gemm_in_turn(dweight, &dy, &x, Gemm { out, ..Gemm::TN }, &part.starts);
             }),
         }
     }
@@ -221,16 +230,27 @@ impl<'a> Ctx<'a> {
         }
     }
 
-    /// Calls `add(gradient, part)` for the parts of the micro-batch at work, in order. Panics in `Fast`, and when micro-batches
-    /// come in another order than that of their samples: the sum would be another one.
+    /// Calls `add(gradient, part)`, which accumulates, for the parts of the micro-batch at work, in order. Panics as `write_parts`.
     pub fn add_parts(&self, weight: &mut Param, mut add: impl FnMut(&mut Tensor, &Part)) {
+        self.write_parts(weight, |grad, part, how| {
+            if how == Store::Assign {
+                self.device.fill_zero(grad);
+            }
+            add(grad, part);
+        });
+    }
+
+    /// Calls `write(gradient, part, how)` for the parts of the micro-batch at work, in order; `how` is to assign for the first of a
+    /// block, whatever the gradient holds. Panics in `Fast`, and when micro-batches come in another order than that of their samples:
+    /// the sum would be another one.
+    pub fn write_parts(&self, weight: &mut Param, mut write: impl FnMut(&mut Tensor, &Part, Store)) {
         let Numerics::Reproducible(canonical) = self.numerics else { panic!("parts of a micro-batch in fast numerics") };
         let n_rows = weight.slice.shape[0];
         let (grad, sum) = weight.grad_and_sum_mut();
         let first = canonical.batch().first_sample;
         assert!(sum.n_seen == first, "gradients of sample {first} of a step came when those of sample {} were due", sum.n_seen);
         for part in canonical.parts() {
-            sum.add(self, canonical.blocks, (grad, n_rows), &part, &mut |dweight| add(dweight, &part));
+            sum.add(self, canonical.blocks, (grad, n_rows), &part, &mut |dweight, how| write(dweight, &part, how));
         }
     }
 }

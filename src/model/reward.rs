@@ -115,9 +115,9 @@ impl RewardHead {
     fn backward_weight_in_turn(&mut self, ctx: &Ctx, canonical: &Canonical, deferred: &RewardDeferred) {
         let RewardDeferred { read, dattributes } = deferred;
         let (dproduct, n_attributes) = (self.on_device(ctx, dattributes), self.weight.slice.shape[0]);
-        ctx.add_parts(&mut self.weight, |dweight, part| {
+        ctx.write_parts(&mut self.weight, |dweight, part, out| {
             let (rows, starts) = (part.samples.clone(), (0..=part.samples.len()).collect::<Vec<usize>>());
-            canonical.sums.gemm_in_turn(dweight, &dproduct.rows(rows.clone()), &read.rows(rows), Gemm::TN, &starts);
+            canonical.sums.gemm_in_turn(dweight, &dproduct.rows(rows.clone()), &read.rows(rows), Gemm { out, ..Gemm::TN }, &starts);
         });
         let mut rows = ctx.take(&[dproduct.n_rows(), n_attributes], DType::F32);
         ctx.device.upload(bytemuck::cast_slice(dattributes), &mut rows);

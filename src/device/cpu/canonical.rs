@@ -31,7 +31,7 @@ impl CanonicalSums for Cpu {
         let ends = (starts.first(), starts.last());
         assert!(ends == (Some(&0), Some(&sizes.k)) && starts.is_sorted() && out.dtype() == DType::F32, "{out:?}, pieces {starts:?}");
         let pieces: Vec<Range<usize>> = starts.windows(2).map(|ends| ends[0]..ends[1]).collect();
-        of_pieces(self, out, (a, b), (sizes, &pieces), (how.accumulate(), Together::InTurn));
+        of_pieces(self, out, (a, b), (sizes, &pieces), (how, Together::InTurn));
     }
 
     fn cross_entropy_sum_in_pairs(
@@ -128,7 +128,8 @@ fn of_pieces(
     });
     let plain = PlainProduct { isa, pool, a: &wide[0], b: &wide[1], sizes, how };
     if together == Together::InTurn {
-        return pieces.iter().for_each(|piece| plain.add_piece(out.f32_mut(), piece.clone(), Store::Accumulate));
+        let how_of = |idx: usize| if idx == 0 { how.out } else { Store::Accumulate };
+        return pieces.iter().enumerate().for_each(|(idx, piece)| plain.add_piece(out.f32_mut(), piece.clone(), how_of(idx)));
     }
     let mut sums: Vec<_> = pieces.iter().map(|_| pool.take(sizes.m * sizes.n)).collect();
     sums.iter_mut().zip(pieces).for_each(|(sum, piece)| plain.add_piece(sum, piece.clone(), Store::Assign));

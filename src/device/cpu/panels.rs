@@ -14,6 +14,7 @@ use super::matmul::Sizes;
 use super::parallel::{Pool, Shared, for_tasks};
 use super::terms::{Terms, transpose_tile};
 use crate::device::{Gemm, Store};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Rows of a tile.
@@ -130,31 +131,39 @@ pub fn product_of_pieces<E: Element, O: Element>(
         return in_turn((isa, pool, terms), out, (a, b), &pieces, how.out);
     }
     assert!(how.out == Store::Assign && pieces.len().is_power_of_two() && pieces.len() <= MOST_IN_PAIRS, "{pieces:?} in pairs");
+    if pieces.len() == 1 {
+        return product((isa, pool), out, (a.data, b.data), sizes, how);
+    }
     if words <= SLAB {
         return one_slab((isa, pool), out, (a, b), &laid_out(terms, pieces), (Store::Assign, Together::InPairs));
     }
     if O::DTYPE.bytes() == 4 {
-        return in_pairs((isa, pool, terms), bytemuck::cast_slice_mut(out), (a, b), pieces);
+        return in_pairs((isa, pool, terms), bytemuck::cast_slice_mut(out), (a, b), pieces, Store::Assign);
     }
     let mut sum = pool.take(m * n);
-    in_pairs((isa, pool, terms), &mut sum, (a, b), pieces);
+    in_pairs((isa, pool, terms), &mut sum, (a, b), pieces, Store::Assign);
     super::matmul::round_sum(isa, &Shared::new(out), &sum, Store::Assign);
 }
 
-/// out = the pieces in pairs: the halves apart while they are longer than a slab.
-fn in_pairs<E: Element>(at: (Isa, &Pool, Terms), out: &mut [f32], (a, b): (Side<E>, Side<E>), pieces: &[Range<usize>]) {
+/// out = or += the pieces in pairs: the halves apart while they are longer than a slab. What one slab holds is added to out as it is
+/// stored; a longer sum is made by itself first.
+fn in_pairs<E: Element>(at: (Isa, &Pool, Terms), out: &mut [f32], sides: (Side<E>, Side<E>), pieces: &[Range<usize>], how: Store) {
     let (isa, pool, terms) = at;
-    if let [piece] = pieces {
-        return in_turn(at, out, (a, b), &slabs_of(terms, piece.clone()), Store::Assign);
+    let words: usize = pieces.iter().map(|piece| terms.words(piece.len())).sum();
+    if words <= SLAB {
+        return one_slab((isa, pool), out, sides, &laid_out(terms, pieces), (how, Together::InPairs));
     }
-    if pieces.iter().map(|piece| terms.words(piece.len())).sum::<usize>() <= SLAB {
-        return one_slab((isa, pool), out, (a, b), &laid_out(terms, pieces), (Store::Assign, Together::InPairs));
+    if how == Store::Accumulate {
+        let mut sum = pool.take(out.len());
+        in_pairs(at, &mut sum, sides, pieces, Store::Assign);
+        return super::matmul::round_sum(isa, &Shared::new(out), &sum, Store::Accumulate);
+    }
+    if let [piece] = pieces {
+        return in_turn(at, out, sides, &slabs_of(terms, piece.clone()), Store::Assign);
     }
     let (first, second) = pieces.split_at(pieces.len() / 2);
-    in_pairs(at, out, (a, b), first);
-    let mut other = pool.take(out.len());
-    in_pairs(at, &mut other, (a, b), second);
-    super::matmul::round_sum(isa, &Shared::new(out), &other, Store::Accumulate);
+    in_pairs(at, out, sides, first, Store::Assign);
+    in_pairs(at, out, sides, second, Store::Accumulate);
 }
 
 /// out = or += the pieces in turn, as many at a time as a slab holds.
@@ -224,7 +233,7 @@ fn one_slab<E: Element, O: Element>(
                 let (place, panels) = ((row * n + column, n), Panels { a, b, lengths: &lengths });
                 match together {
                     Together::InTurn => tile_in_turn::<E, O>(isa, &out, place, cut, panels, how),
-                    Together::InPairs => tile_in_pairs::<E, O>(isa, &out, place, cut, panels),
+                    Together::InPairs => tile_in_pairs::<E, O>(isa, &out, place, cut, panels, how),
                 }
             }
         }
@@ -259,6 +268,16 @@ fn add_sums<V: Vector>(to: &mut Sums<V>, more: &Sums<V>) {
     }
 }
 
+/// The sums to where they wait, a register at a time: as one move they would go through memory twice.
+#[inline(always)]
+fn keep_sums<V: Vector>(place: &mut MaybeUninit<Sums<V>>, sums: &Sums<V>) {
+    let to = place.as_mut_ptr().cast::<f32>();
+    for (i, sum) in sums.as_flattened().iter().enumerate() {
+        // SAFETY: a place has the size of all sums, V::N floats each.
+        unsafe { sum.store(to.add(i * V::N)) };
+    }
+}
+
 /// The sums to their tile of out. The tile begins at `place.0` of out, whose rows have `place.1` elements; `cut` are the rows and
 /// columns there are. No other task writes it.
 #[inline(always)]
@@ -276,6 +295,24 @@ fn store_sums<V: Vector, O: Element>(out: &Shared<O>, place: (usize, usize), cut
             store(row, at, n, value);
         }
     }
+}
+
+/// A tile of out, zeros past its cut. See `store_sums`.
+#[inline(always)]
+fn load_sums<V: Vector, O: Element>(out: &Shared<O>, place: (usize, usize), cut: (usize, usize)) -> Sums<V> {
+    let mut sums = [[V::zero(); 2]; MR];
+    for (i, sum) in sums.iter_mut().enumerate().take(cut.0) {
+        let at = place.0 + i * place.1;
+        // SAFETY: each tile is written by one task.
+        let row = unsafe { out.part(at..at + cut.1) };
+        for (half, sum) in sum.iter_mut().enumerate() {
+            let n = cut.1.saturating_sub(V::N * half).min(V::N);
+            if n > 0 {
+                *sum = load::<V, O>(row, V::N * half, n);
+            }
+        }
+    }
+    sums
 }
 
 /// Two panels and the words of their pieces.
@@ -300,32 +337,55 @@ kernel! {
     /// A tile of out = or += the pieces of two panels in turn. See `store_sums` for place and cut.
     fn tile_in_turn over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), panels: Panels, how: Store) {
         assert!(V::N == 16 && panels.a.len() / MR == panels.b.len() / NR);
-        let (mut left, mut how) = (panels, how);
-        for length in panels.lengths {
-            let (a, b) = left.next(*length);
-            store_sums::<V, O>(out, place, cut, &sum_of_piece::<V, E>(a, b), how);
-            how = Store::Accumulate;
+        let mut left = panels;
+        let (last, earlier) = panels.lengths.split_last().expect("a piece");
+        if earlier.is_empty() || O::DTYPE.bytes() == 2 {
+            let mut how = how;
+            for length in panels.lengths {
+                let (a, b) = left.next(*length);
+                store_sums::<V, O>(out, place, cut, &sum_of_piece::<V, E>(a, b), how);
+                how = Store::Accumulate;
+            }
+            return;
         }
+        // The total is kept here: rows of out often lie a multiple of a page apart, where the first-level cache keeps few of them.
+        let mut total = match how {
+            Store::Assign => {
+                let (a, b) = left.next(earlier[0]);
+                sum_of_piece::<V, E>(a, b)
+            }
+            Store::Accumulate => load_sums::<V, O>(out, place, cut),
+        };
+        let first = usize::from(how == Store::Assign);
+        for length in &earlier[first..] {
+            let (a, b) = left.next(*length);
+            add_sums(&mut total, &sum_of_piece::<V, E>(a, b));
+        }
+        let (a, b) = left.next(*last);
+        add_sums(&mut total, &sum_of_piece::<V, E>(a, b));
+        store_sums::<V, O>(out, place, cut, &total, Store::Assign);
     }
 }
 
 kernel! {
-    /// A tile of out = the pieces of two panels in pairs.
-    fn tile_in_pairs over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), panels: Panels) {
+    /// A tile of out = or += the pieces of two panels in pairs.
+    fn tile_in_pairs over V [E, O] (out: &Shared<O>, place: (usize, usize), cut: (usize, usize), panels: Panels, how: Store) {
         assert!(V::N == 16 && panels.a.len() / MR == panels.b.len() / NR && panels.lengths.len() <= MOST_IN_PAIRS);
         let mut left = panels;
-        // Sums of 1, 2 and 4 pieces that wait for as many more: which ones wait is the binary number of the pieces done.
-        let mut waiting = [[[V::zero(); 2]; MR]; N_WAITING];
+        // Sums of 1, 2 and 4 pieces that wait for as many more: which ones wait is the binary number of the pieces done. They are
+        // written before they are read, so clearing them for each tile would be for nothing.
+        let mut waiting = [const { MaybeUninit::<Sums<V>>::uninit() }; N_WAITING];
         for (done, length) in panels.lengths.iter().enumerate() {
             let (a, b) = left.next(*length);
             let mut sums = sum_of_piece::<V, E>(a, b);
             let n_full = done.trailing_ones() as usize;
             for earlier in &waiting[..n_full] {
-                add_sums(&mut sums, earlier);
+                // SAFETY: bit i of `done` is set, so place i was written when it became so, and read by nobody since.
+                add_sums(&mut sums, unsafe { earlier.assume_init_ref() });
             }
             match waiting.get_mut(n_full).filter(|_| done + 1 < panels.lengths.len()) {
-                Some(place) => *place = sums,
-                None => store_sums::<V, O>(out, place, cut, &sums, Store::Assign),
+                Some(place) => keep_sums(place, &sums),
+                None => store_sums::<V, O>(out, place, cut, &sums, how),
             }
         }
     }
