@@ -5,6 +5,7 @@
 //! ```text
 //! .NAME.lock        who writes NAME now; gone when it is done
 //! NAME.tmp-<job>/   under construction; of dead jobs, removed by the next that writes NAME
+//!   journal/        of work that goes on where a dead job left it: what is made already, and from what (begun.json)
 //! NAME/             finished: its files and manifest.json
 //! ```
 
@@ -35,7 +36,13 @@ pub enum Begin {
     Write(ArtifactWriter),
 }
 
-/// An artifact under construction. Dropped without [`ArtifactWriter::commit`], it removes what it wrote.
+/// Folder of an artifact under construction in which work that can be continued keeps what is made already.
+const JOURNAL: &str = "journal";
+/// What the journal belongs to: a manifest without files.
+const BEGUN: &str = "begun.json";
+
+/// An artifact under construction. Dropped without [`ArtifactWriter::commit`], it removes what it wrote, but for a journal with
+/// something in it.
 pub struct ArtifactWriter {
     out: PathBuf,
     tmp: PathBuf,
@@ -45,6 +52,7 @@ pub struct ArtifactWriter {
     files: Vec<FileEntry>,
     counts: BTreeMap<String, serde_json::Value>,
     committed: bool,
+    has_journal: bool,
     _lock: RunLock,
 }
 
@@ -52,6 +60,16 @@ impl ArtifactWriter {
     /// Starts `out`. Finished before with the same recipe and inputs: `Begin::Finished`. Finished with others, being written
     /// by another job, or something that is no artifact: an error that says which. One process of a job calls this.
     pub fn begin(out: &Path, kind: &'static str, recipe: serde_json::Value, inputs: Vec<Input>) -> Result<Begin> {
+        ArtifactWriter::begin_with(out, kind, recipe, inputs, Leftovers::Remove)
+    }
+
+    /// The same for work that keeps what is made in [`ArtifactWriter::journal_dir`]: what a dead job left of the same recipe and inputs
+    /// is taken over, whatever job it was; what one left of others is an error that says both values.
+    pub fn begin_or_continue(out: &Path, kind: &'static str, recipe: serde_json::Value, inputs: Vec<Input>) -> Result<Begin> {
+        ArtifactWriter::begin_with(out, kind, recipe, inputs, Leftovers::Continue)
+    }
+
+    fn begin_with(out: &Path, kind: &'static str, recipe: serde_json::Value, inputs: Vec<Input>, leftovers: Leftovers) -> Result<Begin> {
         let parent = parent_of(out);
         let name = out.file_name().ok_or_else(|| Error::file(out, "has no file name").remedy("choose another --out"))?;
         let lock_path = parent.join(joined(&[OsStr::new("."), name, OsStr::new(".lock")]));
@@ -69,11 +87,60 @@ impl ArtifactWriter {
             return Ok(Begin::Finished(finished));
         }
         let tmp_prefix = joined(&[name, OsStr::new(".tmp-")]);
-        remove_unfinished(parent, &tmp_prefix)?;
+        let left = remove_unfinished(parent, &tmp_prefix, leftovers)?;
         let tmp = parent.join(joined(&[&tmp_prefix, OsStr::new(&job_id())]));
-        file::create_dir(&tmp)?;
-        let (files, counts) = (Vec::new(), BTreeMap::new());
-        Ok(Begin::Write(ArtifactWriter { out: out.into(), tmp, kind, recipe, inputs, files, counts, committed: false, _lock: lock }))
+        let (files, counts, has_journal) = (Vec::new(), BTreeMap::new(), leftovers == Leftovers::Continue);
+        let new = ArtifactWriter { out: out.into(), tmp, kind, recipe, inputs, files, counts, committed: false, has_journal, _lock: lock };
+        match (leftovers, left) {
+            (Leftovers::Remove, None) => {
+                file::create_dir(&new.tmp)?;
+                Ok(Begin::Write(new))
+            }
+            (Leftovers::Continue, None) => new.start_journal(),
+            (Leftovers::Remove, Some(left)) => Err(interrupted(&left, "an interrupted job left work there that can be continued")),
+            (Leftovers::Continue, Some(left)) => new.take_over(&left),
+        }
+    }
+
+    fn start_journal(self) -> Result<Begin> {
+        file::create_dir(&self.tmp)?;
+        file::create_dir(&self.journal_dir())?;
+        Manifest::new(self.kind, self.recipe.clone(), self.inputs.clone()).seal_as(&self.journal_dir(), BEGUN)?;
+        Ok(Begin::Write(self))
+    }
+
+    /// Goes on with what a dead job left, if it is the same work.
+    fn take_over(mut self, left: &Path) -> Result<Begin> {
+        self.committed = true; // nothing of it is removed when this fails
+        let complete = left.join(MANIFEST).is_file();
+        let begun = if complete { Manifest::load(left)? } else { Manifest::load_as(&left.join(JOURNAL), BEGUN)? };
+        let difference = if begun.kind == self.kind { begun.difference(&self.recipe, &self.inputs) } else { Some(String::new()) };
+        if let Some(difference) = difference {
+            let wrong = format!("an interrupted job left unfinished {} there, made {difference}", begun.kind);
+            return Err(interrupted(left, wrong.trim_end_matches(", made ")));
+        }
+        if complete {
+            // It died between its manifest and the last rename.
+            Manifest::open(left, self.kind)?;
+            self.give_name(left)?;
+            return Ok(Begin::Finished(begun));
+        }
+        if left != self.tmp {
+            file::rename(left, &self.tmp)?;
+        }
+        for entry in fs::read_dir(&self.tmp).at(&self.tmp)? {
+            let path = entry.at(&self.tmp)?.path();
+            if path.is_file() {
+                file::remove_file(&path)?; // half-written: made from the journal again
+            }
+        }
+        self.committed = false;
+        Ok(Begin::Write(self))
+    }
+
+    /// Where work that can be continued keeps what is made already; it is gone when the artifact is committed.
+    pub fn journal_dir(&self) -> PathBuf {
+        self.tmp.join(JOURNAL)
     }
 
     /// The directory to write files into (also by other ranks of the job).
@@ -98,16 +165,36 @@ impl ArtifactWriter {
         manifest.counts = std::mem::take(&mut self.counts);
         check_sizes(&self.tmp, &manifest.files)?;
         let manifest = manifest.seal(&self.tmp)?;
-        file::rename(&self.tmp, &self.out)?; // over an empty directory at most, as begin() saw
+        self.give_name(&self.tmp)?;
         self.committed = true;
-        sync_dir(parent_of(&self.out))?;
         Ok(manifest)
     }
+
+    /// Makes a directory with its manifest the artifact. One who dies in between leaves what the next finishes.
+    fn give_name(&self, complete: &Path) -> Result<()> {
+        if complete.join(JOURNAL).is_dir() {
+            file::remove_dir_all(&complete.join(JOURNAL))?;
+        }
+        file::rename(complete, &self.out)?; // over an empty directory at most, as begin() saw
+        sync_dir(parent_of(&self.out))
+    }
+}
+
+/// What becomes of what a dead job left.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leftovers {
+    Remove,
+    Continue,
+}
+
+fn interrupted(left: &Path, wrong: &str) -> Error {
+    Error::file(left, wrong).remedy("run that job again, choose another --out, or remove this directory to begin anew")
 }
 
 impl Drop for ArtifactWriter {
     fn drop(&mut self) {
-        if !self.committed {
+        let is_in_use = self.has_journal && holds_more_than(&self.journal_dir(), BEGUN);
+        if !self.committed && !is_in_use {
             let _ = file::remove_dir_all(&self.tmp); // best effort: the next run removes it by name
         }
     }
@@ -147,16 +234,31 @@ fn look(out: &Path, kind: &str, recipe: &serde_json::Value, inputs: &[Input]) ->
     Ok(None)
 }
 
-/// Removes what dead jobs left of the same artifact; the lock says that no other job is at it.
-fn remove_unfinished(parent: &Path, prefix: &OsStr) -> Result<()> {
+/// Removes what dead jobs left of the same artifact, but for what can be continued, which is returned; the lock says that no other job
+/// is at it.
+fn remove_unfinished(parent: &Path, prefix: &OsStr, leftovers: Leftovers) -> Result<Option<PathBuf>> {
+    let mut kept = None;
     for entry in fs::read_dir(parent).at(parent)? {
         let path = entry.at(parent)?.path();
-        if path.file_name().is_some_and(|name| name.as_bytes().starts_with(prefix.as_bytes())) && path.is_dir() {
+        if !path.file_name().is_some_and(|name| name.as_bytes().starts_with(prefix.as_bytes())) || !path.is_dir() {
+            continue;
+        }
+        // Who commits removes the journal when the manifest is there.
+        let is_complete = leftovers == Leftovers::Continue && path.join(MANIFEST).is_file();
+        if !is_complete && !path.join(JOURNAL).join(BEGUN).is_file() {
             log::info!("{}: left by a job that ended early, removed", path.display());
             file::remove_dir_all(&path)?;
+        } else if let Some(other) = kept.replace(path) {
+            return Err(interrupted(&other, "two interrupted jobs left work there"));
         }
     }
-    Ok(())
+    Ok(kept)
+}
+
+/// Whether a folder has anything in it beside this and empty files.
+fn holds_more_than(dir: &Path, name: &str) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else { return false };
+    entries.flatten().any(|entry| entry.file_name() != name && entry.metadata().is_ok_and(|metadata| metadata.len() > 0))
 }
 
 /// What was registered is on the disk, whoever wrote it.

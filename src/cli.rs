@@ -3,6 +3,7 @@
 use crate::comm::nccl::{Options, Sums};
 use crate::device::Fp8Scales;
 use crate::error::{Error, Result};
+use crate::infer::request::OnBad;
 use crate::model::packed::WeightFormat;
 use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
@@ -65,6 +66,20 @@ pub fn weights_name(weights: Option<WeightFormat>) -> Option<&'static str> {
         WeightFormat::Fp8(Fp8Scales::Rows) => Some("fp8"),
         WeightFormat::Fp8(Fp8Scales::Tensor) => Some("fp8-tensor"),
     }
+}
+
+/// For `--on-bad-request`: refuse or record.
+pub fn parse_on_bad(text: &str) -> std::result::Result<OnBad, String> {
+    match text {
+        "refuse" => Ok(OnBad::Refuse),
+        "record" => Ok(OnBad::Record),
+        other => Err(format!("{other:?} is neither refuse nor record")),
+    }
+}
+
+/// `--on-bad-request` as it stands in an artifact.
+pub fn on_bad_name(on_bad: OnBad) -> &'static str {
+    if on_bad == OnBad::Refuse { "refuse" } else { "record" }
 }
 
 /// For `--dtype`: f32 or bf16.

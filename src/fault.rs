@@ -10,7 +10,7 @@
 //!         slow                    that step of writing, and each after it, takes 5 ms more
 //!         crash                   from there on nothing changes on the disk: what is left is what a crash leaves
 //! PLACE   io, or one of io.create io.write io.sync io.rename io.remove io.hdf5
-//!         init  verify  forward  backward  collective  update  validation
+//!         init  verify  forward  backward  collective  update  validation  pass
 //!         save, or one of save.begin save.snapshot save.write save.report save.commit save.durable
 //! N       the how-many-th time that this process comes by there (1)
 //! R       only on this rank (on all)

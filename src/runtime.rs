@@ -25,8 +25,10 @@ use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::flight::Recorder;
 use crate::parallel::layout::ParallelLayout;
+use std::ffi::OsString;
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
@@ -107,6 +109,13 @@ pub struct Runtime {
 pub struct Begun(Option<ArtifactWriter>);
 
 impl Begun {
+    /// The folder of the artifact's journal, on every rank; of one that is begun to be continued. Collective.
+    pub fn journal_dir(&self, world: &dyn Communicator) -> PathBuf {
+        let mine = self.0.as_ref().map(|writer| writer.journal_dir().into_os_string().into_vec());
+        let first = world.gather_variable(&mine.unwrap_or_default()).swap_remove(0);
+        OsString::from_vec(first).into()
+    }
+
     /// Rank 0 writes and commits; the others have nothing to do.
     pub fn commit_with(self, write: impl FnOnce(ArtifactWriter) -> Result<()>) -> Result<()> {
         self.0.map_or(Ok(()), write)

@@ -150,6 +150,11 @@ pub fn create_dir(dir: &Path) -> Result<()> {
     fault::io("io.create").and_then(|_| fs::create_dir(dir)).at(dir)
 }
 
+/// Removes a file.
+pub fn remove_file(path: &Path) -> Result<()> {
+    fault::io("io.remove").and_then(|_| fs::remove_file(path)).at(path)
+}
+
 /// Removes a directory and everything in it.
 pub fn remove_dir_all(dir: &Path) -> Result<()> {
     fault::io("io.remove").and_then(|_| fs::remove_dir_all(dir)).at(dir)

@@ -112,7 +112,12 @@ impl Manifest {
 
     /// Reads the manifest of an artifact of any kind and checks that it is whole; its files are not looked at.
     pub fn load(artifact: &Path) -> Result<Manifest> {
-        let path = artifact.join(MANIFEST);
+        Manifest::load_as(artifact, MANIFEST)
+    }
+
+    /// The same from a file of another name.
+    pub(super) fn load_as(dir: &Path, name: &str) -> Result<Manifest> {
+        let path = dir.join(name);
         let text = fs::read(&path).at(&path)?;
         let manifest: Manifest = serde_json::from_slice(&text)
             .map_err(|error| Error::file(&path, format!("not a manifest: {error}")).remedy("write the artifact again"))?;
@@ -158,11 +163,16 @@ impl Manifest {
     }
 
     /// Closes a manifest: everything is filled in but the fingerprint.
-    pub(super) fn seal(mut self, dir: &Path) -> Result<Manifest> {
+    pub(super) fn seal(self, dir: &Path) -> Result<Manifest> {
+        self.seal_as(dir, MANIFEST)
+    }
+
+    /// The same as a file of another name.
+    pub(super) fn seal_as(mut self, dir: &Path, name: &str) -> Result<Manifest> {
         self.files.sort_by(|a, b| a.name.cmp(&b.name));
         self.fingerprint = self.compute_fingerprint();
         let text = serde_json::to_vec_pretty(&self).expect("a manifest is plain data");
-        file::write_atomically(dir, MANIFEST, &text)?;
+        file::write_atomically(dir, name, &text)?;
         Ok(self)
     }
 

@@ -6,12 +6,15 @@ use std::process::ExitCode;
 use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint::{self, hf};
 use trireme::cli;
-use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
+use trireme::comm::{Groups, agree};
+use trireme::device::Device;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::Generator;
+use trireme::infer::journal::{self, Journal, Merged};
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
-use trireme::infer::request::{Limits, OnBad, Response, read_requests};
+use trireme::infer::request::{Limits, OnBad, RequestFile, read_requests};
+use trireme::infer::samples::Done;
 use trireme::model::config::HeadKind;
 use trireme::model::packed::WeightFormat;
 use trireme::runtime::Runtime;
@@ -21,12 +24,45 @@ use trireme::text::chat::NEMOTRON_TURN;
 
 /// Generate responses to a file of requests, in batch.
 ///
-/// A request is one JSON object a line:
-///   {"id": "a", "prompt": "Once upon", "max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "seed": 1}
-/// or with "tokens": [..] or "messages": [{"role": "user", "content": "Hello"}, ..] in place of "prompt"; messages become text by the
-/// chat template that came with the model, or by Nemotron's. Left out: temperature 1, top_p 1, top_k 0 (all), seed 0. Temperature 0 takes
-/// the most likely token. A response is {"id", "text", "tokens", "logprob", "finish_reason": "stop"|"length"|"context"}, in the
-/// order of the requests, in OUT/responses.jsonl.
+/// A request is one JSON object a line; the keys but "id", the prompt and "max_new_tokens" may be left out:
+///
+///   {"id": "a", "prompt": "Once upon", "max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95, "stop": ["\n\n"]}
+///
+///   id                  a text, of its own for every request
+///   prompt              the prompt as text, or in its place
+///   messages              [{"role": "user", "content": "Hello"}, ..], by the model's chat template, or Nemotron's
+///   tokens                [1, 523, ..], its token ids
+///   max_new_tokens      the longest response
+///   temperature         1    0 takes the most likely token
+///   top_k               0    draw from this many most likely tokens; 0: all
+///   top_p               1    draw from the fewest most likely tokens that have this probability together
+///   min_p               0    draw from tokens with at least this part of the probability of the most likely one
+///   repetition_penalty  1    divides positive and multiplies negative logits of tokens in prompt or response
+///   seed                0    of the noise
+///   stop                []   texts of which the first that comes up ends the response, before it
+///   n                   1    samples to make
+///   logprobs            -    also give the log-probabilities of each token and of this many most likely ones
+///
+/// The filters are those of Hugging Face transformers, in its order: penalty, temperature, top_k, top_p, min_p.
+///
+/// A response is one JSON object a line in OUT/responses.jsonl, in the order of the requests, samples of one in turn:
+///
+///   {"id": "a", "index": 0, "text": "a time", "tokens": [263, 931], "logprob": -3.1, "finish_reason": "stop"}
+///
+///   index          which sample, from 0
+///   text           the decoding of "tokens", up to where a stop string begins; a character that was not completed is U+FFFD
+///   tokens         without the end-of-sequence token, with the tokens of a stop string
+///   logprob        sum of the tokens' (and the end-of-sequence token's) log-probabilities under the model itself: temperature 1, no
+///                  penalty, nothing left out
+///   finish_reason  "stop": end of sequence or a stop string; "length": max_new_tokens; "context": the model's longest sequence;
+///                  "error": the request was wrong (see --on-bad-request)
+///   logprobs       when asked for, one for each token and for the end-of-sequence token:
+///                  {"token": 263, "logprob": -1.2, "top_logprobs": [{"token": 263, "logprob": -1.2}, ..]}
+///
+/// The noise of a token is a function of seed, id, sample and position: no response depends on what else is in the file.
+///
+/// A job that is killed or stopped (exit code 75) keeps the responses that were complete in OUT.tmp-JOB/journal. The same command goes
+/// on from there, with any number of ranks, --tp, --pp or --batch; with another checkpoint or request file it refuses.
 ///
 /// Example:
 ///   trireme-generate --checkpoint runs/first --requests requests.jsonl --out runs/first-samples
@@ -51,6 +87,10 @@ struct Args {
     /// Responses under way at one time on a replica
     #[arg(long, default_value_t = 16)]
     batch: usize,
+    /// What a wrong request does: refuse (the file, exit code 3, before anything is made) or record (its response has finish_reason
+    /// "error" and "error": what was wrong; all others are made, the exit code is 0)
+    #[arg(long, default_value = "refuse", value_name = "refuse|record", value_parser = cli::parse_on_bad)]
+    on_bad_request: OnBad,
     /// Storage of weights and activations: f32 or bf16
     #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
     dtype: DType,
@@ -77,25 +117,54 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let prepared = agree(world, prepare(args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return Ok(()) };
-    let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
-    let device = &*device;
-    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
+    let dir = begun.journal_dir(world);
+    let mut done = Done::nothing(&prepared.file.requests);
+    journal::resume(world, &dir, &mut done)?;
+    if runtime.is_first() && done.n_made() > 0 {
+        log::info!("{}: {} of {} responses are made already", dir.display(), done.n_made(), done.n_samples());
+    }
+    if done.n_made() < done.n_samples() {
+        let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
+        make(args, runtime, &prepared, (&*device, &groups), (&done, &dir))?;
+    }
+    let mut merged = Merged::default();
+    agree(world, begun.commit_with(|writer| write(writer, &prepared.file).map(|written| merged = written)))?;
+    if runtime.is_first() {
+        if let Some(first) = prepared.file.refused.first() {
+            let wrong = first.response.error.as_deref().unwrap_or_default();
+            log::warn!("{}: {} wrong requests, the first in {wrong}", args.requests.display(), merged.n_errors);
+        }
+        println!("{}: {} responses", args.out.join("responses.jsonl").display(), merged.n_responses);
+    }
+    Ok(())
+}
+
+/// Makes what is missing and leaves it in the journal. Collective; all ranks leave with the same result.
+fn make(
+    args: &Args,
+    runtime: &Runtime,
+    prepared: &Prepared,
+    (device, groups): (&dyn Device, &Groups),
+    (done, dir): (&Done, &PathBuf),
+) -> Result<()> {
+    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, groups, args.dtype))?;
     agree(&*groups.world, chunk.pack(device, &*groups.tp, args.weights.unwrap_or(WeightFormat::Stored)))?;
     let generator = Generator {
         device,
-        groups: &groups,
+        groups,
         chunk: &chunk,
-        eos_ids: prepared.eos_ids,
+        eos_ids: prepared.eos_ids.clone(),
         tokenizer: prepared.tokenizer.as_ref(),
         n_slots: args.batch,
         stop: &|| runtime.stop_requested(),
     };
-    let responses = generator.responses(&prepared.requests)?;
-    agree(&*groups.world, begun.commit_with(|writer| write(writer, &responses)))?;
-    if runtime.is_first() {
-        println!("{}: {} responses", args.out.join("responses.jsonl").display(), responses.len());
-    }
-    Ok(())
+    let speaks = groups.at.tp == 0 && groups.at.pp == 0;
+    let mut journal = agree(&*groups.world, speaks.then(|| Journal::open(dir, groups.at.dp)).transpose())?;
+    let made = generator.run(&prepared.file.requests, done, &mut |sample, response| {
+        journal.as_mut().expect("who speaks has one").append(sample, &response)
+    });
+    // Also what was made before an error is kept.
+    agree(&*groups.world, journal.map_or(Ok(()), Journal::close).and(made))
 }
 
 /// What every rank reads for itself.
@@ -103,7 +172,7 @@ struct Prepared {
     stored: checkpoint::Stored,
     tokenizer: Option<Tokenizer>,
     eos_ids: Vec<u32>,
-    requests: Vec<trireme::infer::request::Request>,
+    file: RequestFile,
     layout: trireme::parallel::layout::ParallelLayout,
 }
 
@@ -120,28 +189,26 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
     let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
     let limits =
         Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref(), template: template.as_ref() };
-    let requests = read_requests(&args.requests, limits, OnBad::Refuse)?.requests;
+    let file = read_requests(&args.requests, limits, args.on_bad_request)?;
     let mut eos_ids = hf::eos_ids(&stored)?;
     // In Nemotron's format the next turn's mark ends an answer.
     eos_ids.extend(tokenizer.as_ref().and_then(|tokenizer| tokenizer.id_of(NEMOTRON_TURN)));
-    Ok(Prepared { stored, tokenizer, eos_ids, requests, layout })
+    Ok(Prepared { stored, tokenizer, eos_ids, file, layout })
 }
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
-    let recipe = serde_json::json!({ "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights) });
+    let on_bad = cli::on_bad_name(args.on_bad_request);
+    let recipe = serde_json::json!({ "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights), "on_bad_request": on_bad });
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
-    ArtifactWriter::begin(&args.out, "responses", recipe, inputs)
+    ArtifactWriter::begin_or_continue(&args.out, "responses", recipe, inputs)
 }
 
-fn write(mut writer: ArtifactWriter, responses: &[Response]) -> Result<()> {
+fn write(mut writer: ArtifactWriter, requests: &RequestFile) -> Result<Merged> {
     let mut file = HashingFile::create(writer.dir(), "responses.jsonl")?;
-    for response in responses {
-        let mut line = serde_json::to_vec(response).expect("a response is plain data");
-        line.push(b'\n');
-        file.append(&line)?;
-    }
+    let merged = journal::merge(&writer.journal_dir(), requests, &mut file)?;
     writer.add(file.close()?);
-    writer.count("responses", responses.len());
-    writer.count("tokens", responses.iter().map(|response| response.tokens.len()).sum::<usize>());
-    writer.commit().map(|_| ())
+    writer.count("responses", merged.n_responses);
+    writer.count("tokens", merged.n_tokens);
+    writer.count("errors", merged.n_errors);
+    writer.commit().map(|_| merged)
 }

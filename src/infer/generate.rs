@@ -10,6 +10,7 @@ use super::sampling;
 use crate::comm::{Groups, Recv, Send, agree};
 use crate::device::{CacheSpan, Device, KvCache, Scratch, ScratchTensor};
 use crate::error::{Error, Kind, Result};
+use crate::fault;
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::model::numerics::Numerics;
@@ -114,6 +115,7 @@ impl<'g> Generator<'g> {
                 let asked = Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again");
                 return Err(out.failed.unwrap_or(asked));
             }
+            fault::at("pass");
             let choices = self.pass(&mut memory, &mut caches, &mut active);
             if let Some(progress) = &mut out.progress {
                 progress.add_also(active.len() as u64);

@@ -4,6 +4,7 @@
 pub mod decode;
 pub mod generate;
 pub mod growing;
+pub mod journal;
 pub mod load;
 pub mod request;
 mod request_line;
