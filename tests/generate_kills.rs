@@ -119,7 +119,7 @@ fn random_kills_change_no_byte() {
         draw += 1;
         (random.bits(draw) % n as u64) as usize
     };
-    while n_kills < 24 {
+    while n_kills < 16 {
         let ((n_ranks, flags), at) = (LIVES[next(LIVES.len())], places[next(places.len())]);
         let fault = format!("kill at={at} n={} rank={}", 1 + next(if at == "pass" { 25 } else { 8 }), next(n_ranks));
         let output = place.run("killed", n_ranks, flags, &fault);
@@ -131,7 +131,7 @@ fn random_kills_change_no_byte() {
             n_kills += 1;
         }
     }
-    assert!(n_resumed >= 5, "only {n_resumed} lives went on from a journal");
+    assert!(n_resumed >= 3, "only {n_resumed} lives went on from a journal");
     let end = place.run("killed", 2, &[], "");
     assert!(end.status.success(), "{}", text(&end));
     place.assert_finished("killed", &expected, "at the end");

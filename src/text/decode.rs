@@ -17,34 +17,59 @@ pub struct Decoder {
 impl Decoder {
     /// The text of the ids.
     pub fn decode(&self, pieces: &[Piece], ids: &[u32]) -> String {
-        let (mut text, mut bytes) = (String::new(), Vec::new());
-        let (mut at_start, mut prefix_dropped) = (true, false);
-        for &id in ids {
-            let piece = pieces.get(id as usize);
-            if let Some(Piece { kind: PieceKind::Byte, text: name, .. }) = piece {
-                bytes.push(byte_of(name).expect("checked: a byte piece"));
-                continue;
-            }
-            flush(&mut bytes, &mut text);
-            at_start &= !prefix_dropped && text.is_empty();
-            prefix_dropped = false;
-            match piece {
-                Some(Piece { kind: PieceKind::Control, .. }) => {}
-                None | Some(Piece { kind: PieceKind::Unknown, .. }) => text.push_str(&self.unk_surface),
-                Some(Piece { text: name, .. }) => {
-                    let mut seen = name.as_str();
-                    if at_start
-                        && self.dummy_prefix
-                        && let Some(rest) = seen.strip_prefix(SPACE_MARK)
-                    {
-                        (seen, prefix_dropped) = (rest, true);
-                    }
-                    text.extend(seen.chars().map(|c| if c == SPACE_MARK { ' ' } else { c }));
+        let mut decoding = Decoding::default();
+        ids.iter().for_each(|&id| decoding.push(self, pieces.get(id as usize)));
+        decoding.finish()
+    }
+}
+
+/// A decoding under way.
+#[derive(Default)]
+pub struct Decoding {
+    /// Of all but the bytes behind it; nothing that follows changes it.
+    text: String,
+    /// A run of byte pieces that may go on.
+    bytes: Vec<u8>,
+    /// Something other than bytes was seen where no dummy prefix may follow.
+    is_past_start: bool,
+    prefix_dropped: bool,
+}
+
+impl Decoding {
+    /// Takes the piece of the next id; None for an id outside the vocabulary.
+    pub fn push(&mut self, decoder: &Decoder, piece: Option<&Piece>) {
+        if let Some(Piece { kind: PieceKind::Byte, text: name, .. }) = piece {
+            self.bytes.push(byte_of(name).expect("checked: a byte piece"));
+            return;
+        }
+        flush(&mut self.bytes, &mut self.text);
+        self.is_past_start |= self.prefix_dropped || !self.text.is_empty();
+        self.prefix_dropped = false;
+        match piece {
+            Some(Piece { kind: PieceKind::Control, .. }) => {}
+            None | Some(Piece { kind: PieceKind::Unknown, .. }) => self.text.push_str(&decoder.unk_surface),
+            Some(Piece { text: name, .. }) => {
+                let mut seen = name.as_str();
+                if !self.is_past_start
+                    && decoder.dummy_prefix
+                    && let Some(rest) = seen.strip_prefix(SPACE_MARK)
+                {
+                    (seen, self.prefix_dropped) = (rest, true);
                 }
+                self.text.extend(seen.chars().map(|c| if c == SPACE_MARK { ' ' } else { c }));
             }
         }
-        flush(&mut bytes, &mut text);
-        text
+    }
+
+    /// The text that nothing changes any more, and what the bytes behind it would be if nothing followed.
+    pub fn so_far(&self) -> (&str, String) {
+        (&self.text, repair(&self.bytes))
+    }
+
+    /// The whole text.
+    pub fn finish(mut self) -> String {
+        flush(&mut self.bytes, &mut self.text);
+        self.text
     }
 }
 

@@ -1,30 +1,67 @@
-//! The text of a list of tokens that grows at its end.
+//! The text of a list of ids that grows at its end, without decoding all of them again for each. It is at any time what decoding the whole
+//! list gives, though that is not always what was there before and something more: bytes become a character, or not.
 
-use super::Tokenizer;
+use super::decode::Decoding;
+use super::json::JsonTokenizer;
+use super::sentencepiece::SentencePiece;
+use super::{Sort, Tokenizer};
 
-/// The decoding of all tokens pushed so far.
+/// The decoding of all ids pushed so far.
 pub struct GrowingText<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
+    how: How<'a>,
     text: String,
+    /// Bytes at the beginning of `text` that nothing changes any more.
+    settled: usize,
+}
+
+enum How<'a> {
+    SentencePiece(&'a SentencePiece, Decoding),
+    Json(&'a JsonTokenizer, Window),
+}
+
+/// The ids whose text is not settled, behind the last that parts the text.
+#[derive(Default)]
+struct Window {
+    ids: Vec<u32>,
+    /// Bytes of the first one's text when it parts the text, which are settled; else 0.
+    parting_bytes: usize,
 }
 
 impl<'a> GrowingText<'a> {
-    /// No tokens.
+    /// No ids.
     pub fn new(tokenizer: &'a Tokenizer) -> GrowingText<'a> {
-        GrowingText { tokenizer, ids: Vec::new(), text: String::new() }
+        let how = match &tokenizer.sort {
+            Sort::SentencePiece(sentencepiece) => How::SentencePiece(sentencepiece, Decoding::default()),
+            Sort::Json(json) => How::Json(json, Window::default()),
+        };
+        GrowingText { how, text: String::new(), settled: 0 }
     }
 
-    /// One token more; the byte from which on the text may be another than before.
+    /// One id more; the byte before which the text is what it was.
     pub fn push(&mut self, id: u32) -> usize {
-        self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids);
-        let same = text.bytes().zip(self.text.bytes()).take_while(|(new, old)| new == old).count();
-        self.text = text;
+        let same = self.settled;
+        self.text.truncate(same);
+        match &mut self.how {
+            How::SentencePiece(sentencepiece, decoding) => {
+                sentencepiece.decode_next(decoding, id);
+                let (settled, pending) = decoding.so_far();
+                self.text.push_str(&settled[same..]);
+                self.settled = settled.len();
+                self.text.push_str(&pending);
+            }
+            How::Json(json, window) => {
+                window.ids.push(id);
+                self.text.push_str(&json.decode(&window.ids)[window.parting_bytes..]);
+                if json.is_anchor(id) {
+                    *window = Window { ids: vec![id], parting_bytes: json.decode(&[id]).len() };
+                    self.settled = self.text.len();
+                }
+            }
+        }
         same
     }
 
-    /// Equal to [`Tokenizer::decode`] of all tokens.
+    /// Equal to [`Tokenizer::decode`] of all ids.
     pub fn as_str(&self) -> &str {
         &self.text
     }

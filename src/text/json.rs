@@ -4,6 +4,7 @@
 use super::Special;
 use crate::error::{Error, Result};
 use std::path::Path;
+use tokenizers::DecoderWrapper;
 
 /// Names by which the families of open models call their special tokens, the most usual first; a `tokenizer.json` itself does not
 /// say which of its special tokens ends a text.
@@ -16,6 +17,8 @@ const UNK: [&str; 3] = ["<unk>", "<|unk|>", "[UNK]"];
 pub struct JsonTokenizer {
     tokenizer: tokenizers::Tokenizer,
     vocab_size: usize,
+    /// See [`JsonTokenizer::is_anchor`].
+    decodes_locally: bool,
 }
 
 impl JsonTokenizer {
@@ -34,7 +37,8 @@ impl JsonTokenizer {
         if vocab_size == 0 {
             return Err(wrong(&"its vocabulary is empty"));
         }
-        Ok(JsonTokenizer { tokenizer, vocab_size })
+        let decodes_locally = tokenizer.get_decoder().is_some_and(decodes_locally);
+        Ok(JsonTokenizer { tokenizer, vocab_size, decodes_locally })
     }
 
     /// Appends the ids of a text.
@@ -48,6 +52,15 @@ impl JsonTokenizer {
     /// The text of ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+
+    /// Whether this token parts a text: with it as their first, the tokens behind decode to its text alone and then what they decode to
+    /// behind all the tokens before. Not so for a token that is invisible, ends or begins inside a character, or may be part of a run
+    /// of bytes.
+    pub fn is_anchor(&self, id: u32) -> bool {
+        let is_byte = || self.token_of(id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
+        let is_clear = |text: String| !text.is_empty() && !text.contains('\u{FFFD}');
+        self.decodes_locally && is_clear(self.decode(&[id])) && !is_byte()
     }
 
     /// One more than the highest id.
@@ -69,5 +82,27 @@ impl JsonTokenizer {
     pub fn special(&self) -> Special {
         let first = |names: &[&str]| names.iter().find_map(|name| self.tokenizer.token_to_id(name));
         Special { unk: first(&UNK), bos: first(&BOS), eos: first(&EOS), pad: first(&PAD) }
+    }
+}
+
+/// Whether a decoder looks at one token at a time, but for the first token and for runs of bytes: so do byte-level BPE and what
+/// SentencePiece's models are converted to.
+fn decodes_locally(decoder: &DecoderWrapper) -> bool {
+    match decoder {
+        DecoderWrapper::ByteLevel(_) | DecoderWrapper::Metaspace(_) => true,
+        DecoderWrapper::Sequence(sequence) => {
+            let decoders = sequence.get_decoders();
+            let fuse = decoders.iter().position(|decoder| matches!(decoder, DecoderWrapper::Fuse(_))).unwrap_or(decoders.len());
+            let by_token = |decoder: &DecoderWrapper| {
+                matches!(decoder, DecoderWrapper::Replace(_) | DecoderWrapper::ByteFallback(_) | DecoderWrapper::Strip(_))
+            };
+            let at_start = |decoder: &DecoderWrapper| match decoder {
+                DecoderWrapper::Fuse(_) => true,
+                DecoderWrapper::Strip(strip) => strip.stop == 0,
+                _ => false,
+            };
+            decoders[..fuse].iter().all(by_token) && decoders[fuse..].iter().all(at_start)
+        }
+        _ => false,
     }
 }

@@ -1,7 +1,7 @@
 //! The SentencePiece tokenizer: a BPE `.model`, ready to encode and decode with SentencePiece's own ids.
 
 use super::Special;
-use super::decode::Decoder;
+use super::decode::{Decoder, Decoding};
 use super::encode::{self, Scratch};
 use super::model_file::{ModelFile, Piece, PieceKind, TrainerSpec};
 use super::tables::Tables;
@@ -63,6 +63,11 @@ impl SentencePiece {
     /// unknown (and any id outside the vocabulary) becomes " \u{2047} ".
     pub fn decode(&self, ids: &[u32]) -> String {
         self.decoder.decode(&self.pieces, ids)
+    }
+
+    /// Takes the next id of a decoding.
+    pub(super) fn decode_next(&self, decoding: &mut Decoding, id: u32) {
+        decoding.push(&self.decoder, self.pieces.get(id as usize));
     }
 
     /// Number of pieces.
