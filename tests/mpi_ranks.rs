@@ -4,17 +4,20 @@
 mod collective_table;
 mod hanging_ranks;
 mod mpi_job;
+mod numerics_runs;
 
 use collective_table::check_all;
 use mpi_job::{Case, Program};
+use numerics_runs::Run;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 use trireme::comm::mpi::Mpi;
 use trireme::comm::{Groups, Recv, Send, agree};
 use trireme::error::{Error, Result};
+use trireme::model::ctx::SequenceMode;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::runtime::{DeviceKind, Runtime};
-use trireme::tensor::Tensor;
+use trireme::tensor::{DType, Tensor};
 
 const CASES: &[Case] = &[
     // Bits on MPI equal those of a plain loop in rank order, and so those over threads, for long messages cut in pieces too.
@@ -25,6 +28,9 @@ const CASES: &[Case] = &[
     Case { name: "layouts-2", n_ranks: 2, run: layouts, code: Some(0), lines: &[("layouts of 2 ranks: 3", 2)] },
     Case { name: "layouts-3", n_ranks: 3, run: layouts, code: Some(0), lines: &[("layouts of 3 ranks: 3", 3)] },
     Case { name: "layouts-4", n_ranks: 4, run: layouts, code: Some(0), lines: &[("layouts of 4 ranks: 6", 4)] },
+    // Training over MPI gives the bits of one rank in reproducible numerics, under every layout of four: a message in another order
+    // or of another precision than between threads would change them.
+    Case { name: "training-4", n_ranks: 4, run: training, code: Some(0), lines: &[("the bits of one rank under 6 layouts", 4)] },
     // One rank under mpirun is a world like any other.
     Case { name: "alone", n_ranks: 1, run: collectives, code: Some(0), lines: &[("equal to the plain loop", 1)] },
     // Ranks that may run on the same cores share them out: else n ranks compute with n times as many threads as cores.
@@ -85,6 +91,26 @@ fn layouts(runtime: &Runtime) -> Result<()> {
         n_layouts += 1;
     }
     println!("layouts of {n} ranks: {n_layouts}");
+    Ok(())
+}
+
+fn training(runtime: &Runtime) -> Result<()> {
+    let n = runtime.world().size();
+    for dtype in [DType::F32, DType::BF16] {
+        let alone = Run::reference(numerics_runs::model(), dtype);
+        let expected = numerics_runs::train(&alone, 2);
+        let mut n_layouts = 0;
+        for (tp, pp) in (1..=n).flat_map(|tp| (1..=n).map(move |pp| (tp, pp))).filter(|(tp, pp)| n % (tp * pp) == 0) {
+            let sequence = if tp > 1 { SequenceMode::Sharded } else { SequenceMode::Replicated };
+            let run = Run { layout: layout(tp, pp, n / (tp * pp)), micro: 2, sequence, ..alone.clone() };
+            let difference = numerics_runs::difference_on_rank(&run, Box::new(Mpi::world()), &expected);
+            assert_eq!(difference, None, "{run:?}");
+            n_layouts += 1;
+        }
+        if dtype == DType::BF16 {
+            println!("the bits of one rank under {n_layouts} layouts");
+        }
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! Whole training runs of a tiny model under any layout, and what is compared of them: bits, put together again as logical
-//! tensors by their slices.
+//! tensors by their slices. Several test programs use it, none all of it.
+#![allow(dead_code)]
 
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, Groups, threads};
@@ -150,16 +151,21 @@ impl Samples for Noise {
 /// Parts of logical tensors by name, as ranks hold them.
 type Parts = Vec<(String, Vec<usize>, Slice, Vec<f32>)>;
 
+/// Where element i of a part lies in the logical tensor.
+fn place(shape: &[usize], slice: &Slice, i: usize) -> usize {
+    let columns = shape.get(1).copied().unwrap_or(1);
+    let (first, width) = if shape.len() == 2 { (slice.offset[1], slice.shape[1]) } else { (0, 1) };
+    (slice.offset[0] + i / width) * columns + first + i % width
+}
+
 /// Puts parts together; what several ranks hold must be equal.
 fn assemble(parts: impl Iterator<Item = (String, Vec<usize>, Slice, Vec<f32>)>) -> BTreeMap<String, Vec<f32>> {
     let mut all: BTreeMap<String, (Vec<f32>, Vec<bool>)> = BTreeMap::new();
     for (name, shape, slice, values) in parts {
         let n: usize = shape.iter().product();
         let (whole, seen) = all.entry(name.clone()).or_insert_with(|| (vec![0.0; n], vec![false; n]));
-        let columns = shape.get(1).copied().unwrap_or(1);
-        let (first, width) = if shape.len() == 2 { (slice.offset[1], slice.shape[1]) } else { (0, 1) };
         for (i, value) in values.iter().enumerate() {
-            let at = (slice.offset[0] + i / width) * columns + first + i % width;
+            let at = place(&shape, &slice, i);
             assert!(!seen[at] || whole[at].to_bits() == value.to_bits(), "{name}: ranks disagree about element {at}");
             (whole[at], seen[at]) = (*value, true);
         }
@@ -321,6 +327,29 @@ fn collect(mut ranks: Vec<Vec<OnRank>>) -> (Trace, Saved) {
 /// The first steps.
 pub fn train(run: &Run, n_steps: u64) -> Trace {
     collect(threads::run(run.layout.world(), |world| rank_steps(run, world, 0..n_steps, None))).0
+}
+
+/// The first steps on this rank of a world that may be of any kind: where they differ from what they should be, for people.
+/// Collective.
+pub fn difference_on_rank(run: &Run, world: Box<dyn Communicator>, expected: &Trace) -> Option<String> {
+    let steps = rank_steps(run, world, 0..expected.steps.len() as u64, None);
+    for (i, (found, expected)) in steps.into_iter().zip(&expected.steps).enumerate() {
+        for (what, a, b) in [("loss", found.loss, expected.loss), ("gradient norm", found.grad_norm, expected.grad_norm)] {
+            if a.to_bits() != b.to_bits() {
+                return Some(format!("step {i}: {what} {a:e}, expected {b:e}"));
+            }
+        }
+        let pairs = [("gradient", found.gradients, &expected.gradients), ("weight", found.weights, &expected.weights)];
+        for (what, parts, whole) in pairs {
+            for (name, shape, slice, values) in parts {
+                let expected = |i: usize| whole[&name][place(&shape, &slice, i)];
+                if let Some(at) = (0..values.len()).find(|&at| values[at].to_bits() != expected(at).to_bits()) {
+                    return Some(format!("step {i}: {what} {name} [{at}] of {slice:?} is {:e}, expected {:e}", values[at], expected(at)));
+                }
+            }
+        }
+    }
+    None
 }
 
 /// Some steps under one layout, the rest under another, which starts from the first one's optimizer state.
