@@ -8,7 +8,7 @@ use std::time::Instant;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, CacheSpan, Device, Draw, KvCache, NormKind, Scratch, ceiling};
+use trireme::device::{Activation, CacheSpan, Device, Draw, KvCache, NormKind, PAGE_TOKENS, Scratch, ceiling};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
@@ -58,6 +58,11 @@ fn fill(device: &dyn Device, tensor: &mut Tensor, block: &[half::bf16]) {
     device.upload(&bytes, tensor);
 }
 
+/// Pages for so many tokens.
+fn pages_of(n_tokens: usize) -> usize {
+    n_tokens.div_ceil(PAGE_TOKENS)
+}
+
 /// A model under test, with room for so many sequences.
 struct Subject<'a> {
     device: &'a dyn Device,
@@ -67,14 +72,14 @@ struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    fn new(device: &'a dyn Device, config: &ModelConfig, n_slots: usize) -> Subject<'a> {
+    fn new(device: &'a dyn Device, config: &ModelConfig, n_sequences: usize) -> Subject<'a> {
         let at = Coords { tp: 0, pp: 0, dp: 0 };
         let made = Chunk::new(device, config, &ParallelLayout::SINGLE, at, 0, DType::BF16, Purpose::Inference);
         let mut chunk = made.unwrap_or_else(|error| panic!("{error}"));
         let noise = Random::new(1, "decode");
         let block: Vec<half::bf16> = (0..(1 << 20) - 3).map(|i| half::bf16::from_f64(0.02 * noise.normal(i))).collect();
         chunk.params_mut().into_iter().for_each(|param| fill(device, &mut param.value, &block));
-        let mut caches = chunk.new_caches(device, n_slots, config.max_tokens).unwrap_or_else(|error| panic!("{error}"));
+        let mut caches = chunk.new_caches(device, n_sequences * pages_of(config.max_tokens)).unwrap_or_else(|error| panic!("{error}"));
         caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).for_each(|tensor| fill(device, tensor, &block));
         Subject { device, chunk, caches, decoder: Decoder::default() }
     }
@@ -84,10 +89,12 @@ impl<'a> Subject<'a> {
         let (solo, scratch) = (Solo::new(), Scratch::new());
         let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
         let vocab_size = self.chunk.config().vocab_size;
+        let most = pages_of(self.chunk.config().max_tokens);
+        let pages = |i: usize| (i * most..(i + 1) * most).map(|page| page as u32).collect();
         let mut tokens: Vec<u32> = (0..n as u32).collect();
         let started = Instant::now();
         for past in first..first + STEPS {
-            let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i..i + 1, slot: i, past }).collect();
+            let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i..i + 1, past, pages: pages(i) }).collect();
             let positions = vec![past as u32; n];
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = self.decoder.logits(&ctx, &self.chunk, &new, &mut self.caches);

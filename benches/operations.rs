@@ -60,12 +60,12 @@ fn products(model: &Model) -> Vec<Case> {
 fn passes(model: &Model) -> Vec<Case> {
     let (h, f) = (model.hidden, 4 * model.hidden);
     let vocabulary = Vocabulary { t: T / 2, columns: model.vocabulary, n_valid: model.vocabulary, first_row: 0 };
-    let decode: Vec<_> = (0..16).map(|slot| (slot, 1000, 1)).collect();
+    let decode: Vec<_> = (0..16).map(|_| (0, 1023, 1)).collect();
     let mut cases = vec![
         cases::gemm(Gemm::NT, (1, f, 4 * h), Kind::Float),
         cases::gemm(Gemm::NT, (1, model.vocabulary, h), Kind::Float),
         cases::gemm(Gemm::NT, (8, model.vocabulary, h), Kind::Float),
-        cases::attention_cached(&decode, (16, 1024), model.heads),
+        cases::attention_cached(&decode, model.heads),
         cases::elementwise("copy", T * f, (Kind::Float, Kind::Float)),
         cases::elementwise("copy", T * f, (Kind::Float, Kind::F32)),
         cases::elementwise("add", T * f, (Kind::Float, Kind::Float)),
@@ -220,7 +220,7 @@ impl Copies {
 /// Best (operation, ceiling) per second, taken in turn.
 fn measure(cpu: &Cpu, case: &Case, dtype: DType, copies: &mut Copies, work: Work) -> (f64, f64) {
     let mut tensors = case.tensors(dtype, &|which, i| 0.1 + ((i * 7 + which * 13) % 1021) as f64 / 1021.0);
-    let amount = if work == Work::Flops { case.flops } else { traffic::bytes(case, &tensors, 1001.0 / 1024.0) };
+    let amount = if work == Work::Flops { case.flops } else { traffic::bytes(case, &tensors) };
     let (mut best, mut ceiling) = (0.0f64, 0.0f64);
     (case.run)(cpu, &mut tensors);
     let begin = Instant::now();

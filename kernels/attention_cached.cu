@@ -5,7 +5,7 @@
 // fma 96; append 32, combine f32 54, bf16 50, no shared memory. A decode fills only per_kv of the 64 rows of a tile.
 #include "attention_tile.cuh"
 
-// tokens[n, 2]: the row of qkv and the row of the cache. keys and values: [slots * max_tokens, G*D].
+// tokens[n, 2]: the row of qkv and the row of the cache. keys and values: [n_pages * PAGE_TOKENS, G*D].
 template <class T>
 __device__ __forceinline__ void append(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {
     const T* from = qkv + (size_t)tokens[2 * blockIdx.x] * n_groups * (per_kv + 2) * dim;
@@ -48,17 +48,19 @@ __device__ __forceinline__ void combine(T* out, const float* partial, const floa
 
 template <class T>
 __device__ __forceinline__ Attend<T> over_cache(T* out, float* partial, float* partial_lse, const T* qkv, const T* keys, const T* values,
-                                                int n_partial, int per_kv, int n_groups, int dim) {
+                                                const int* pages, int n_partial, int per_kv, int n_groups, int dim) {
     size_t group = (size_t)blockIdx.y * dim;
-    return Attend<T>{out, nullptr, partial, partial_lse, qkv, keys + group, values + group, n_groups * dim, 0, n_partial, per_kv, n_groups};
+    return Attend<T>{out, nullptr, partial, partial_lse, qkv, keys + group, values + group, pages, n_groups * dim, 0, n_partial, per_kv,
+                     n_groups};
 }
 
 #define CACHED_MMA(D)                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                                              \
         attention_cached_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,               \
-                                     const bf16* values, const Item* items, int n_partial, int per_kv, int n_groups, float scale) {  \
-        attend_mma<D>(over_cache(out, partial, partial_lse, qkv, keys, values, n_partial, per_kv, n_groups, D), items[blockIdx.x],   \
-                      scale);                                                                                                        \
+                                     const bf16* values, const int* pages, const Item* items, int n_partial, int per_kv,             \
+                                     int n_groups, float scale) {                                                                    \
+        attend_mma<D>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D),               \
+                      items[blockIdx.x], scale);                                                                                     \
     }
 CACHED_MMA(64)
 CACHED_MMA(128)
@@ -67,9 +69,10 @@ CACHED_MMA(192)
 #define CACHED(suffix, T)                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_cached_##suffix(T* out, float* partial, float* partial_lse, const T* qkv, const T* keys, const T* values,          \
-                                  const Item* items, int n_partial, int per_kv, int n_groups, int dim, float scale) {                \
-        attend_fma<T>(over_cache(out, partial, partial_lse, qkv, keys, values, n_partial, per_kv, n_groups, dim), items[blockIdx.x], \
-                      dim, scale);                                                                                                   \
+                                  const int* pages, const Item* items, int n_partial, int per_kv, int n_groups, int dim,             \
+                                  float scale) {                                                                                     \
+        attend_fma<T>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, dim),             \
+                      items[blockIdx.x], dim, scale);                                                                                \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_append_##suffix(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {           \

@@ -7,7 +7,8 @@
 template <class T>
 __device__ __forceinline__ Attend<T> over_qkv(T* out, float* lse, const T* qkv, int n_tokens, int per_kv, int n_groups, int dim) {
     const T* keys = qkv + (size_t)(blockIdx.y * (per_kv + 2) + per_kv) * dim;
-    return Attend<T>{out, lse, nullptr, nullptr, qkv, keys, keys + dim, n_groups * (per_kv + 2) * dim, n_tokens, 0, per_kv, n_groups};
+    return Attend<T>{out, lse, nullptr, nullptr, qkv, keys, keys + dim, nullptr, n_groups * (per_kv + 2) * dim,
+                     n_tokens, 0, per_kv, n_groups};
 }
 
 #define ATTENTION_MMA(D)                                                                                                             \

@@ -14,7 +14,7 @@ struct Item {
     int first_row;   // of this block's rows
     int key_begin;   // keys of this block
     int key_end;
-    int key_row;     // row of key 0 in the key and value arrays
+    int key_row;     // row of key 0 in the key and value arrays; with pages, the sequence's first entry in their table
     int partial_row; // where the partial results of first_row go; -1: the result is whole
 };
 
@@ -26,12 +26,15 @@ template <class T> struct Attend {
     const T* qkv;     // [T, columns]
     const T* keys;    // of this block's group; rows of `stride`
     const T* values;
+    const int* pages; // of the key and value arrays, for each sequence; null: a sequence's keys follow one another
     int stride;
     int n_tokens;     // T
     int n_partial;
     int per_kv;
     int n_groups;
 };
+
+#define PAGE_TOKENS 64
 
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
@@ -52,6 +55,12 @@ template <int D, int THREADS, class RowAt> __device__ __forceinline__ void load_
 template <class T> __device__ __forceinline__ const T* query_row(const Attend<T>& how, const Item& item, int row, int dim) {
     size_t columns = (size_t)how.n_groups * (how.per_kv + 2) * dim;
     return how.qkv + (item.first_token + row / how.per_kv) * columns + (size_t)(blockIdx.y * (how.per_kv + 2) + row % how.per_kv) * dim;
+}
+
+// Row of the key that a tile begins with; the others follow it. A tile's size divides that of a page.
+template <class T> __device__ __forceinline__ size_t tile_row(const Attend<T>& how, const Item& item, int first) {
+    if (!how.pages) return (size_t)item.key_row + first;
+    return (size_t)how.pages[item.key_row + first / PAGE_TOKENS] * PAGE_TOKENS + first % PAGE_TOKENS;
 }
 
 // Where a row's result goes: element `i` of the head, and its log-sum-exp.
@@ -82,8 +91,9 @@ template <int D> __device__ __forceinline__ void attend_mma(const Attend<bf16>& 
     int key_end = min(item.key_end, last);
     auto fetch = [&](int first) {
         bf16* k = q + TILE + ((first - item.key_begin) / 64 % 2) * 2 * TILE;
+        size_t row = tile_row(how, item, first);
         auto at = [&](const bf16* from) {
-            return [=](int i) { return from + (size_t)(item.key_row + first + i) * how.stride; };
+            return [=](int i) { return from + (row + i) * how.stride; };
         };
         load_tile<D, 128>(k, key_end - first, at(how.keys));
         load_tile<D, 128>(k + TILE, key_end - first, at(how.values));
@@ -187,10 +197,11 @@ template <class T> __device__ __forceinline__ void attend_fma(const Attend<T>& h
     for (int r = 0; r < 4; r++) most[r] = MINUS_INFINITY;
     for (int first = item.key_begin; first < key_end; first += 32) {
         __syncthreads();
+        size_t row = tile_row(how, item, first);
         for (int i = threadIdx.x; i < 32 * dim; i += 128) {
             int key = i / dim, c = i % dim;
             bool here = first + key < key_end;
-            size_t at = (size_t)(item.key_row + first + key) * how.stride + c;
+            size_t at = (row + key) * how.stride + c;
             k[key * (dim + 1) + c] = here ? to_float(how.keys[at]) : 0.0f;
             v[i] = here ? to_float(how.values[at]) : 0.0f;
         }

@@ -156,7 +156,7 @@ mod operations {
             cases::embed_backward(tokens, (13, 1024), 2),
             cases::attention(vec![0, 1000, 4001], heads),
             cases::attention_backward(vec![0, 1000, 2001], heads),
-            cases::attention_cached(&[(0, 2500, 90), (2, 17, 1), (1, 0, 33)], (3, 3500), heads),
+            cases::attention_cached(&[(0, 2500, 90), (0, 17, 1), (20, 1280, 33)], heads),
             cases::activation(Activation::Swiglu, (3001, 385)),
             cases::cross_entropy_sum(wide),
             cases::gemm(Gemm::TN.accumulate(), (515, 1032, 4096), Kind::F32),

@@ -12,7 +12,7 @@ use cases::{Case, Kind, Vocabulary, widened};
 use check::{U_BF16, check, fresh};
 use oracle::U;
 use trireme::device::cpu::{Cpu, Isa};
-use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache};
+use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache, PAGE_TOKENS};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -87,7 +87,7 @@ fn results_do_not_depend_on_threads() {
         cases::rope(301, heads, 32, Direction::Forward),
         cases::attention(vec![0, 100, 401], heads),
         cases::attention_backward(vec![0, 100, 401], heads),
-        cases::attention_cached(&[(0, 250, 90), (2, 17, 1), (1, 0, 33)], (3, 350), heads),
+        cases::attention_cached(&[(0, 250, 90), (0, 17, 1), (3, 211, 33), (0, 0, 33)], heads),
         cases::activation(Activation::Swiglu, (301, 385)),
         cases::cross_entropy_sum(wide),
         cases::cross_entropy_gradient(wide),
@@ -225,11 +225,13 @@ fn cached_chunks_equal_whole_attention() {
             };
             let (mut whole, mut lse) = (make(&[t, h.query * h.dim]), Tensor::from_f32(&[h.query, t], &vec![0.0; h.query * t]));
             cpu.attention(&mut whole, &mut lse, &qkv, &[0, t], h);
-            let mut cache = KvCache { keys: make(&[2, t, h.kv * h.dim]), values: make(&[2, t, h.kv * h.dim]) };
+            let pages: Vec<u32> = (0..t.div_ceil(PAGE_TOKENS) as u32).rev().collect();
+            let dims = [pages.len(), PAGE_TOKENS, h.kv * h.dim];
+            let mut cache = KvCache { keys: make(&dims), values: make(&dims) };
             let mut chunked = make(&[t, h.query * h.dim]);
             let mut past = 0;
             for new in &splits {
-                let span = CacheSpan { rows: 0..*new, slot: 1, past };
+                let span = CacheSpan { rows: 0..*new, past, pages: pages.clone() };
                 let rows = past..past + new;
                 cpu.attention_cached(&mut chunked.rows_mut(rows.clone()), &qkv.rows(rows), &mut cache, &[span], h);
                 past += new;

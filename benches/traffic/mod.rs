@@ -3,15 +3,15 @@
 use crate::cases::{Case, Role};
 use trireme::tensor::Tensor;
 
-/// Bytes that must be read and written; `share_of_cache` of a KV cache holds tokens.
-pub fn bytes(case: &Case, tensors: &[Tensor], share_of_cache: f64) -> f64 {
+/// Bytes that must be read and written; a KV cache is full of tokens.
+pub fn bytes(case: &Case, tensors: &[Tensor]) -> f64 {
     let all = |tensor: &Tensor| tensor.n_bytes() as f64;
     let rows = |n: usize, tensor: &Tensor| (n * tensor.row_len() * tensor.dtype().bytes()) as f64;
     let each = case.args.iter().zip(tensors).map(|(arg, tensor)| match (case.operation, arg.role) {
         // Only the rows of the tokens are touched.
         ("embed", Role::Input) if tensor.dims().len() == 2 => rows(tensors[0].n_rows(), tensor),
         ("embed_backward", Role::Updated) => 2.0 * rows(tensors[1].n_rows(), tensor),
-        ("attention_cached", Role::Updated) => all(tensor) * share_of_cache,
+        ("attention_cached", Role::Updated) => all(tensor),
         ("scale", Role::Input) => 0.0,
         (_, Role::Updated) => 2.0 * all(tensor),
         _ => all(tensor),

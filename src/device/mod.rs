@@ -167,24 +167,56 @@ pub enum Direction {
     Backward,
 }
 
-/// One sequence of an `attention_cached` call: rows `rows` of the packed qkv are its new tokens; it has `past` tokens in
-/// slot `slot` of the cache already.
+/// Tokens of a page of a KV cache. Kernels walk keys in tiles of 64 or 32, and no tile may cross pages; with larger pages more of the
+/// last page of each sequence lies idle, and fewer prefixes are shared.
+pub const PAGE_TOKENS: usize = 64;
+
+/// One sequence of an `attention_cached` call: rows `rows` of the packed qkv are its new tokens; it has `past` tokens in the cache
+/// already. Spans of one call may list the same pages for what their sequences have in common; a page that a span writes new tokens to
+/// is in no other span's list.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CacheSpan {
     /// Rows of qkv and out.
     pub rows: std::ops::Range<usize>,
-    /// Which slot of the cache.
-    pub slot: usize,
     /// Tokens in the cache before this call.
     pub past: usize,
+    /// pages[i] is the page of the cache that holds tokens i * PAGE_TOKENS .. of this sequence; enough for past and new tokens. What
+    /// lies in them past the sequence's end is never read.
+    pub pages: Vec<u32>,
 }
 
-/// Keys and values of past tokens of one layer: each [slots, max_tokens, G*D], float, keys already rotated.
+impl CacheSpan {
+    /// Tokens of the sequence after the call.
+    pub fn n_tokens(&self) -> usize {
+        self.past + self.rows.len()
+    }
+
+    /// Row of a token in the cache, of all rows of all pages.
+    pub fn cache_row(&self, token: usize) -> usize {
+        self.pages[token / PAGE_TOKENS] as usize * PAGE_TOKENS + token % PAGE_TOKENS
+    }
+}
+
+/// Keys and values of past tokens of one layer, in pages that sequences are given as they grow: each [n_pages, PAGE_TOKENS, G*D], float,
+/// keys already rotated.
 pub struct KvCache {
     /// Keys.
     pub keys: Tensor,
     /// Values.
     pub values: Tensor,
+}
+
+impl KvCache {
+    /// Panics unless the spans fit the pages and the packed rows: see `CacheSpan`.
+    fn assert_fits(&self, qkv: &Tensor, spans: &[CacheSpan], heads: Heads) {
+        let dims = self.keys.dims();
+        let is_cache = dims.len() == 3 && dims[1..] == [PAGE_TOKENS, heads.kv * heads.dim] && self.values.dims() == dims;
+        assert!(is_cache, "attention_cached: a cache of {dims:?} and {:?} for {heads:?}", self.values.dims());
+        for span in spans {
+            let has_pages = span.n_tokens() <= span.pages.len() * PAGE_TOKENS && span.pages.iter().all(|page| (*page as usize) < dims[0]);
+            assert!(has_pages && span.rows.end <= qkv.n_rows(), "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
+        }
+    }
 }
 
 /// One parameter shard for AdamW: all of the same shape.
@@ -257,7 +289,7 @@ pub struct MemoryUse {
 /// Operations recorded by [`Device::record`], on the tensors they were recorded with, all of which must live as long as it.
 pub trait Recording: Send {
     /// Asks for them again, on what the tensors hold now. The caches are used at `spans`: as many as at the recording, each of one new
-    /// token in the same row, in any slot and of any length that fits.
+    /// token in the same row, in any pages and of any length that fits.
     fn replay(&self, spans: &[CacheSpan]);
 }
 

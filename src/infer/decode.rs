@@ -1,6 +1,6 @@
 //! Decode steps: one new token of each sequence under way. A step is hundreds of small operations of which each takes the device less
 //! time than asking for it takes the host, so a step of as many sequences as one before is recorded, where the device can, and asked for
-//! in one call from then on. Positions, slots and lengths are read from device memory that is written before.
+//! in one call from then on. Positions, pages and lengths are read from device memory that is written before.
 
 use crate::device::{CacheSpan, KvCache, Recording, Scratch, ScratchTensor};
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};

@@ -8,7 +8,7 @@ use super::sampler::{Choice, Drawing};
 use super::samples::{Done, Sample};
 use super::sampling;
 use crate::comm::{Groups, Recv, Send, agree};
-use crate::device::{CacheSpan, Device, KvCache, Scratch, ScratchTensor};
+use crate::device::{CacheSpan, Device, KvCache, PAGE_TOKENS, Scratch, ScratchTensor};
 use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
@@ -54,7 +54,8 @@ struct Memory {
 struct Active<'a> {
     sample: Sample,
     request: &'a Request,
-    slot: usize,
+    /// Of the caches, for as many tokens as any request can need.
+    pages: Vec<u32>,
     noise: Random,
     /// Tokens to feed in the next pass: the prompt, then the last choice.
     feed: Vec<u32>,
@@ -102,8 +103,9 @@ impl<'g> Generator<'g> {
         };
         let n_slots = self.n_slots.min(waiting.len()).max(1);
         let longest = waiting.iter().map(|sample| self.capacity_of(&requests[sample.request_idx])).max().unwrap_or(1);
-        let mut caches = self.chunk.new_caches(self.device, n_slots, longest)?;
-        let mut free: Vec<usize> = (0..n_slots).rev().collect();
+        let pages = longest.div_ceil(PAGE_TOKENS) as u32;
+        let mut caches = self.chunk.new_caches(self.device, n_slots * pages as usize)?;
+        let mut free: Vec<Vec<u32>> = (0..n_slots as u32).rev().map(|slot| (slot * pages..(slot + 1) * pages).collect()).collect();
         let mut active: Vec<Active<'a>> = Vec::new();
         let mut memory = Memory::default();
         loop {
@@ -166,12 +168,12 @@ impl<'g> Generator<'g> {
         &'a self,
         requests: &'a [Request],
         waiting: &mut VecDeque<Sample>,
-        free: &mut Vec<usize>,
+        free: &mut Vec<Vec<u32>>,
         active: &mut Vec<Active<'a>>,
         out: &mut Out,
     ) {
         let mut n_tokens = 0;
-        while let (Some(&sample), Some(&slot)) = (waiting.front(), free.last()) {
+        while let (Some(&sample), false) = (waiting.front(), free.is_empty()) {
             let request = &requests[sample.request_idx];
             if n_tokens > 0 && n_tokens + request.tokens.len() > PREFILL_TOKENS {
                 return;
@@ -183,9 +185,9 @@ impl<'g> Generator<'g> {
                 continue;
             }
             n_tokens += request.tokens.len();
-            free.pop();
+            let pages = free.pop().expect("looked at above");
             let (noise, feed) = (request.noise(), request.tokens.clone());
-            active.push(Active { sample, request, slot, noise, feed, past: 0, growing });
+            active.push(Active { sample, request, pages, noise, feed, past: 0, growing });
         }
     }
 
@@ -196,7 +198,7 @@ impl<'g> Generator<'g> {
             let first = tokens.len();
             positions.extend((one.past..one.past + one.feed.len()).map(|position| position as u32));
             tokens.append(&mut one.feed);
-            spans.push(CacheSpan { rows: first..tokens.len(), slot: one.slot, past: one.past });
+            spans.push(CacheSpan { rows: first..tokens.len(), past: one.past, pages: one.pages.clone() });
             one.past += tokens.len() - first;
             last_rows.push(tokens.len() - 1);
         }
@@ -255,7 +257,7 @@ impl<'g> Generator<'g> {
     }
 
     /// Appends the choices, ends what is complete and frees its slots. Err, on all ranks of the replica, when logits were no numbers.
-    fn advance(&self, choices: Vec<Choice>, active: &mut Vec<Active>, free: &mut Vec<usize>, out: &mut Out) -> Result<()> {
+    fn advance(&self, choices: Vec<Choice>, active: &mut Vec<Active>, free: &mut Vec<Vec<u32>>, out: &mut Out) -> Result<()> {
         let mut going_on = Vec::with_capacity(active.len());
         for (mut one, choice) in active.drain(..).zip(choices) {
             if !choice.logprob.is_finite() {
@@ -265,7 +267,7 @@ impl<'g> Generator<'g> {
             let token = choice.token;
             match one.growing.push(choice) {
                 Some(reason) => {
-                    free.push(one.slot);
+                    free.push(one.pages);
                     out.put(one.sample, || one.growing.into_response(one.sample.index, reason));
                 }
                 None => {

@@ -17,7 +17,7 @@ use super::param::{self, Param, Uses};
 pub use super::reward::Ratings;
 use super::reward::RewardHead;
 use crate::comm::ReduceOp;
-use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, Rope, ScratchTensor};
+use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, PAGE_TOKENS, Rope, ScratchTensor};
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::recipe::Recompute;
@@ -523,10 +523,10 @@ impl Chunk {
         self.params_mut().into_iter().for_each(|param| finish_gradient(ctx, param));
     }
 
-    /// Caches for `n_slots` sequences of up to `max_tokens`, one a block.
-    pub fn new_caches(&self, device: &dyn Device, n_slots: usize, max_tokens: usize) -> Result<Vec<KvCache>> {
+    /// Caches of so many pages, one a block. Tokens i * PAGE_TOKENS .. of a sequence lie in the same page of each.
+    pub fn new_caches(&self, device: &dyn Device, n_pages: usize) -> Result<Vec<KvCache>> {
         let cache = |block: &Block| -> Result<KvCache> {
-            let shape = [n_slots, max_tokens, block.attention.heads.kv * block.attention.heads.dim];
+            let shape = [n_pages, PAGE_TOKENS, block.attention.heads.kv * block.attention.heads.dim];
             Ok(KvCache { keys: device.alloc(&shape, self.dtype)?, values: device.alloc(&shape, self.dtype)? })
         };
         self.blocks.iter().map(cache).collect()

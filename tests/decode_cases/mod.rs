@@ -6,7 +6,7 @@ pub mod sample;
 
 use trireme::comm::solo::Solo;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, CacheSpan, Device, Fp8Scales, KvCache, NormKind, Scratch};
+use trireme::device::{Activation, CacheSpan, Device, Fp8Scales, KvCache, NormKind, PAGE_TOKENS, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
@@ -18,7 +18,8 @@ use trireme::tensor::{DType, Tensor};
 
 /// Caches so long that keys are shared out between blocks.
 const MAX_TOKENS: usize = 600;
-const SLOTS: usize = 4;
+/// Of the caches: fewer than sequences in them could need.
+const PAGES: usize = 30;
 
 fn model() -> ModelConfig {
     ModelConfig {
@@ -48,7 +49,7 @@ fn model_and_caches(device: &dyn Device, weights: Option<Fp8Scales>) -> (Chunk, 
     let mut chunk = Chunk::new(device, &model(), &layout, at, 0, DType::F32, Purpose::Inference).unwrap();
     chunk.initialise(device, 3);
     weights.iter().for_each(|scales| chunk.quantise(device, *scales).unwrap());
-    let mut caches = chunk.new_caches(device, SLOTS, MAX_TOKENS).unwrap();
+    let mut caches = chunk.new_caches(device, PAGES).unwrap();
     let noise = Random::new(8, "caches");
     for (i, tensor) in caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).enumerate() {
         let n = tensor.n_elements() as u64;
@@ -58,18 +59,22 @@ fn model_and_caches(device: &dyn Device, weights: Option<Fp8Scales>) -> (Chunk, 
     (chunk, caches)
 }
 
-/// Slots and pasts of a step's sequences, each with one new token.
+/// First pages and pasts of a step's sequences, each with one new token. A sequence's pages follow its first in strides of 7.
 fn spans(places: &[(usize, usize)]) -> Vec<CacheSpan> {
-    places.iter().enumerate().map(|(row, (slot, past))| CacheSpan { rows: row..row + 1, slot: *slot, past: *past }).collect()
+    let span = |(row, (first, past)): (usize, &(usize, usize))| {
+        let pages = (0..past / PAGE_TOKENS + 1).map(|i| ((first + 7 * i) % PAGES) as u32).collect();
+        CacheSpan { rows: row..row + 1, past: *past, pages }
+    };
+    places.iter().enumerate().map(span).collect()
 }
 
-/// Steps of two sizes in turn, of sequences that grow, leave their slots and come to others.
+/// Steps of two sizes in turn, of sequences that grow, leave their pages and come to others.
 fn steps() -> Vec<Vec<CacheSpan>> {
     let grown = |by: usize| spans(&[(2, 5 + by), (0, 254 + by), (3, 509 + by)]);
     let mut steps: Vec<_> = (0..5).map(grown).collect();
     steps.insert(2, spans(&[(1, 40)]));
     steps.insert(4, spans(&[(1, 41)]));
-    steps.extend([spans(&[(1, 42)]), spans(&[(3, 0)]), spans(&[(1, 0), (3, 599), (0, 17)]), spans(&[(0, 300)])]);
+    steps.extend([spans(&[(1, 42)]), spans(&[(3, 0)]), spans(&[(2, 0), (3, 599), (0, 17)]), spans(&[(0, 300)])]);
     steps
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use trireme::checkpoint::hf::{self, ExportType};
 use trireme::checkpoint::{self, Meta, Piece, Wanted};
 use trireme::comm::{Communicator, Groups, threads};
-use trireme::device::{CacheSpan, Device, Scratch};
+use trireme::device::{CacheSpan, Device, PAGE_TOKENS, Scratch};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, MicroBatch, Purpose};
 use trireme::model::config::Split;
 use trireme::model::ctx::{Ctx, SequenceMode};
@@ -106,15 +106,17 @@ pub fn logits(golden: &Golden, device: &dyn Device, dtype: DType) -> Vec<f64> {
     }
     let ctx = Ctx { device, tp: &world, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let n = golden.sample(0).0.len();
-    let mut caches = chunk.new_caches(device, 2, n).unwrap();
+    let n_pages = n.div_ceil(PAGE_TOKENS);
+    let mut caches = chunk.new_caches(device, 2 * n_pages).unwrap();
     let mut all = Vec::new();
-    for (slot, pieces) in [(0, vec![0..n]), (1, (0..n).map(|t| t..t + 1).collect())] {
-        let tokens = golden.sample(slot).0;
+    for (sample, pieces) in [(0, vec![0..n]), (1, (0..n).map(|t| t..t + 1).collect())] {
+        let tokens = golden.sample(sample).0;
+        let pages: Vec<u32> = (0..n_pages).map(|i| (2 * i + sample) as u32).collect();
         for piece in pieces {
             let input = on_device(device, &tokens[piece.clone()]);
             let positions: Vec<u32> = piece.clone().map(|t| t as u32).collect();
             let positions = on_device(device, &positions);
-            let spans = [CacheSpan { rows: 0..piece.len(), slot, past: piece.start }];
+            let spans = [CacheSpan { rows: 0..piece.len(), past: piece.start, pages: pages.clone() }];
             let rows: Vec<usize> = (0..piece.len()).collect();
             match chunk.forward_cached(&ctx, CachedInput::Tokens(&input), &positions, &spans, &mut caches, &rows) {
                 CachedOutput::Logits(logits) => {

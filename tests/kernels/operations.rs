@@ -32,10 +32,10 @@ fn attention_matches_the_oracle() {
             list.push(cases::attention(starts.clone(), heads));
             list.push(cases::attention_backward(starts, heads));
         }
-        list.push(cases::attention_cached(&[(0, 0, 1)], (1, 1), heads));
+        list.push(cases::attention_cached(&[(0, 0, 1)], heads));
         // Long pasts, so that keys are shared out between blocks.
-        list.push(cases::attention_cached(&[(2, 5, 1), (0, 0, 9), (1, 280, 20)], (3, 300), heads));
-        list.push(cases::attention_cached(&[(1, 699, 1)], (2, 700), heads));
+        list.push(cases::attention_cached(&[(0, 280, 20), (0, 5, 1), (0, 0, 9), (2, 130, 2)], heads));
+        list.push(cases::attention_cached(&[(0, 699, 1)], heads));
     }
     check_all(list);
 }

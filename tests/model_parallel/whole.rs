@@ -415,17 +415,20 @@ fn cached_forward_equals_forward() {
     }
 }
 
-/// Logits [T, V/tp] in the batch's row order, after a call on another slot that wants no row's logits: the first sequence in calls of 3, 1, 3 tokens, the second of 1, 4, 0, in slots 2 and 0.
+/// Logits [T, V/tp] in the batch's row order, after a call on another page that wants no row's logits: the first sequence in calls of 3, 1, 3 tokens, the second of 1, 4, 0, in pages 2 and 0.
 fn cached_logits(chunks: &[Chunk], ctx: &Ctx, batch: &MicroBatch, lengths: [usize; 2]) -> Matrix {
-    let mut caches: Vec<_> = chunks.iter().map(|chunk| chunk.new_caches(ctx.device, 3, 8).unwrap()).collect();
-    assert_eq!(cached_call(chunks, ctx, (batch, &[0, 1, 2]), &[CacheSpan { rows: 0..3, slot: 1, past: 0 }], &mut caches, &[]).rows, 0);
+    let mut caches: Vec<_> = chunks.iter().map(|chunk| chunk.new_caches(ctx.device, 3).unwrap()).collect();
+    assert_eq!(
+        cached_call(chunks, ctx, (batch, &[0, 1, 2]), &[CacheSpan { rows: 0..3, past: 0, pages: vec![1] }], &mut caches, &[]).rows,
+        0
+    );
     let mut rows: Vec<Vec<f64>> = vec![Vec::new(); lengths[0] + lengths[1]];
     for pieces in [[0..3, 0..1], [3..4, 1..5], [4..7, 5..5]] {
         let (mut from, mut spans) = (Vec::new(), Vec::new());
         for (sequence, piece) in pieces.into_iter().enumerate().filter(|(_, piece)| !piece.is_empty()) {
             let start = from.len();
             from.extend(piece.clone().map(|t| batch.sequence_starts[sequence] + t));
-            spans.push(CacheSpan { rows: start..from.len(), slot: [2, 0][sequence], past: piece.start });
+            spans.push(CacheSpan { rows: start..from.len(), past: piece.start, pages: vec![[2, 0][sequence]] });
         }
         // Every row, last first: rows are returned in the order asked for.
         let wanted: Vec<usize> = (0..from.len()).rev().collect();

@@ -2,7 +2,7 @@
 
 use super::{Case, Init, Kind, Role, arg, assigned, exact, heads_of, input, updated};
 use crate::oracle::{self, AttentionGradient, HeadCounts, Near, near};
-use trireme::device::{CacheSpan, KvCache};
+use trireme::device::{CacheSpan, KvCache, PAGE_TOKENS};
 use trireme::tensor::{DType, Tensor};
 
 /// How much weights may be rounded before the second product of attention: to bf16 where that is the dtype under test.
@@ -68,21 +68,30 @@ pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
     }
 }
 
-/// Spans as (slot, past, new tokens); their rows follow one another.
-pub fn attention_cached(spans: &[(usize, usize, usize)], (slots, max_tokens): (usize, usize), heads: HeadCounts) -> Case {
+/// Spans as (pages in common with the first, past, new tokens); their rows follow one another. The cache has the pages that they need, in
+/// no order.
+pub fn attention_cached(spans: &[(usize, usize, usize)], heads: HeadCounts) -> Case {
     let h = heads_of(heads);
+    let own = |&(common, past, new): &(usize, usize, usize)| (past + new).div_ceil(PAGE_TOKENS) - common;
+    let n_pages = spans.iter().map(own).sum::<usize>().max(1);
+    let stride = (0..).map(|i| 2 * n_pages / 3 + i).find(|stride| *stride > 0 && gcd(*stride, n_pages) == 1).expect("a prime");
+    let mut taken = (0..n_pages).map(|i| ((i + 1) * stride % n_pages) as u32);
     let mut first = 0;
-    let mut list = Vec::new();
-    for &(slot, past, new) in spans {
-        list.push(CacheSpan { rows: first..first + new, slot, past });
+    let mut list: Vec<CacheSpan> = Vec::new();
+    for span in spans {
+        let &(common, past, new) = span;
+        assert!(common * PAGE_TOKENS <= past, "a page is written by two spans");
+        let shared = list.first().map_or(&[][..], |first| &first.pages[..common]);
+        let pages = shared.iter().copied().chain(taken.by_ref().take(own(span))).collect();
+        list.push(CacheSpan { rows: first..first + new, past, pages });
         first += new;
     }
     let pairs: usize = spans.iter().map(|(_, past, new)| past * new + new * (new + 1) / 2).sum();
-    let cache_dims = [slots, max_tokens, h.kv * h.dim];
+    let cache_dims = [n_pages, PAGE_TOKENS, h.kv * h.dim];
     let (t, oracle_list) = (first, list.clone());
     Case {
         operation: "attention_cached",
-        shape: format!("{} spans, {} of {slots} x {max_tokens}, heads {heads:?}", spans.len(), pairs),
+        shape: format!("{} spans, {} pairs in {n_pages} pages, heads {heads:?}", spans.len(), pairs),
         args: vec![
             assigned(&[t, h.query * h.dim], Kind::Float),
             updated(&cache_dims, Kind::Float),
@@ -96,18 +105,22 @@ pub fn attention_cached(spans: &[(usize, usize, usize)], (slots, max_tokens): (u
             device.attention_cached(out, qkv, &mut cache, &list, h);
             (*keys, *values) = (cache.keys, cache.values);
         }),
-        oracle: Box::new(move |v, round| cached_oracle(v, &oracle_list, max_tokens, heads, weight_rounding(round))),
+        oracle: Box::new(move |v, round| cached_oracle(v, &oracle_list, heads, weight_rounding(round))),
         flops: 4.0 * (pairs * h.query * h.dim) as f64,
     }
 }
 
-fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], max_tokens: usize, heads: HeadCounts, p_rounding: f64) -> Vec<Vec<Near>> {
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+fn cached_oracle(v: &[Vec<f64>], spans: &[CacheSpan], heads: HeadCounts, p_rounding: f64) -> Vec<Vec<Near>> {
     let (query, kv, d) = heads;
     let (columns, width) = ((query + 2 * kv) * d, kv * d);
     let (mut keys, mut values, qkv) = (v[1].clone(), v[2].clone(), &v[3]);
     let mut out = vec![near(f64::NAN, 0.0); v[0].len()];
     for span in spans {
-        let row = |s: usize| (span.slot * max_tokens + s) * width;
+        let row = |s: usize| (span.pages[s / PAGE_TOKENS] as usize * PAGE_TOKENS + s % PAGE_TOKENS) * width;
         for (i, t) in span.rows.clone().enumerate() {
             for g in 0..kv {
                 let (to, from) = (row(span.past + i) + g * d, t * columns + oracle::key_at(heads, g));

@@ -115,10 +115,10 @@ pub fn attention_cases() -> Vec<Case> {
         }
         cases.push(cases::attention(vec![0, 0], heads));
         cases.push(cases::attention_backward(vec![0, 0], heads));
-        cases.push(cases::attention_cached(&[(0, 0, 1)], (1, 1), heads));
-        cases.push(cases::attention_cached(&[(2, 5, 1), (0, 0, 9), (1, 200, 70), (3, 299, 1), (4, 7, 0)], (6, 300), heads));
-        let decode: Vec<_> = (0..37).map(|slot| (slot, 3 * slot, 1)).collect();
-        cases.push(cases::attention_cached(&decode, (37, 112), heads));
+        cases.push(cases::attention_cached(&[(0, 0, 1)], heads));
+        cases.push(cases::attention_cached(&[(0, 299, 1), (0, 5, 1), (0, 0, 9), (3, 200, 70), (0, 7, 0), (4, 256, 5)], heads));
+        let decode: Vec<_> = (0..37).map(|i| (0, 3 * i, 1)).collect();
+        cases.push(cases::attention_cached(&decode, heads));
     }
     cases
 }

@@ -84,21 +84,19 @@ pub fn attention<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], lse: &mut [f3
     let cost = qkv.len() * 8;
     for_tasks(tasks.len(), cost, |task| {
         let (tokens, group, rows) = tasks[task].clone();
-        let at = |column: usize| Strided { data: qkv, first: tokens.start * columns + column, stride: columns };
+        let at = |column: usize| Strided { data: qkv, first: tokens.start * columns + column, stride: columns, pages: None };
         let (keys, values) = (at(heads.key_column(group)), at(heads.value_column(group)));
         let group = Group { keys, values, qkv, first_token: tokens.start, past: 0, group, heads };
         block(isa, pool, &outputs, &group, rows);
     });
 }
 
-/// The cache as its two flat arrays [slots * max_tokens, G*D].
+/// The cache as its two flat arrays [n_pages * PAGE_TOKENS, G*D].
 pub struct Cache<'a, E> {
     /// Keys.
     pub keys: &'a mut [E],
     /// Values.
     pub values: &'a mut [E],
-    /// Positions of a slot.
-    pub max_tokens: usize,
 }
 
 /// See `Device::attention_cached`.
@@ -106,7 +104,7 @@ pub fn cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache
     let (columns, d, width) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
     for span in spans {
         for (i, token) in span.rows.clone().enumerate() {
-            let row = (span.slot * cache.max_tokens + span.past + i) * width;
+            let row = span.cache_row(span.past + i) * width;
             for group in 0..heads.kv {
                 let from = token * columns + heads.key_column(group);
                 cache.keys[row + group * d..][..d].copy_from_slice(&qkv[from..][..d]);
@@ -126,7 +124,7 @@ pub fn cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache
     let pairs: usize = spans.iter().map(|span| span.rows.len() * (span.past + span.rows.len())).sum();
     for_tasks(tasks.len(), pairs * heads.query * d / 4, |task| {
         let (span, group, rows) = tasks[task].clone();
-        let at = |data| Strided { data, first: span.slot * cache.max_tokens * width + group * d, stride: width };
+        let at = |data| Strided { data, first: group * d, stride: width, pages: Some(&span.pages) };
         let (keys, values) = (at(keys), at(values));
         let group = Group { keys, values, qkv, first_token: span.rows.start, past: span.past, group, heads };
         if rows.len() <= FEW_ROWS { few(isa, pool, &outputs, &group, rows) } else { block(isa, pool, &outputs, &group, rows) }

@@ -395,17 +395,12 @@ impl Device for Cpu {
     }
 
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
-        let dims = cache.keys.dims().to_vec();
-        assert!(dims.len() == 3 && dims[2] == heads.kv * heads.dim && cache.values.dims() == dims, "attention_cached: cache {dims:?}");
+        cache.assert_fits(qkv, spans, heads);
         assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
         assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
-        for span in spans {
-            let fits = span.slot < dims[0] && span.past + span.rows.len() <= dims[1] && span.rows.end <= qkv.n_rows();
-            assert!(fits, "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
-        }
         float!(qkv.dtype(), E => {
             let (keys, values) = (elements_mut::<E>(&mut cache.keys), elements_mut::<E>(&mut cache.values));
-            let cache = attention::Cache { keys, values, max_tokens: dims[1] };
+            let cache = attention::Cache { keys, values };
             attention::cached(self.isa, &self.pool, elements_mut::<E>(out), elements::<E>(qkv), cache, (spans, heads));
         });
     }

@@ -3,6 +3,7 @@
 
 use super::elementwise;
 use super::lanes::{Element, Isa, Vector, each, kernel, load, store};
+use crate::device::PAGE_TOKENS;
 use crate::tensor::DType;
 use std::ops::Range;
 
@@ -30,7 +31,7 @@ impl Terms {
     }
 }
 
-/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`.
+/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`, or in those of pages.
 #[derive(Clone, Copy)]
 pub struct Strided<'a, E> {
     /// The whole.
@@ -39,12 +40,15 @@ pub struct Strided<'a, E> {
     pub first: usize,
     /// Elements from one to the next.
     pub stride: usize,
+    /// Where vector i is in row i % PAGE_TOKENS of page pages[i / PAGE_TOKENS].
+    pub pages: Option<&'a [u32]>,
 }
 
 impl<'a, E> Strided<'a, E> {
     /// Vector i.
     pub fn row(&self, i: usize, dim: usize) -> &'a [E] {
-        &self.data[self.first + i * self.stride..][..dim]
+        let row = self.pages.map_or(i, |pages| pages[i / PAGE_TOKENS] as usize * PAGE_TOKENS + i % PAGE_TOKENS);
+        &self.data[self.first + row * self.stride..][..dim]
     }
 }
 

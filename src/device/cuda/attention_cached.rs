@@ -5,7 +5,7 @@
 use super::attention::{Form, Item, THREADS, blocks, int};
 use super::backend::{Arg, Grid, Kernel};
 use super::{Cuda, Workspace, assert_rows};
-use crate::device::{CacheSpan, Heads, KvCache};
+use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
@@ -33,8 +33,8 @@ pub(super) struct Call {
     spans: Vec<CacheSpan>,
     heads: Heads,
     dtype: DType,
-    /// Rows of a slot.
-    max_tokens: usize,
+    /// Of the cache.
+    n_pages: usize,
     /// About so many blocks fill the device.
     wanted: usize,
 }
@@ -45,6 +45,8 @@ struct Work {
     /// (row of qkv, row of the cache) of each new token.
     tokens: Vec<[i32; 2]>,
     items: Vec<Item>,
+    /// The pages of each sequence, one after another.
+    pages: Vec<u32>,
     /// Rows whose keys were shared out.
     combined: Vec<Combined>,
     /// Rows of partial results of a group.
@@ -69,22 +71,23 @@ impl Work {
         let n_whole = call.spans.iter().map(n_blocks).sum::<usize>() * heads.kv;
         let most = call.wanted.div_ceil(n_whole.max(1));
         let shares = if call.spans.iter().all(|span| span.rows.len() == 1) {
-            Shares::Exactly(most.min(call.max_tokens.div_ceil(LEAST_KEYS)))
+            Shares::Exactly(most.min((call.n_pages * PAGE_TOKENS).div_ceil(LEAST_KEYS)))
         } else {
             Shares::AtMost(most)
         };
         let mut work = Work::default();
         for span in &call.spans {
-            let first_cache_row = span.slot * call.max_tokens;
-            work.tokens.extend(span.rows.clone().enumerate().map(|(i, row)| [int(row), int(first_cache_row + span.past + i)]));
+            work.tokens.extend(span.rows.clone().enumerate().map(|(i, row)| [int(row), int(span.cache_row(span.past + i))]));
+            let first_page = work.pages.len();
+            work.pages.extend(&span.pages[..span.n_tokens().div_ceil(PAGE_TOKENS)]);
             for block in 0..n_blocks(span) {
-                work.push_block(span, block * rows, (per_kv, rows), (first_cache_row, shares));
+                work.push_block(span, block * rows, (per_kv, rows), (first_page, shares));
             }
         }
         work
     }
 
-    fn push_block(&mut self, span: &CacheSpan, first_row: usize, (per_kv, rows): (usize, usize), (key_row, shares): (usize, Shares)) {
+    fn push_block(&mut self, span: &CacheSpan, first_row: usize, (per_kv, rows): (usize, usize), (first_page, shares): (usize, Shares)) {
         let n_rows = rows.min(span.rows.len() * per_kv - first_row);
         let n_keys = span.past + (first_row + n_rows - 1) / per_kv + 1;
         let (Shares::AtMost(most) | Shares::Exactly(most)) = shares;
@@ -100,7 +103,7 @@ impl Work {
                 first_row: int(first_row),
                 key_begin: int((i * share).min(n_keys)),
                 key_end: int(((i + 1) * share).min(n_keys)),
-                key_row: int(key_row),
+                key_row: int(first_page),
                 partial_row,
             });
         }
@@ -122,11 +125,15 @@ impl Work {
         [self.tokens.len(), self.items.len(), self.combined.len(), self.n_partial]
     }
 
-    /// The three tables, each at a multiple of ALIGNMENT.
+    /// The tables, each at a multiple of ALIGNMENT; that of the pages, whose size is not one of `sizes`, last.
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let tables: [&[u8]; 3] =
-            [bytemuck::cast_slice(&self.tokens), bytemuck::cast_slice(&self.items), bytemuck::cast_slice(&self.combined)];
+        let tables: [&[u8]; 4] = [
+            bytemuck::cast_slice(&self.tokens),
+            bytemuck::cast_slice(&self.items),
+            bytemuck::cast_slice(&self.combined),
+            bytemuck::cast_slice(&self.pages),
+        ];
         for table in tables {
             bytes.extend_from_slice(table);
             bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
@@ -135,41 +142,51 @@ impl Work {
     }
 }
 
+/// Of the partial results and of their log-sum-exps.
+fn partial_bytes(heads: Heads, n_partial: usize) -> [usize; 2] {
+    let n_rows = heads.kv * n_partial;
+    [n_rows * heads.dim, n_rows].map(|n| (n * size_of::<f32>()).next_multiple_of(ALIGNMENT))
+}
+
 /// Tables of a call in device memory, and room for its partial results.
 pub(super) struct Tables {
     call: Call,
-    /// Tokens, items, rows to combine; then the partial results and their log-sum-exps.
+    /// The partial results, their log-sum-exps; then tokens, items, rows to combine, pages.
     memory: Workspace,
     sizes: [usize; 4],
 }
 
 impl Tables {
-    /// Memory for the tables of a call, not filled yet.
+    /// Memory for the tables of a call, not filled yet; of a recorded one, for as many pages as its sequences can grow to.
     fn new(cuda: &Cuda, call: Call) -> Tables {
         let work = Work::of(&call);
-        let partial_bytes = call.heads.kv * work.n_partial * (call.heads.dim + 1) * size_of::<f32>();
-        let memory = cuda.own_memory(work.bytes().len() + partial_bytes);
-        Tables { call, memory, sizes: work.sizes() }
+        let to_grow = if cuda.is_recording() { call.spans.len() * call.n_pages * size_of::<u32>() } else { 0 };
+        let memory = cuda.own_memory(partial_bytes(call.heads, work.n_partial).iter().sum::<usize>() + work.bytes().len() + to_grow);
+        Tables { memory, sizes: work.sizes(), call }
     }
 
-    /// Uploads the tables; with `spans`, of other slots and lengths than they were made for.
+    /// Uploads the tables; with `spans`, of other pages and lengths than they were made for.
     pub(super) fn fill(&self, cuda: &Cuda, spans: &[CacheSpan]) {
         let work = Work::of(&Call { spans: spans.to_vec(), ..self.call.clone() });
         let same_rows = spans.iter().map(|span| &span.rows).eq(self.call.spans.iter().map(|span| &span.rows));
         assert!(same_rows && work.sizes() == self.sizes, "a pass recorded for {:?} is asked for with {spans:?}", self.call.spans);
-        assert!(spans.iter().all(|span| span.past + span.rows.len() <= self.call.max_tokens), "{spans:?} in {}", self.call.max_tokens);
-        cuda.backend.upload(&work.bytes(), self.memory.address());
+        assert!(work.pages.len() <= spans.len() * self.call.n_pages, "{spans:?} in {} pages", self.call.n_pages);
+        assert!(work.pages.iter().all(|page| (*page as usize) < self.call.n_pages), "{spans:?} in {} pages", self.call.n_pages);
+        cuda.backend
+            .upload(&work.bytes(), self.memory.address() + partial_bytes(self.call.heads, work.n_partial).iter().sum::<usize>() as u64);
     }
 
-    /// Where the tables of tokens, items, rows to combine, and the partial results begin.
-    fn args(&self) -> [Arg; 5] {
+    /// Where the partial results, their log-sum-exps, and the tables of tokens, items, rows to combine and pages begin.
+    fn args(&self) -> [Arg; 6] {
         let [n_tokens, n_items, n_combined, n_partial] = self.sizes;
+        let [results, log_sum_exps] = partial_bytes(self.call.heads, n_partial);
         let mut at = 0;
         let bytes = [
+            results,
+            log_sum_exps,
             (n_tokens * size_of::<[i32; 2]>()).next_multiple_of(ALIGNMENT),
             (n_items * size_of::<Item>()).next_multiple_of(ALIGNMENT),
             (n_combined * size_of::<Combined>()).next_multiple_of(ALIGNMENT),
-            self.call.heads.kv * n_partial * self.call.heads.dim * size_of::<f32>(),
             0,
         ];
         bytes.map(|bytes| {
@@ -202,22 +219,17 @@ impl Cuda {
 
     /// See `Device::attention_cached`.
     pub(super) fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
-        let dims = cache.keys.dims().to_vec();
-        assert!(dims.len() == 3 && dims[2] == heads.kv * heads.dim && cache.values.dims() == dims, "attention_cached: cache {dims:?}");
+        cache.assert_fits(qkv, spans, heads);
         assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
         assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
-        for span in spans {
-            let fits = span.slot < dims[0] && span.past + span.rows.len() <= dims[1] && span.rows.end <= qkv.n_rows();
-            assert!(fits, "attention_cached: {span:?} in a cache of {dims:?}, {qkv:?}");
-        }
         if spans.iter().all(|span| span.rows.is_empty()) {
             return;
         }
         let wanted = 2 * self.backend.processors();
-        let tables = self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), max_tokens: dims[1], wanted });
+        let tables = self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), n_pages: cache.keys.dims()[0], wanted });
         let [n_tokens, n_items, n_combined, n_partial] = tables.sizes;
         let (file, form) = ("attention_cached", Form::of(qkv.dtype(), heads));
-        let [tokens, items, rows, partial, partial_lse] = tables.args();
+        let [partial, partial_lse, tokens, items, rows, pages] = tables.args();
         let group_sizes = [heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n)));
         let dim = Arg::Int(int(heads.dim));
         let (keys, values) = (Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values));
@@ -225,7 +237,7 @@ impl Cuda {
         self.backend.launch(&Kernel::of(file, "attention_append", form.dtype), Grid::line(n_tokens, THREADS), &args);
 
         let n_partial = Arg::Int(int(n_partial));
-        let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, items, n_partial];
+        let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, n_partial];
         args.extend(group_sizes);
         args.extend(form.last_args());
         let shared_bytes = form.attend_bytes() as u32;
@@ -244,20 +256,27 @@ impl Cuda {
 mod tests {
     use super::*;
 
-    fn call(lengths: &[usize], max_tokens: usize) -> Call {
-        let spans = lengths.iter().enumerate().map(|(i, past)| CacheSpan { rows: i..i + 1, slot: lengths.len() - 1 - i, past: *past });
-        Call { spans: spans.collect(), heads: Heads { query: 8, kv: 2, dim: 64 }, dtype: DType::BF16, max_tokens, wanted: 264 }
+    /// Pages of sequence i: every n-th of the cache, downwards.
+    fn page(i: usize, n: usize, idx: usize) -> u32 {
+        ((63 - idx) * n + i) as u32
+    }
+
+    fn call(lengths: &[usize]) -> Call {
+        let n = lengths.len();
+        let pages = |i| (0..64).map(|idx| page(i, n, idx)).collect();
+        let spans = lengths.iter().enumerate().map(|(i, past)| CacheSpan { rows: i..i + 1, past: *past, pages: pages(i) });
+        Call { spans: spans.collect(), heads: Heads { query: 8, kv: 2, dim: 64 }, dtype: DType::BF16, n_pages: 64 * n, wanted: 264 }
     }
 
     /// A decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, in whole tiles, and a
-    /// row's shares are all combined: else a recorded pass would miss keys of sequences that have grown.
+    /// row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of sequences that have grown.
     #[test]
     fn decode_tables_cover_every_key_at_every_length() {
-        for n_slots in [1, 3, 40] {
-            let sizes = Work::of(&call(&vec![0; n_slots], 4096)).sizes();
+        for n in [1, 3, 40] {
+            let sizes = Work::of(&call(&vec![0; n])).sizes();
             for past in [0, 1, 63, 64, 255, 256, 257, 1000, 4094, 4095] {
-                let lengths: Vec<usize> = (0..n_slots).map(|i| (past + 97 * i) % 4096).collect();
-                let work = Work::of(&call(&lengths, 4096));
+                let lengths: Vec<usize> = (0..n).map(|i| (past + 97 * i) % 4096).collect();
+                let work = Work::of(&call(&lengths));
                 assert_eq!(work.sizes(), sizes);
                 for (row, past) in lengths.iter().enumerate() {
                     let items: Vec<&Item> = work.items.iter().filter(|item| item.first_token == row as i32).collect();
@@ -266,7 +285,9 @@ mod tests {
                         assert!(
                             item.key_begin == end && item.key_end >= end && (item.key_begin % 64 == 0 || item.key_begin == item.key_end)
                         );
-                        assert_eq!(item.key_row, ((n_slots - 1 - row) * 4096) as i32);
+                        let first_page = item.key_row as usize;
+                        let pages = &work.pages[first_page..first_page + (past + 1).div_ceil(PAGE_TOKENS)];
+                        assert!(pages.iter().enumerate().all(|(idx, found)| *found == page(row, n, idx)), "{pages:?}");
                         end = item.key_end;
                     }
                     assert_eq!(end as usize, past + 1);
