@@ -157,10 +157,10 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// Memory for the tables of a call, not filled yet; of a recorded one, for as many pages as its sequences can grow to.
-    fn new(cuda: &Cuda, call: Call) -> Tables {
+    /// Memory for the tables of a call, not filled yet, and for so many more pages of its sequences.
+    fn new(cuda: &Cuda, call: Call, n_more_pages: usize) -> Tables {
         let work = Work::of(&call);
-        let to_grow = if cuda.is_recording() { call.spans.len() * call.n_pages * size_of::<u32>() } else { 0 };
+        let to_grow = n_more_pages * size_of::<u32>();
         let memory = cuda.own_memory(partial_bytes(call.heads, work.n_partial).iter().sum::<usize>() + work.bytes().len() + to_grow);
         Tables { memory, sizes: work.sizes(), call }
     }
@@ -201,7 +201,10 @@ impl Cuda {
     /// The tables of a call: those of the layer before, where they are the same.
     fn tables(&self, call: Call) -> Arc<Tables> {
         if let Some(tape) = &mut *self.tape.lock().expect("no panic while holding the tape") {
-            let tables = tape.tables.get_or_insert_with(|| Arc::new(Tables::new(self, call.clone())));
+            let tables = tape.tables.get_or_insert_with(|| {
+                let most = call.spans.len() * call.n_pages;
+                Arc::new(Tables::new(self, call.clone(), most))
+            });
             assert!(tables.call == call, "the layers of a recorded pass share their spans and heads");
             return Arc::clone(tables);
         }
@@ -211,7 +214,7 @@ impl Cuda {
         }
         // The old ones go first, so that the new ones may lie in their memory.
         *last = None;
-        let tables = Arc::new(Tables::new(self, call));
+        let tables = Arc::new(Tables::new(self, call, 0));
         tables.fill(self, &tables.call.spans);
         *last = Some(Arc::clone(&tables));
         tables
