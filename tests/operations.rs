@@ -7,12 +7,13 @@ mod cases;
 mod check;
 #[path = "operations/oracle.rs"]
 mod oracle;
+#[path = "operations/paged.rs"]
+mod paged;
 
-use cases::{Case, Kind, Vocabulary, widened};
-use check::{U_BF16, check, fresh};
-use oracle::U;
+use cases::{Case, Kind, Vocabulary};
+use check::{check, fresh};
 use trireme::device::cpu::{Cpu, Isa};
-use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, KvCache, PAGE_TOKENS};
+use trireme::device::{Activation, Device, Direction, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -205,45 +206,6 @@ fn oracle_gradients_equal_central_differences() {
     let inputs = [logits.clone(), vec![0.0], vec![sum], vec![target as f64], vec![weight]];
     let gradient = values(&(cases::cross_entropy_gradient(shape).oracle)(&inputs, &|v| v)[0]);
     check_gradient("cross entropy", &forward, &logits, &[1.0], &gradient);
-}
-
-/// A sequence fed to the cache in chunks of any sizes gives what whole-sequence attention gives: each is within its bound of the same
-/// formula, so they are within twice that of each other (and half an ulp of the store each). A wrong mask or cache row shows.
-#[test]
-fn cached_chunks_equal_whole_attention() {
-    let cpu = Cpu::new();
-    for (heads, splits) in [((4, 2, 64), vec![1, 1, 1, 50, 3, 97, 1]), ((6, 1, 34), vec![130, 1, 2, 24]), ((2, 2, 128), vec![70])] {
-        let h = cases::heads_of(heads);
-        let t: usize = splits.iter().sum();
-        let qkv: Vec<f32> = normals("cached", t * h.qkv_columns()).iter().map(|v| *v as f32).collect();
-        for dtype in [DType::F32, DType::BF16] {
-            let make = |dims: &[usize]| cpu.alloc(dims, dtype).expect("memory");
-            let qkv = if dtype == DType::F32 {
-                Tensor::from_f32(&[t, h.qkv_columns()], &qkv)
-            } else {
-                Tensor::from_bf16(&[t, h.qkv_columns()], &qkv)
-            };
-            let (mut whole, mut lse) = (make(&[t, h.query * h.dim]), Tensor::from_f32(&[h.query, t], &vec![0.0; h.query * t]));
-            cpu.attention(&mut whole, &mut lse, &qkv, &[0, t], h);
-            let pages: Vec<u32> = (0..t.div_ceil(PAGE_TOKENS) as u32).rev().collect();
-            let dims = [pages.len(), PAGE_TOKENS, h.kv * h.dim];
-            let mut cache = KvCache { keys: make(&dims), values: make(&dims) };
-            let mut chunked = make(&[t, h.query * h.dim]);
-            let mut past = 0;
-            for new in &splits {
-                let span = CacheSpan { rows: 0..*new, past, pages: pages.clone() };
-                let rows = past..past + new;
-                cpu.attention_cached(&mut chunked.rows_mut(rows.clone()), &qkv.rows(rows), &mut cache, &[span], h);
-                past += new;
-            }
-            let unit = if dtype == DType::BF16 { U_BF16 } else { U };
-            let bounds = oracle::attention(&widened(&qkv), &[0, t], heads, if dtype == DType::BF16 { unit } else { 0.0 }).0;
-            for (i, ((a, b), near)) in widened(&whole).iter().zip(widened(&chunked)).zip(bounds).enumerate() {
-                let allowed = 2.0 * (near.bound + unit * (near.value.abs() + near.bound));
-                assert!((a - b).abs() <= allowed, "{heads:?} {dtype:?}, element {i}: {b} in chunks, {a} whole, {allowed:e} allowed");
-            }
-        }
-    }
 }
 
 /// Bytes are counted while tensors live and not after, the peak stays, and more than there is is an error that names both sizes.

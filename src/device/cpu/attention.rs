@@ -3,33 +3,28 @@
 //!
 //! A task is one kv head and up to 96 rows, a row being a (token, query head of the group) in token order. Everything is kept
 //! transposed, rows in the vector lanes: scores^T[key, row] = K Q^T and out^T[dim, row] += V^T P^T need keys and values only one
-//! element at a time, as they lie, and the softmax runs down the keys without crossing lanes. A few rows over a cache (decode)
-//! take the other way round, one pass over keys and values with the head dim in the lanes.
+//! element at a time, as they lie, and the softmax runs down the keys without crossing lanes. Over a cache: `attention_cached`.
 
-use super::elementwise;
-use super::lanes::{Element, Isa, each, kernel, load, store};
+use super::lanes::{Element, Isa, kernel, load, store};
 use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, product};
 use super::terms::{Strided, Terms, along_dims, along_rows, convert_scaled, transpose};
-use crate::device::{CacheSpan, Heads, Store};
+use crate::device::{Heads, Store};
 use std::ops::Range;
 
 /// Most rows of a task.
 pub const ROWS: usize = 96;
 /// Keys of a tile.
 pub const KEYS: usize = 64;
-/// Rows (tokens times query heads of a group) that are attended one pass each rather than in tiles.
-const FEW_ROWS: usize = 8;
 
-/// One kv head's keys and values and the rows that attend to them. Row r of the group is query head r % per_kv of new token
-/// r / per_kv; new token i sees the first `past + i + 1` keys.
+/// One kv head's keys and values and the rows that attend to them. Row r of the group is query head r % per_kv of token r / per_kv,
+/// which sees the keys up to its own.
 struct Group<'a, E> {
     keys: Strided<'a, E>,
     values: Strided<'a, E>,
-    /// The packed rows of the new tokens.
+    /// The packed rows.
     qkv: &'a [E],
     first_token: usize,
-    past: usize,
     group: usize,
     heads: Heads,
 }
@@ -41,7 +36,7 @@ impl<E: Element> Group<'_, E> {
 
     /// Keys that a row sees.
     fn visible(&self, row: usize) -> usize {
-        self.past + row / self.per_kv() + 1
+        row / self.per_kv() + 1
     }
 
     fn token(&self, row: usize) -> usize {
@@ -84,50 +79,10 @@ pub fn attention<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], lse: &mut [f3
     let cost = qkv.len() * 8;
     for_tasks(tasks.len(), cost, |task| {
         let (tokens, group, rows) = tasks[task].clone();
-        let at = |column: usize| Strided { data: qkv, first: tokens.start * columns + column, stride: columns, pages: None };
+        let at = |column: usize| Strided { data: qkv, first: tokens.start * columns + column, stride: columns };
         let (keys, values) = (at(heads.key_column(group)), at(heads.value_column(group)));
-        let group = Group { keys, values, qkv, first_token: tokens.start, past: 0, group, heads };
+        let group = Group { keys, values, qkv, first_token: tokens.start, group, heads };
         block(isa, pool, &outputs, &group, rows);
-    });
-}
-
-/// The cache as its two flat arrays [n_pages * PAGE_TOKENS, G*D].
-pub struct Cache<'a, E> {
-    /// Keys.
-    pub keys: &'a mut [E],
-    /// Values.
-    pub values: &'a mut [E],
-}
-
-/// See `Device::attention_cached`.
-pub fn cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache: Cache<E>, (spans, heads): (&[CacheSpan], Heads)) {
-    let (columns, d, width) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
-    for span in spans {
-        for (i, token) in span.rows.clone().enumerate() {
-            let row = span.cache_row(span.past + i) * width;
-            for group in 0..heads.kv {
-                let from = token * columns + heads.key_column(group);
-                cache.keys[row + group * d..][..d].copy_from_slice(&qkv[from..][..d]);
-                cache.values[row + group * d..][..d].copy_from_slice(&qkv[from + d..][..d]);
-            }
-        }
-    }
-    let outputs = Outputs { out: Shared::new(out), lse: None };
-    let (keys, values) = (&*cache.keys, &*cache.values);
-    let mut tasks: Vec<(&CacheSpan, usize, Range<usize>)> = Vec::new();
-    for span in spans {
-        let rows = span.rows.len() * heads.queries_per_kv();
-        for block in (0..rows.div_ceil(ROWS)).rev() {
-            tasks.extend((0..heads.kv).map(|group| (span, group, block * ROWS..((block + 1) * ROWS).min(rows))));
-        }
-    }
-    let pairs: usize = spans.iter().map(|span| span.rows.len() * (span.past + span.rows.len())).sum();
-    for_tasks(tasks.len(), pairs * heads.query * d / 4, |task| {
-        let (span, group, rows) = tasks[task].clone();
-        let at = |data| Strided { data, first: group * d, stride: width, pages: Some(&span.pages) };
-        let (keys, values) = (at(keys), at(values));
-        let group = Group { keys, values, qkv, first_token: span.rows.start, past: span.past, group, heads };
-        if rows.len() <= FEW_ROWS { few(isa, pool, &outputs, &group, rows) } else { block(isa, pool, &outputs, &group, rows) }
     });
 }
 
@@ -284,79 +239,6 @@ kernel! {
                     let scaled = load::<V, f32>(sums, at, V::N).mul(keep);
                     store(sums, at, V::N, scaled);
                 }
-            }
-        }
-    }
-}
-
-/// A few rows against the keys they see, one pass over keys, then one over values.
-fn few<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<E>, rows: Range<usize>) {
-    let d = group.heads.dim;
-    let n_keys = group.visible(rows.end - 1);
-    let mut buffer = pool.take(rows.len() * (n_keys + 2 * d));
-    let (scores, rest) = buffer.split_at_mut(rows.len() * n_keys); // [row, key]
-    let (queries, sums) = rest.split_at_mut(rows.len() * d); // [row, d]
-    let scale = 1.0 / (d as f32).sqrt();
-    for (row, to) in rows.clone().zip(queries.chunks_exact_mut(d)) {
-        elementwise::convert(isa, to, group.query(row));
-        elementwise::scale(isa, to, scale);
-    }
-    few_scores(isa, scores, queries, group.keys, n_keys, d);
-    for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(n_keys)) {
-        softmax_row(isa, &mut scores[..group.visible(row)]);
-        scores[group.visible(row)..].fill(0.0);
-    }
-    few_sums(isa, sums, scores, group.values, n_keys, d);
-    for (row, sums) in rows.zip(sums.chunks_exact(d)) {
-        // SAFETY: each row belongs to one task.
-        elementwise::convert(isa, unsafe { outputs.out.part(group.out_at(row)..group.out_at(row) + d) }, sums);
-    }
-}
-
-kernel! {
-    /// scores[row, key] = queries[row, d] . key
-    fn few_scores over V [E] (scores: &mut [f32], queries: &[f32], keys: Strided<E>, n_keys: usize, d: usize) {
-        for key in 0..n_keys {
-            let k = keys.row(key, d);
-            for (row, query) in queries.chunks_exact(d).enumerate() {
-                let mut sum = V::zero();
-                each!(V, d, |i, n| { sum = load::<V, f32>(query, i, n).fma(load::<V, E>(k, i, n), sum) });
-                scores[row * n_keys + key] = sum.sum();
-            }
-        }
-    }
-}
-
-kernel! {
-    /// scores = softmax(scores)
-    fn softmax_row over V [] (scores: &mut [f32]) {
-        let max = V::splat(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let mut total = 0.0;
-        each!(V, scores.len(), |i, n| {
-            let p = load::<V, f32>(scores, i, n).sub(max).exp();
-            store(scores, i, n, p);
-            total += p.lanes()[..n].iter().sum::<f32>();
-        });
-        let factor = V::splat(1.0 / total);
-        each!(V, scores.len(), |i, n| { let p = load::<V, f32>(scores, i, n).mul(factor); store(scores, i, n, p) });
-    }
-}
-
-kernel! {
-    /// sums[row, d] = sum over keys of scores[row, key] value
-    fn few_sums over V [E] (sums: &mut [f32], scores: &[f32], values: Strided<E>, n_keys: usize, d: usize) {
-        sums.fill(0.0);
-        for first in (0..n_keys).step_by(KEYS) {
-            let tile = first..(first + KEYS).min(n_keys);
-            for (row, sums) in sums.chunks_exact_mut(d).enumerate() {
-                each!(V, d, |i, n| {
-                    let mut sum = load::<V, f32>(sums, i, n);
-                    for key in tile.clone() {
-                        let value = load::<V, E>(values.row(key, d), i, n);
-                        sum = V::splat(scores[row * n_keys + key]).fma(value, sum);
-                    }
-                    store(sums, i, n, sum);
-                });
             }
         }
     }

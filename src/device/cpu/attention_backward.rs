@@ -155,21 +155,21 @@ impl<E: Element> Block<'_, E> {
     /// This head's queries, by rows of the sequence.
     fn queries(&self) -> Strided<'_, E> {
         let (columns, heads) = (self.inputs.heads.qkv_columns(), self.inputs.heads);
-        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.query_column(self.head), stride: columns, pages: None }
+        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.query_column(self.head), stride: columns }
     }
 
     /// This head's gradients of the output.
     fn dout(&self) -> Strided<'_, E> {
         let heads = self.inputs.heads;
         let stride = heads.query * heads.dim;
-        Strided { data: self.inputs.dout, first: self.tokens.start * stride + self.head * heads.dim, stride, pages: None }
+        Strided { data: self.inputs.dout, first: self.tokens.start * stride + self.head * heads.dim, stride }
     }
 
     /// The keys of its group, each with its value behind it.
     fn keys(&self) -> Strided<'_, E> {
         let (columns, heads) = (self.inputs.heads.qkv_columns(), self.inputs.heads);
         let group = self.head / heads.queries_per_kv();
-        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.key_column(group), stride: columns, pages: None }
+        Strided { data: self.inputs.qkv, first: self.tokens.start * columns + heads.key_column(group), stride: columns }
     }
 
     /// The block's rows of `from` for sums over dims, by_dim[d words, row], and over rows, by_row[row words, d]; zeros past

@@ -152,6 +152,12 @@ pub trait Vector: Copy {
     fn pack_pairs(self, _high: Self) -> Self {
         unreachable!("pairs of bf16 on a processor without their dot products")
     }
+    /// Each word is two bf16. Those of two vectors, in pairs of one of self (in the low half) and one of y: of the first N, of the last N.
+    /// Only where there are dot products of bf16.
+    #[inline(always)]
+    fn zip_halves(self, _y: Self) -> (Self, Self) {
+        unreachable!("pairs of bf16 on a processor without their dot products")
+    }
     /// z + the dot products of the pairs of bf16 in the words of self and y. Only where there are dot products of bf16.
     #[inline(always)]
     fn dot_pairs(self, _y: Self, _z: Self) -> Self {

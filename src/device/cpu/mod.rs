@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_backward;
+mod attention_cached;
 mod canonical;
 mod elementwise;
 mod few_rows;
@@ -400,8 +401,9 @@ impl Device for Cpu {
         assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
         float!(qkv.dtype(), E => {
             let (keys, values) = (elements_mut::<E>(&mut cache.keys), elements_mut::<E>(&mut cache.values));
-            let cache = attention::Cache { keys, values };
-            attention::cached(self.isa, &self.pool, elements_mut::<E>(out), elements::<E>(qkv), cache, (spans, heads));
+            let cache = attention_cached::Cache { keys, values };
+            let (out, qkv) = (elements_mut::<E>(out), elements::<E>(qkv));
+            attention_cached::attention_cached(self.isa, &self.pool, out, qkv, cache, (spans, heads));
         });
     }
 

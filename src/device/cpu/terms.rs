@@ -3,7 +3,6 @@
 
 use super::elementwise;
 use super::lanes::{Element, Isa, Vector, each, kernel, load, store};
-use crate::device::PAGE_TOKENS;
 use crate::tensor::DType;
 use std::ops::Range;
 
@@ -31,7 +30,7 @@ impl Terms {
     }
 }
 
-/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`, or in those of pages.
+/// Vectors that lie in the rows of a matrix: `data[first + i * stride..][..dim]`.
 #[derive(Clone, Copy)]
 pub struct Strided<'a, E> {
     /// The whole.
@@ -40,15 +39,12 @@ pub struct Strided<'a, E> {
     pub first: usize,
     /// Elements from one to the next.
     pub stride: usize,
-    /// Where vector i is in row i % PAGE_TOKENS of page pages[i / PAGE_TOKENS].
-    pub pages: Option<&'a [u32]>,
 }
 
 impl<'a, E> Strided<'a, E> {
     /// Vector i.
     pub fn row(&self, i: usize, dim: usize) -> &'a [E] {
-        let row = self.pages.map_or(i, |pages| pages[i / PAGE_TOKENS] as usize * PAGE_TOKENS + i % PAGE_TOKENS);
-        &self.data[self.first + row * self.stride..][..dim]
+        &self.data[self.first + i * self.stride..][..dim]
     }
 }
 

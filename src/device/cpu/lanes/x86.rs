@@ -194,6 +194,21 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn zip_halves(self, y: Self) -> (Self, Self) {
+        // SAFETY: see above; all are 512 plain bits.
+        unsafe {
+            // 16-bit lane 2 i from i of self, lane 2 i + 1 from i of y, which is 32 + i.
+            let low = _mm512_add_epi32(
+                _mm512_set1_epi32(0x0020_0000),
+                _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x0001_0001)),
+            );
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(0x0010_0010));
+            let (x, y) = (_mm512_castps_si512(self.0), _mm512_castps_si512(y.0));
+            let zipped = |order| Avx512(_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, order, y)));
+            (zipped(low), zipped(high))
+        }
+    }
+    #[inline(always)]
     fn dot_pairs(self, y: Self, z: Self) -> Self {
         if !BF16 {
             unreachable!("pairs of bf16 on a processor without their dot products");

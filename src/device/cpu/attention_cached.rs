@@ -1,0 +1,518 @@
+//! Attention over a KV cache in pages. A row (a query head of a new token) gets the same bits whatever else is in the call.
+//!
+//! Keys are walked in blocks of BLOCK from the sequence's first, however they are shared out. Of each block a row gets a part: the largest
+//! score, the weights exp(score - largest) of the keys it sees, their sum, and the values summed with them, each score and each element
+//! of the values' sum one chain of additions in a fixed order. The parts are joined one after another (the online softmax of Milakov and
+//! Gimelshein 2018), here or after all of them were made, by other threads too. Rows stand in the first dim of every product and are never
+//! summed over, so how many there are decides only how often a tile is used that was packed once: [words of d, key] of keys,
+//! [words of keys, d] of values, words as in `terms`.
+
+use super::lanes::{Element, Isa, each, kernel, load, prefetch, store};
+use super::parallel::{Pool, Shared, for_tasks};
+use super::product::{Product, product};
+use super::terms::{Terms, along_dims, transpose_tile};
+use crate::device::{CacheSpan, Heads, PAGE_TOKENS, Store};
+use half::bf16;
+use std::ops::Range;
+
+/// Keys of a block.
+const BLOCK: usize = 4 * PAGE_TOKENS;
+/// Most rows that a tile is packed for.
+const ROWS: usize = 96;
+/// Rows whose weights are multiplied with the values together: those that see fewer keys of a block are spared the others'.
+const FEW_ROWS: usize = 24;
+/// Columns of a panel of values: as many as one tile of a product is wide.
+const PANEL: usize = 64;
+/// From one row of scores to the next: off the powers of two that meet in one set of the first cache.
+const SCORES: usize = BLOCK + 16;
+/// Packing a tile takes about as long as the products of so many rows with it.
+const PACKING: usize = 4;
+/// Least elements of keys, times rows, that are worth a task.
+const LEAST_COST: usize = 1 << 17;
+
+/// The cache as its two flat arrays [n_pages * PAGE_TOKENS, G*D].
+pub struct Cache<'a, E> {
+    /// Keys.
+    pub keys: &'a mut [E],
+    /// Values.
+    pub values: &'a mut [E],
+}
+
+/// Rows of a span that attend together to one kv head. Row r of a span is query head r % per_kv of the group, of new token r / per_kv.
+struct Strand<'a> {
+    span: &'a CacheSpan,
+    group: usize,
+    rows: Range<usize>,
+    per_kv: usize,
+}
+
+impl Strand<'_> {
+    /// Keys that a row of the strand sees.
+    fn visible(&self, row: usize) -> usize {
+        self.span.past + (self.rows.start + row) / self.per_kv + 1
+    }
+
+    fn n_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn n_keys(&self) -> usize {
+        self.visible(self.n_rows() - 1)
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.n_keys().div_ceil(BLOCK)
+    }
+
+    fn cost(&self, dim: usize) -> usize {
+        (self.n_rows() + PACKING) * self.n_keys() * dim
+    }
+}
+
+/// Some blocks of a strand.
+struct Piece {
+    strand: usize,
+    blocks: Range<usize>,
+    /// Where the strand's parts are kept, if it was cut.
+    parts_at: Option<usize>,
+}
+
+/// Who does what.
+#[derive(Default)]
+struct Shares {
+    pieces: Vec<Piece>,
+    /// Pieces of each task.
+    tasks: Vec<Range<usize>>,
+    /// The strands that were cut, and where their parts are kept.
+    cut: Vec<(usize, usize)>,
+    /// Length of all parts.
+    parts_len: usize,
+}
+
+impl Shares {
+    /// About four tasks a thread: strands are cut between blocks where they cost more than a task should, and put together where less.
+    fn of(strands: &[Strand], dim: usize, n_threads: usize) -> Shares {
+        let total: usize = strands.iter().map(|strand| strand.cost(dim)).sum();
+        let target = if n_threads == 1 { usize::MAX } else { (total / (4 * n_threads)).max(LEAST_COST) };
+        let mut shares = Shares::default();
+        let (mut open, mut open_cost) = (0, 0);
+        for (idx, strand) in strands.iter().enumerate() {
+            let (cost, n_blocks) = (strand.cost(dim), strand.n_blocks());
+            let n_pieces = if cost / 3 > target / 2 { cost.div_ceil(target).min(n_blocks) } else { 1 };
+            let parts_at = (n_pieces > 1).then_some(shares.parts_len);
+            if let Some(at) = parts_at {
+                shares.cut.push((idx, at));
+                shares.parts_len += n_blocks * part_len(strand.n_rows(), dim);
+            }
+            for i in 0..n_pieces {
+                let blocks = i * n_blocks / n_pieces..(i + 1) * n_blocks / n_pieces;
+                shares.pieces.push(Piece { strand: idx, blocks, parts_at });
+                open_cost += cost / n_pieces;
+                if open_cost >= target / 2 {
+                    shares.tasks.push(open..shares.pieces.len());
+                    (open, open_cost) = (shares.pieces.len(), 0);
+                }
+            }
+        }
+        shares.tasks.push(open..shares.pieces.len());
+        shares
+    }
+}
+
+/// Of sums[row, padded d], then the largest score and the sum of weights of each row.
+fn part_len(n_rows: usize, dim: usize) -> usize {
+    n_rows * (dim.next_multiple_of(16) + 2)
+}
+
+/// A part, or several that were joined: see `part_len`.
+struct Part<'a> {
+    sums: &'a mut [f32],
+    max: &'a mut [f32],
+    total: &'a mut [f32],
+}
+
+impl<'a> Part<'a> {
+    fn over(memory: &'a mut [f32], n_rows: usize, dim: usize) -> Part<'a> {
+        let (sums, rest) = memory.split_at_mut(n_rows * dim.next_multiple_of(16));
+        let (max, total) = rest[..2 * n_rows].split_at_mut(n_rows);
+        Part { sums, max, total }
+    }
+
+    /// Of no keys.
+    fn clear(&mut self) {
+        self.sums.fill(0.0);
+        self.max.fill(f32::NEG_INFINITY);
+        self.total.fill(0.0);
+    }
+}
+
+/// What a task works in.
+struct Room<'a> {
+    /// [row, words of d]
+    queries: &'a mut [f32],
+    /// [words of d, PAGE_TOKENS]
+    keys: &'a mut [f32],
+    /// [row, SCORES]: scores, then weights as words of keys.
+    scores: &'a mut [f32],
+    /// [panel, words of keys, PANEL]
+    values: &'a mut [f32],
+}
+
+/// A call.
+struct Call<'a, E> {
+    isa: Isa,
+    pool: &'a Pool,
+    heads: Heads,
+    terms: Terms,
+    qkv: &'a [E],
+    keys: &'a [E],
+    values: &'a [E],
+    out: Shared<'a, E>,
+}
+
+/// See `Device::attention_cached`.
+pub fn attention_cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &[E], cache: Cache<E>, work: (&[CacheSpan], Heads)) {
+    let (spans, heads) = work;
+    let dim = heads.dim;
+    let Cache { keys, values } = cache;
+    append(keys, values, qkv, (spans, heads));
+    let mut strands = Vec::new();
+    for span in spans {
+        let n_rows = span.rows.len() * heads.queries_per_kv();
+        // The longest first, so that the threads end together.
+        for block in (0..n_rows.div_ceil(ROWS)).rev() {
+            let rows = block * ROWS..((block + 1) * ROWS).min(n_rows);
+            strands.extend((0..heads.kv).map(|group| Strand { span, group, rows: rows.clone(), per_kv: heads.queries_per_kv() }));
+        }
+    }
+    let shares = Shares::of(&strands, dim, rayon::current_num_threads());
+    let call = Call { isa, pool, heads, terms: Terms::of::<E>(isa, dim), qkv, keys, values, out: Shared::new(out) };
+    let mut memory = pool.take(shares.parts_len);
+    let parts = Shared::new(&mut memory);
+    for_tasks(shares.tasks.len(), shares.tasks.len() * LEAST_COST, |task| {
+        let pieces = &shares.pieces[shares.tasks[task].clone()];
+        let most = pieces.iter().map(|piece| strands[piece.strand].n_rows()).max().unwrap_or(0);
+        call.with_room(most, |room, mut memory| {
+            pieces.iter().for_each(|piece| call.piece(&strands[piece.strand], piece, (room, &mut memory), &parts))
+        });
+    });
+    for_tasks(shares.cut.len(), shares.parts_len, |i| {
+        let (strand, at) = (&strands[shares.cut[i].0], shares.cut[i].1);
+        let len = part_len(strand.n_rows(), dim);
+        let mut joined = pool.take(len);
+        let mut joined = Part::over(&mut joined, strand.n_rows(), dim);
+        joined.clear();
+        for block in 0..strand.n_blocks() {
+            // SAFETY: whoever wrote it is done, and nobody else reads this strand's parts.
+            let part = unsafe { parts.part(at + block * len..at + (block + 1) * len) };
+            join(isa, &mut joined, &Part::over(part, strand.n_rows(), dim));
+        }
+        call.finish(strand, &joined);
+    });
+}
+
+/// Keys and values of the new tokens to their places.
+fn append<E: Element>(keys: &mut [E], values: &mut [E], qkv: &[E], (spans, heads): (&[CacheSpan], Heads)) {
+    let (columns, d, width) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
+    let n_new: usize = spans.iter().map(|span| span.rows.len()).sum();
+    let (keys, values) = (Shared::new(keys), Shared::new(values));
+    for_tasks(heads.kv, n_new * 2 * width, |group| {
+        for span in spans {
+            for (i, token) in span.rows.clone().enumerate() {
+                let to = span.cache_row(span.past + i) * width + group * d;
+                let from = &qkv[token * columns + heads.key_column(group)..][..2 * d];
+                // SAFETY: the columns of a head belong to one task.
+                let (key, value) = unsafe { (keys.part(to..to + d), values.part(to..to + d)) };
+                key.copy_from_slice(&from[..d]);
+                value.copy_from_slice(&from[d..]);
+            }
+        }
+    });
+}
+
+impl<E: Element> Call<'_, E> {
+    fn with_room(&self, n_rows: usize, work: impl FnOnce(&mut Room, [&mut [f32]; 2])) {
+        let d = self.heads.dim;
+        let lens = [
+            n_rows * self.terms.words(d),
+            self.terms.words(d).next_multiple_of(16) * PAGE_TOKENS,
+            n_rows * SCORES,
+            d.div_ceil(PANEL) * self.terms.words(BLOCK) * PANEL,
+            part_len(n_rows, d),
+            part_len(n_rows, d),
+        ];
+        let mut buffer = self.pool.take(lens.iter().map(|len| len.next_multiple_of(16)).sum());
+        let mut rest = &mut buffer[..];
+        let [queries, keys, scores, values, part, joined] = lens.map(|len| {
+            let (first, behind) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(16));
+            rest = behind;
+            &mut first[..len]
+        });
+        work(&mut Room { queries, keys, scores, values }, [part, joined]);
+    }
+
+    /// The parts of some blocks of a strand: kept, or joined into the strand's result where these are all of them.
+    fn piece(&self, strand: &Strand, piece: &Piece, (room, memory): (&mut Room, &mut [&mut [f32]; 2]), parts: &Shared<f32>) {
+        let (n_rows, dim, words) = (strand.n_rows(), self.heads.dim, self.terms.words(self.heads.dim));
+        for (row, to) in (0..n_rows).zip(room.queries.chunks_exact_mut(words)) {
+            let from = self.token(strand, row) * self.heads.qkv_columns() + self.heads.query_column(self.head(strand, row));
+            along_dims(self.isa, self.terms, to, &self.qkv[from..][..dim]);
+        }
+        let len = part_len(n_rows, dim);
+        if let Some(at) = piece.parts_at {
+            for block in piece.blocks.clone() {
+                // SAFETY: each block of a strand is in one piece.
+                let part = unsafe { parts.part(at + block * len..at + (block + 1) * len) };
+                self.part(strand, block, room, &mut Part::over(part, n_rows, dim));
+            }
+            return;
+        }
+        let [mut part, mut joined] = memory.each_mut().map(|memory| Part::over(memory, n_rows, dim));
+        joined.clear();
+        for block in piece.blocks.clone() {
+            self.part(strand, block, room, &mut part);
+            join(self.isa, &mut joined, &part);
+        }
+        self.finish(strand, &joined);
+    }
+
+    fn token(&self, strand: &Strand, row: usize) -> usize {
+        strand.span.rows.start + (strand.rows.start + row) / strand.per_kv
+    }
+
+    fn head(&self, strand: &Strand, row: usize) -> usize {
+        strand.group * strand.per_kv + (strand.rows.start + row) % strand.per_kv
+    }
+
+    /// The columns of a strand's head in a page of keys or values, from its first row on; none past the strand's last page.
+    fn page<'a>(&self, of: &'a [E], strand: &Strand, idx: usize) -> &'a [E] {
+        let width = self.heads.kv * self.heads.dim;
+        if idx * PAGE_TOKENS >= strand.n_keys() {
+            return &[];
+        }
+        let rows = &of[strand.span.pages[idx] as usize * PAGE_TOKENS * width..][..PAGE_TOKENS * width];
+        &rows[strand.group * self.heads.dim..]
+    }
+
+    /// What the strand's rows get of one block.
+    fn part(&self, strand: &Strand, block: usize, room: &mut Room, part: &mut Part) {
+        let (dim, words, width) = (self.heads.dim, self.terms.words(self.heads.dim), self.heads.kv * self.heads.dim);
+        let first = block * BLOCK;
+        let n = BLOCK.min(strand.n_keys() - first);
+        for at in (0..n).step_by(PAGE_TOKENS) {
+            let (idx, n) = ((first + at) / PAGE_TOKENS, PAGE_TOKENS.min(n - at));
+            let ahead = [self.page(self.keys, strand, idx + 1), self.page(self.values, strand, idx)];
+            pack_keys(self.isa, self.terms, room.keys, self.page(self.keys, strand, idx), (width, n, dim), ahead);
+            // Rows that see none of these keys come first.
+            let skipped = (0..strand.n_rows()).take_while(|row| strand.visible(*row) <= first + at).count();
+            let scored = Product {
+                terms: self.terms,
+                m: strand.n_rows() - skipped,
+                n: n.next_multiple_of(16),
+                k: words,
+                a: room.queries[skipped * words..].as_ptr(),
+                a_row: words,
+                a_column: 1,
+                b: room.keys.as_ptr(),
+                b_row: PAGE_TOKENS,
+                c: room.scores[skipped * SCORES + at..].as_mut_ptr(),
+                c_row: SCORES,
+                how: Store::Assign,
+            };
+            // SAFETY: queries [row, words], keys [words, PAGE_TOKENS], scores [row, SCORES] with room for the page at `at`.
+            unsafe { product(self.isa, &scored) };
+        }
+        let seen: Vec<usize> = (0..strand.n_rows()).map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
+        weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (dim as f32).sqrt(), n));
+        self.pack_values(strand, first, n, room.values);
+        let is_finite = |at: usize| {
+            let keys = seen[0].saturating_sub(at).min(PAGE_TOKENS)..(n - at).min(PAGE_TOKENS);
+            are_finite(self.isa, self.page(self.values, strand, (first + at) / PAGE_TOKENS), keys, (width, dim))
+        };
+        if (0..n).step_by(PAGE_TOKENS).all(is_finite) {
+            for rows in (0..strand.n_rows()).step_by(FEW_ROWS).map(|row| row..(row + FEW_ROWS).min(strand.n_rows())) {
+                self.weighted_values(rows.clone(), seen[rows.end - 1], room, part);
+            }
+        } else {
+            // 0 times these would not be nothing: no row may meet values that it does not see.
+            for rows in seen.chunk_by(|a, b| a == b).scan(0, |end, same| Some((*end..*end + same.len(), *end += same.len()).0)) {
+                self.pack_values(strand, first, seen[rows.start], room.values);
+                self.weighted_values(rows.clone(), seen[rows.start], room, part);
+            }
+        }
+    }
+
+    /// The values of n keys, from the first of a block, for sums over the keys.
+    fn pack_values(&self, strand: &Strand, first: usize, n: usize, to: &mut [f32]) {
+        let width = self.heads.kv * self.heads.dim;
+        for at in (0..n).step_by(PAGE_TOKENS) {
+            let page = self.page(self.values, strand, (first + at) / PAGE_TOKENS);
+            pack_values(self.isa, self.terms, to, page, (width, PAGE_TOKENS.min(n - at), self.heads.dim), self.terms.words(at));
+        }
+    }
+
+    /// sums[row, d] = weights[row, key] values[key, d] over the first n keys of the block.
+    fn weighted_values(&self, rows: Range<usize>, n: usize, room: &Room, part: &mut Part) {
+        let padded = self.heads.dim.next_multiple_of(16);
+        for column in (0..padded).step_by(PANEL) {
+            let weighted = Product {
+                terms: self.terms,
+                m: rows.len(),
+                n: PANEL.min(padded - column),
+                k: self.terms.words(n),
+                a: room.scores[rows.start * SCORES..].as_ptr(),
+                a_row: SCORES,
+                a_column: 1,
+                b: room.values[column * self.terms.words(BLOCK)..].as_ptr(),
+                b_row: PANEL,
+                c: part.sums[rows.start * padded + column..].as_mut_ptr(),
+                c_row: padded,
+                how: Store::Assign,
+            };
+            // SAFETY: weights [row, SCORES], values [words, PANEL] of this panel, sums [row, padded].
+            unsafe { product(self.isa, &weighted) };
+        }
+    }
+
+    /// A strand's rows of out from all its parts.
+    fn finish(&self, strand: &Strand, joined: &Part) {
+        let (d, padded) = (self.heads.dim, self.heads.dim.next_multiple_of(16));
+        for (row, sums) in (0..strand.n_rows()).zip(joined.sums.chunks_exact(padded)) {
+            let at = (self.token(strand, row) * self.heads.query + self.head(strand, row)) * d;
+            // SAFETY: each row belongs to one strand.
+            to_out(self.isa, unsafe { self.out.part(at..at + d) }, &sums[..d], 1.0 / joined.total[row]);
+        }
+    }
+}
+
+kernel! {
+    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, zeros up to a multiple of 16, from rows of `width`; of the pages `ahead`
+    /// the same rows are fetched.
+    fn pack_keys over V [E] (terms: Terms, to: &mut [f32], page: &[E], size: (usize, usize, usize), ahead: [&[E]; 2]) {
+        let (width, n, d) = size;
+        let words = terms.words(d);
+        for first in (0..n.next_multiple_of(16)).step_by(V::N) {
+            for row in (first..n.min(first + V::N)).map(|key| key * width) {
+                ahead.iter().filter(|page| !page.is_empty()).for_each(|page| prefetch(&page[row..][..d]));
+            }
+            for word in (0..words).step_by(V::N) {
+                let mut tile = [V::zero(); 16];
+                let some = V::N.min(words - word);
+                for (row, key) in tile.iter_mut().zip(first..n.min(first + V::N)) {
+                    let from = &page[key * width..][..d];
+                    *row = match terms {
+                        Terms::Single => load::<V, E>(from, word, some),
+                        Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from), word, some),
+                    };
+                }
+                transpose_tile(&mut tile);
+                for (i, column) in tile.iter().enumerate().take(V::N) {
+                    store(to, (word + i) * PAGE_TOKENS + first, V::N, *column);
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Words `at`.. of to[panel, words of keys, PANEL] from the first n rows of a page, of `width`; what is paired with no row is 0.
+    fn pack_values over V [E] (terms: Terms, to: &mut [f32], page: &[E], size: (usize, usize, usize), at: usize) {
+        let (width, n, d) = size;
+        let place = |word: usize, i: usize| (i / PANEL * terms.words(BLOCK) + at + word) * PANEL + i % PANEL;
+        match terms {
+            Terms::Single => {
+                for key in 0..n {
+                    each!(V, d, |i, some| { store(to, place(key, i), V::N, load::<V, E>(&page[key * width..][..d], i, some)) });
+                }
+            }
+            Terms::Pairs => {
+                for word in 0..n.div_ceil(2) {
+                    let low: &[f32] = bytemuck::cast_slice(&page[2 * word * width..][..d]);
+                    let high: &[f32] = if 2 * word + 1 < n { bytemuck::cast_slice(&page[(2 * word + 1) * width..][..d]) } else { &[] };
+                    each!(V, d / 2, |i, some| {
+                        let high = if high.is_empty() { V::zero() } else { load::<V, f32>(high, i, some) };
+                        let (first, last) = load::<V, f32>(low, i, some).zip_halves(high);
+                        store(to, place(word, 2 * i), V::N, first);
+                        if 2 * some > V::N {
+                            store(to, place(word, 2 * i + V::N), V::N, last);
+                        }
+                    });
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// scores[row, SCORES] become weights exp(scale score - max) of the keys that a row sees, then zeros up to key n, in words of keys; max
+    /// and total of the part are those of the row.
+    fn weigh over V [] (terms: Terms, scores: &mut [f32], part: &mut Part, seen: &[usize], how: (f32, usize)) {
+        let (scale, n) = how;
+        for (row, scores) in scores.chunks_exact_mut(SCORES).enumerate().take(seen.len()) {
+            let whole = seen[row].next_multiple_of(V::N);
+            scores[seen[row]..whole].fill(f32::NEG_INFINITY);
+            let mut max = V::splat(f32::NEG_INFINITY);
+            for at in (0..whole).step_by(V::N) {
+                max = load::<V, f32>(scores, at, V::N).max(max);
+            }
+            let max = max.max_lane() * scale;
+            let minus_max = V::splat(-finite(max));
+            let mut total = V::zero();
+            for at in (0..whole).step_by(V::N) {
+                let weight = load::<V, f32>(scores, at, V::N).fma(V::splat(scale), minus_max).exp();
+                total = total.add(weight);
+                match terms {
+                    Terms::Single => store(scores, at, V::N, weight),
+                    Terms::Pairs => store::<V, bf16>(bytemuck::cast_slice_mut(scores), at, V::N, weight),
+                }
+            }
+            match terms {
+                Terms::Single => scores[whole..n.max(whole)].fill(0.0),
+                Terms::Pairs => bytemuck::cast_slice_mut::<f32, bf16>(scores)[whole..n.next_multiple_of(2).max(whole)].fill(bf16::ZERO),
+            }
+            (part.max[row], part.total[row]) = (max, total.sum());
+        }
+    }
+}
+
+/// 0 in place of the largest of no scores.
+fn finite(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
+}
+
+kernel! {
+    /// joined = joined and part, of later keys.
+    fn join over V [] (joined: &mut Part, part: &Part) {
+        let padded = part.sums.len() / part.max.len();
+        for row in 0..part.max.len() {
+            let max = if part.max[row] > joined.max[row] { part.max[row] } else { joined.max[row] };
+            let before = V::splat(joined.max[row] - finite(max)).exp();
+            let now = V::splat(part.max[row] - finite(max)).exp();
+            joined.max[row] = max;
+            joined.total[row] = V::splat(part.total[row]).fma(now, V::splat(joined.total[row]).mul(before)).lanes()[0];
+            for at in (row * padded..(row + 1) * padded).step_by(V::N) {
+                let sum = load::<V, f32>(part.sums, at, V::N).fma(now, load::<V, f32>(joined.sums, at, V::N).mul(before));
+                store(joined.sums, at, V::N, sum);
+            }
+        }
+    }
+}
+
+kernel! {
+    /// out = factor * sums, where 0 has no sign: the sign of a sum of products that are all too small depends on the zeros among them.
+    fn to_out over V [E] (out: &mut [E], sums: &[f32], factor: f32) {
+        each!(V, out.len(), |i, n| { store(out, i, n, load::<V, f32>(sums, i, n).mul(V::splat(factor)).add(V::zero())) });
+    }
+}
+
+kernel! {
+    /// Whether these rows of a page, of `width`, are finite in their first d columns.
+    fn are_finite over V [E] (page: &[E], rows: Range<usize>, size: (usize, usize)) -> bool {
+        let (width, d) = size;
+        let mut nothing = V::zero();
+        for row in rows {
+            each!(V, d, |i, n| { nothing = load::<V, E>(&page[row * width..][..d], i, n).fma(V::zero(), nothing) });
+        }
+        nothing.sum() == 0.0
+    }
+}
