@@ -170,7 +170,7 @@ fn logits_of(config: &ModelConfig, dtype: DType, tp: usize, format: Option<Weigh
 fn passes(device: &Cpu, groups: &Groups, chunk: &Chunk) -> Vec<u32> {
     let (scratch, numerics) = (Scratch::new(), Numerics::of_inference(device, groups.layout.tp));
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
-    let mut caches = chunk.new_caches(device, 2, 16).unwrap();
+    let mut caches = chunk.new_caches(device, 2).unwrap();
     let mut logits = Vec::new();
     let mut pass = |tokens: &[u32], positions: &[u32], spans: &[CacheSpan], wanted: &[usize]| {
         let (tokens, positions) = (Tensor::from_u32(&[tokens.len()], tokens), Tensor::from_u32(&[positions.len()], positions));
@@ -180,10 +180,10 @@ fn passes(device: &Cpu, groups: &Groups, chunk: &Chunk) -> Vec<u32> {
         };
         logits.extend(bits(&found));
     };
-    let prompts = [CacheSpan { rows: 0..5, slot: 0, past: 0 }, CacheSpan { rows: 5..8, slot: 1, past: 0 }];
+    let prompts = [CacheSpan { rows: 0..5, past: 0, pages: vec![0] }, CacheSpan { rows: 5..8, past: 0, pages: vec![1] }];
     pass(&[3, 1, 60, 59, 8, 22, 5, 17], &[0, 1, 2, 3, 4, 0, 1, 2], &prompts, &[4, 7]);
     for step in 0..2 {
-        let spans = [CacheSpan { rows: 0..1, slot: 0, past: 5 + step }, CacheSpan { rows: 1..2, slot: 1, past: 3 + step }];
+        let spans = [CacheSpan { rows: 0..1, past: 5 + step, pages: vec![0] }, CacheSpan { rows: 1..2, past: 3 + step, pages: vec![1] }];
         pass(&[9 + step as u32, 33], &[5 + step as u32, 3 + step as u32], &spans, &[0, 1]);
     }
     logits

@@ -191,6 +191,19 @@ impl CacheSpan {
         self.past + self.rows.len()
     }
 
+    /// Panics when a page that one of these spans of a call writes to is listed twice, by it or by another.
+    pub fn assert_own_pages(spans: &[CacheSpan]) {
+        let used = |span: &CacheSpan| span.n_tokens().div_ceil(PAGE_TOKENS);
+        let mut listed: Vec<u32> = spans.iter().flat_map(|span| span.pages[..used(span)].to_vec()).collect();
+        listed.sort_unstable();
+        for span in spans.iter().filter(|span| !span.rows.is_empty()) {
+            for page in &span.pages[span.past / PAGE_TOKENS..used(span)] {
+                let n = listed.partition_point(|other| other <= page) - listed.partition_point(|other| other < page);
+                assert!(n == 1, "page {page} is written by {span:?} and listed {n} times");
+            }
+        }
+    }
+
     /// Row of a token in the cache, of all rows of all pages.
     pub fn cache_row(&self, token: usize) -> usize {
         self.pages[token / PAGE_TOKENS] as usize * PAGE_TOKENS + token % PAGE_TOKENS
@@ -405,7 +418,8 @@ pub trait Device: Send + Sync {
         heads: Heads,
     );
     /// For each span: appends its new (rotated) keys and its values to the cache, then out rows = causal attention of its
-    /// new queries over past and new tokens. Cost is that of the tokens present, not of the cache's size.
+    /// new queries over past and new tokens. Cost is that of the tokens present, not of the cache's size. On a device with canonical
+    /// sums a row's bits depend on its query and the keys and values that it sees only.
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads);
 
     /// out[T,F] = activation(x[T, F * inputs_per_output]).

@@ -544,6 +544,7 @@ impl Chunk {
         wanted_rows: &[usize],
     ) -> CachedOutput {
         assert!(!ctx.is_sharded(), "generation holds all rows on every rank");
+        CacheSpan::assert_own_pages(spans);
         let mut delta = match (&self.embedding, input) {
             (Some(embedding), CachedInput::Tokens(tokens)) => embedding.forward(ctx, tokens),
             (None, CachedInput::Hidden(hidden)) => ctx.copy_of(hidden),
