@@ -91,6 +91,11 @@ pub fn parse_dtype(text: &str) -> std::result::Result<DType, String> {
     }
 }
 
+/// A number from 1 up.
+pub fn parse_count(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is no number from 1 up"))
+}
+
 /// A size: a positive number of bytes, or one with KB, MB, GB (powers of 1000), KiB, MiB or GiB (powers of 1024).
 pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
     let units = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("KB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("", 1)];

@@ -103,6 +103,8 @@ pub struct Runtime {
     device: DeviceKind,
     /// Among the ranks of this machine.
     local_rank: usize,
+    /// How many those are.
+    n_local: usize,
 }
 
 /// An artifact that the ranks of a job make together: rank 0 writes it.
@@ -141,9 +143,9 @@ impl Runtime {
         fault::set_rank(world.rank());
         start_reporting();
         let local = guard.as_ref().map(Mpi::on_this_machine);
-        let local_rank = local.as_ref().map_or(0, |local| local.rank());
+        let (local_rank, n_local) = local.as_ref().map_or((0, 1), |local| (local.rank(), local.size()));
         set_threads(local);
-        Ok(Runtime { world, guard, _universe: universe, device, local_rank })
+        Ok(Runtime { world, guard, _universe: universe, device, local_rank, n_local })
     }
 
     /// Opens this rank's device. An Err may be of this rank alone.
@@ -152,6 +154,14 @@ impl Runtime {
             DeviceKind::Cpu => Box::new(Cpu::new()),
             DeviceKind::Cuda => Box::new(Cuda::open(self.local_rank)?),
         })
+    }
+
+    /// This rank's share of the memory that is free where it computes, in bytes; None where nobody says.
+    pub fn free_bytes(&self) -> Option<usize> {
+        match self.device {
+            DeviceKind::Cpu => Some(free_host_bytes()? / self.n_local),
+            DeviceKind::Cuda => None,
+        }
     }
 
     /// All ranks.
@@ -396,4 +406,13 @@ fn set_threads(on_this_machine: Option<Mpi>) {
 fn affinity() -> Vec<u8> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     status.lines().find(|line| line.starts_with("Cpus_allowed:")).unwrap_or("").as_bytes().to_vec()
+}
+
+/// Memory that this machine can give without swapping, as the kernel estimates it, and within the limit of the control group.
+fn free_host_bytes() -> Option<usize> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let available = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB")?.trim().parse::<usize>().ok())?;
+    let limit = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
+    Some(limit.map_or(usize::MAX, |(most, used)| most.saturating_sub(used)).min(1024 * available))
 }

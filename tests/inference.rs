@@ -7,7 +7,7 @@ use std::path::Path;
 use trireme::checkpoint;
 use trireme::comm::{Groups, threads};
 use trireme::device::cpu::Cpu;
-use trireme::infer::generate::Generator;
+use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::load::{layout_for, load_chunk};
 use trireme::infer::request::{FinishReason, Request, Response};
 use trireme::infer::sampler::Sampling;
@@ -32,14 +32,15 @@ fn random_tokens(n: usize, seed: u64) -> Vec<u32> {
     (0..n as u64).map(|i| (noise.bits(i) % 61) as u32).collect()
 }
 
-fn generate_on(run: &Path, requests: &[Request], shape: (usize, usize, usize), n_slots: usize) -> Vec<Response> {
+fn generate_on(run: &Path, requests: &[Request], shape: (usize, usize, usize), n_sequences: usize) -> Vec<Response> {
     let (tp, pp, dp) = shape;
     let all = threads::run(tp * pp * dp, |world| {
         let groups = Groups::new(world, layout_for(tp * pp * dp, tp, pp).unwrap());
         let (device, stored) = (Cpu::new(), checkpoint::open(run).unwrap());
         let chunk = load_chunk(&device, &stored, &groups, DType::F32).unwrap();
-        let generator =
-            Generator { device: &device, groups: &groups, chunk: &chunk, eos_ids: vec![7], tokenizer: None, n_slots, stop: &|| false };
+        let batching = Batching { n_sequences, ..Batching::default() };
+        let (device, groups, chunk) = (&device, &groups, &chunk);
+        let generator = Generator { device, groups, chunk, eos_ids: vec![7], tokenizer: None, batching, stop: &|| false };
         generator.responses(requests).unwrap()
     });
     assert!(all.iter().all(|responses| *responses == all[0]), "ranks disagree");
@@ -112,12 +113,12 @@ fn responses_do_not_depend_on_the_layout() {
     let run = trained(dir.path());
     let requests = requests();
     let expected = generate_on(&run, &requests, (1, 1, 1), 16);
-    for (shape, n_slots) in
+    for (shape, n_sequences) in
         [((1, 1, 1), 1), ((2, 1, 1), 2), ((1, 2, 1), 16), ((1, 1, 3), 2), ((2, 2, 2), 3), ((4, 1, 1), 16), ((1, 4, 1), 5)]
     {
-        let responses = generate_on(&run, &requests, shape, n_slots);
+        let responses = generate_on(&run, &requests, shape, n_sequences);
         for (a, b) in expected.iter().zip(&responses) {
-            assert_eq!((&a.id, &a.tokens, a.finish_reason), (&b.id, &b.tokens, b.finish_reason), "{shape:?} with {n_slots} slots");
+            assert_eq!((&a.id, &a.tokens, a.finish_reason), (&b.id, &b.tokens, b.finish_reason), "{shape:?} with {n_sequences} sequences");
             assert!((a.logprob - b.logprob).abs() < 3.4e-3);
         }
     }
@@ -158,7 +159,8 @@ fn a_replica_stops_together() {
             let polls = std::sync::atomic::AtomicUsize::new(0);
             let stop = || rank == asked && polls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= 2;
             let (device, groups, chunk) = (&device, &groups, &chunk);
-            let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, n_slots: 2, stop: &stop };
+            let batching = Batching { n_sequences: 2, ..Batching::default() };
+            let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, batching, stop: &stop };
             generator.run(&requests(), &Done::nothing(&requests()), &mut |_, _| Ok(())).unwrap_err().exit_code()
         });
         assert!(codes.iter().all(|&code| code == 75), "tp {tp} pp {pp}, rank {asked} asked: {codes:?}");

@@ -10,8 +10,9 @@ use trireme::comm::nccl::Sums;
 use trireme::comm::{Groups, agree};
 use trireme::device::Device;
 use trireme::error::{Error, Result};
-use trireme::infer::generate::Generator;
+use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::journal::{self, Journal, Merged};
+use trireme::infer::kv_memory::Room;
 use trireme::infer::load::{check_layout, layout_for, load_chunk};
 use trireme::infer::request::{Limits, OnBad, RequestFile, read_requests};
 use trireme::infer::samples::Done;
@@ -85,8 +86,18 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     pp: usize,
     /// Responses under way at one time on a replica
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = cli::parse_count)]
     batch: usize,
+    /// Most tokens of one pass over the model: a long prompt is taken in pieces, beside a token of each response under way
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = cli::parse_count)]
+    pass_tokens: usize,
+    /// Most tokens guessed ahead of a response, from what followed the same tokens before, and verified in one pass; 0: none
+    #[arg(long, value_name = "TOKENS", default_value_t = 4)]
+    draft: usize,
+    /// Memory of each rank's cache of keys and values: bytes, or a number with KB, MB, GB, KiB, MiB or GiB; left out: what the
+    /// responses under way can need at most, as far as it is free
+    #[arg(long, value_name = "SIZE", value_parser = cli::parse_bytes)]
+    kv_memory: Option<u64>,
     /// What a wrong request does: refuse (the file, exit code 3, before anything is made) or record (its response has finish_reason
     /// "error" and "error": what was wrong; all others are made, the exit code is 0)
     #[arg(long, default_value = "refuse", value_name = "refuse|record", value_parser = cli::parse_on_bad)]
@@ -149,13 +160,17 @@ fn make(
 ) -> Result<()> {
     let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, groups, args.dtype))?;
     agree(&*groups.world, chunk.pack(device, &*groups.tp, args.weights.unwrap_or(WeightFormat::Stored)))?;
+    let free = || runtime.free_bytes().map_or(Room::Unknown, Room::Free);
+    let kv_memory = args.kv_memory.map_or_else(free, |bytes| Room::Asked(bytes as usize));
+    let batching =
+        Batching { n_sequences: args.batch, pass_tokens: args.pass_tokens, draft_tokens: args.draft, kv_memory, ..Batching::default() };
     let generator = Generator {
         device,
         groups,
         chunk: &chunk,
         eos_ids: prepared.eos_ids.clone(),
         tokenizer: prepared.tokenizer.as_ref(),
-        n_slots: args.batch,
+        batching,
         stop: &|| runtime.stop_requested(),
     };
     let speaks = groups.at.tp == 0 && groups.at.pp == 0;
@@ -164,7 +179,9 @@ fn make(
         journal.as_mut().expect("who speaks has one").append(sample, &response)
     });
     // Also what was made before an error is kept.
-    agree(&*groups.world, journal.map_or(Ok(()), Journal::close).and(made))
+    let counts = agree(&*groups.world, journal.map_or(Ok(()), Journal::close).and(made))?;
+    log::info!("replica 0: {counts}");
+    Ok(())
 }
 
 /// What every rank reads for itself.

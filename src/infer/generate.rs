@@ -1,27 +1,24 @@
-//! Batch generation: requests in, responses out, in request order. Slots of a KV cache are refilled as responses end
-//! (continuous batching). Replicas share out the requests; the ranks of one replica work in lockstep.
+//! Batch generation: requests in, responses out. What goes into each pass is decided in `schedule`, computed in `pass`; here the
+//! choices become responses. Replicas share out the samples (`share`); the ranks of one replica decide everything alike. What a response
+//! is depends on none of this: neither on how requests are batched, nor on the number of ranks, nor on the order in which they end.
 
-use super::decode::{Decoder, NewTokens};
 use super::growing::{Growing, Rules};
+use super::kv_memory::{self, Room};
+use super::pass::{Passes, Signal, UnderWay};
 use super::request::{Request, Response};
 use super::sampler::{Choice, Drawing};
 use super::samples::{Done, Sample};
-use super::sampling;
-use crate::comm::{Groups, Recv, Send, agree};
-use crate::device::{CacheSpan, Device, KvCache, PAGE_TOKENS, Scratch, ScratchTensor};
+use super::schedule::{Counts, Limits, Next, Part, Scheduler, Sharing};
+use super::share::share;
+use crate::comm::{Communicator, Groups, agree};
+use crate::device::{Device, PAGE_TOKENS};
 use crate::error::{Error, Kind, Result};
 use crate::fault;
-use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
-use crate::model::ctx::{Ctx, SequenceMode};
-use crate::model::numerics::Numerics;
+use crate::model::chunk::Chunk;
 use crate::progress::Progress;
 use crate::rng::Random;
-use crate::tensor::{DType, Tensor};
 use crate::text::Tokenizer;
-use std::collections::VecDeque;
-
-/// Most prompt tokens taken into one forward pass, beside the decoding rows (a first prompt is always taken whole).
-const PREFILL_TOKENS: usize = 2048;
+use std::collections::{HashMap, VecDeque};
 
 /// What a replica generates with.
 pub struct Generator<'a> {
@@ -35,33 +32,34 @@ pub struct Generator<'a> {
     pub eos_ids: Vec<u32>,
     /// For the text of responses.
     pub tokenizer: Option<&'a Tokenizer>,
-    /// Responses under way at one time.
-    pub n_slots: usize,
+    /// How requests are batched.
+    pub batching: Batching,
     /// Whether this rank was asked to stop; the ranks of a replica leave together when one of them was.
     pub stop: &'a dyn Fn() -> bool,
 }
 
-/// What passes of one run keep.
-#[derive(Default)]
-struct Memory {
-    /// Decode steps of a model that is whole on this rank.
-    decoder: Decoder,
-    /// Temporaries of decode steps of a part of a model.
-    decode: Scratch,
+/// How requests are batched, on each replica. Responses do not depend on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Batching {
+    /// Responses under way at one time.
+    pub n_sequences: usize,
+    /// Most tokens of a pass; of a long prompt as many as there is room for beside the responses under way.
+    pub pass_tokens: usize,
+    /// Whether prompts that begin alike share that part of the cache.
+    pub sharing: Sharing,
+    /// Most tokens that are guessed ahead of a response; 0 for none.
+    pub draft_tokens: usize,
+    /// Memory of the cache on this rank.
+    pub kv_memory: Room,
 }
 
-/// A response under way in a slot.
-struct Active<'a> {
-    sample: Sample,
-    request: &'a Request,
-    /// Of the caches, for as many tokens as any request can need.
-    pages: Vec<u32>,
-    noise: Random,
-    /// Tokens to feed in the next pass: the prompt, then the last choice.
-    feed: Vec<u32>,
-    /// Tokens in the cache.
-    past: usize,
-    growing: Growing<'a>,
+/// Rows of a pass up to which a guess costs little beside reading the weights.
+const DRAFT_ROWS: usize = 16;
+
+impl Default for Batching {
+    fn default() -> Batching {
+        Batching { n_sequences: 16, pass_tokens: 512, sharing: Sharing::Shared, draft_tokens: 4, kv_memory: Room::Unknown }
+    }
 }
 
 /// Takes every finished response, in the order in which they end.
@@ -88,46 +86,68 @@ impl Out<'_> {
     }
 }
 
+/// A response that is not complete.
+struct Active<'a> {
+    sample: Sample,
+    request: &'a Request,
+    noise: Random,
+    growing: Growing<'a>,
+}
+
+/// The samples of this replica, under their numbers in the scheduler.
+struct Batch<'a> {
+    requests: &'a [Request],
+    rules: Rules<'a>,
+    scheduler: Scheduler<'a>,
+    samples: Vec<Sample>,
+    /// Those that were in a pass.
+    active: HashMap<usize, Active<'a>>,
+}
+
 impl<'g> Generator<'g> {
-    /// Makes this replica's share of the samples that are missing in `done` (every dp-th). The first rank of the replica (tp 0, pp 0)
-    /// hands each to `sink` as it ends; an Err of the sink ends the work. Err when a rank of the replica was asked to stop. Collective
-    /// over the replica; an Err may be of this rank alone, so `agree` comes next.
-    pub fn run<'a>(&'a self, requests: &'a [Request], done: &Done, sink: &mut Sink) -> Result<()> {
-        let (dp, dp_idx) = (self.groups.layout.dp, self.groups.at.dp);
-        let mut waiting: VecDeque<Sample> = done.missing().skip(dp_idx).step_by(dp).collect();
+    /// Makes this replica's share of the samples that are missing in `done`. The first rank of the replica (tp 0, pp 0) hands each to
+    /// `sink` as it ends; an Err of the sink ends the work. -> what the replica did. Err when a rank of the replica was asked to stop, or
+    /// when a response does not fit the memory of the cache. Collective over the replica; an Err may be of this rank alone, so
+    /// `agree` comes next.
+    pub fn run<'a>(&'a self, requests: &'a [Request], done: &Done, sink: &mut Sink) -> Result<Counts> {
+        let (layout, at) = (self.groups.layout, self.groups.at);
+        let samples = share(requests, &done.missing().collect::<Vec<_>>(), layout.dp, at.dp);
         let mut out = Out {
             sink,
-            speaks: self.groups.at.tp == 0 && self.groups.at.pp == 0,
+            speaks: at.tp == 0 && at.pp == 0,
             failed: None,
-            progress: (self.groups.world.rank() == 0).then(|| Progress::new("generate", waiting.len() as u64, "responses").with("tokens")),
+            progress: (self.groups.world.rank() == 0).then(|| Progress::new("generate", samples.len() as u64, "responses").with("tokens")),
         };
-        let n_slots = self.n_slots.min(waiting.len()).max(1);
-        let longest = waiting.iter().map(|sample| self.capacity_of(&requests[sample.request_idx])).max().unwrap_or(1);
-        let pages = longest.div_ceil(PAGE_TOKENS) as u32;
-        let mut caches = self.chunk.new_caches(self.device, n_slots * pages as usize)?;
-        let mut free: Vec<Vec<u32>> = (0..n_slots as u32).rev().map(|slot| (slot * pages..(slot + 1) * pages).collect()).collect();
-        let mut active: Vec<Active<'a>> = Vec::new();
-        let mut memory = Memory::default();
-        loop {
-            self.admit(requests, &mut waiting, &mut free, &mut active, &mut out);
-            if active.is_empty() {
+        let limits = self.limits(requests, &samples)?;
+        let mut passes = self.agree_in_replica(Passes::new(self.device, self.groups, self.chunk, limits.n_pages))?;
+        let mut batch = self.batch(requests, samples, limits, &mut out);
+        // Of each group of sequences, its pass.
+        let mut under_way: VecDeque<Option<(Vec<Part>, UnderWay)>> = (0..limits.n_groups).map(|_| None).collect();
+        let mut leaving: Option<Error> = None;
+        for group in (0..limits.n_groups).cycle() {
+            if let Some((parts, pass)) = under_way.pop_front().flatten() {
+                let ended = batch.finish(&parts, |drawings| passes.finish(pass, drawings), &mut out);
+                leaving = leaving.or(ended.err());
+            }
+            let parts = if leaving.is_none() { batch.next_pass(group) } else { Vec::new() };
+            if parts.is_empty() && under_way.iter().all(Option::is_none) && (leaving.is_some() || batch.scheduler.is_done()) {
                 break;
             }
-            if self.is_asked_to_stop(&out) {
-                let asked = Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again");
-                return Err(out.failed.unwrap_or(asked));
-            }
-            fault::at("pass");
-            let choices = self.pass(&mut memory, &mut caches, &mut active);
-            if let Some(progress) = &mut out.progress {
-                progress.add_also(active.len() as u64);
-            }
-            self.advance(choices, &mut active, &mut free, &mut out)?;
+            let started = (!parts.is_empty()).then(|| {
+                fault::at("pass");
+                let mine = if (self.stop)() || out.failed.is_some() { Signal::Stop } else { Signal::GoOn };
+                let pass = batch.with_drawings(&parts, |drawings| passes.start(&parts, drawings, mine));
+                (parts, pass)
+            });
+            under_way.push_back(started);
+        }
+        if let Some(error) = out.failed.or(leaving) {
+            return Err(error);
         }
         if let Some(progress) = out.progress {
             progress.finish();
         }
-        out.failed.map_or(Ok(()), Err)
+        Ok(batch.scheduler.counts())
     }
 
     /// All responses to `requests` in their order, on every rank, in memory. Collective over all ranks, which agree on an Err.
@@ -146,142 +166,119 @@ impl<'g> Generator<'g> {
         Ok(all.into_iter().map(|(_, response)| response).collect())
     }
 
-    /// Whether any rank of this replica was: signals do not arrive everywhere in the same iteration, and a rank that left alone would
-    /// be waited for. Collective over the replica.
-    fn is_asked_to_stop(&self, out: &Out) -> bool {
-        let mine = if (self.stop)() || out.failed.is_some() { 1.0 } else { 0.0 };
-        self.groups.pp.sum_f64(self.groups.tp.sum_f64(mine)) > 0.0
-    }
-
-    /// Cache rows a request can need.
-    fn capacity_of(&self, request: &Request) -> usize {
+    /// Most tokens of prompt and response.
+    fn most_tokens(&self, request: &Request) -> usize {
         (request.tokens.len() + request.max_new_tokens).min(self.chunk.config().max_tokens)
     }
 
-    /// What ends responses.
-    fn rules(&self) -> Rules<'_> {
-        Rules { eos_ids: &self.eos_ids, max_tokens: self.chunk.config().max_tokens, tokenizer: self.tokenizer }
+    /// What passes of this replica are made within, the same on all of its ranks.
+    fn limits(&self, requests: &[Request], samples: &[Sample]) -> Result<Limits> {
+        let Batching { n_sequences, pass_tokens, sharing, draft_tokens, kv_memory } = self.batching;
+        let most_tokens: Vec<usize> = samples.iter().map(|sample| self.most_tokens(&requests[sample.request_idx])).collect();
+        let page_bytes = kv_memory::page_bytes(self.chunk.config(), &self.groups.layout, self.chunk.dtype());
+        let fitting = self.agree_in_replica(kv_memory::n_pages(&most_tokens, n_sequences, page_bytes, kv_memory))?;
+        // Machines may have different amounts of memory free.
+        let least = |comm: &dyn Communicator, n: f64| comm.gather_f64(n).into_iter().fold(f64::INFINITY, f64::min);
+        let n_pages = least(&*self.groups.pp, least(&*self.groups.tp, fitting as f64)) as usize;
+        let n_groups = Passes::most_under_way(self.groups);
+        Ok(Limits { page_tokens: PAGE_TOKENS, n_pages, n_sequences, pass_tokens, n_groups, sharing, draft_tokens, draft_rows: DRAFT_ROWS })
     }
 
-    /// Moves waiting samples into free slots.
-    fn admit<'a>(
-        &'a self,
-        requests: &'a [Request],
-        waiting: &mut VecDeque<Sample>,
-        free: &mut Vec<Vec<u32>>,
-        active: &mut Vec<Active<'a>>,
-        out: &mut Out,
-    ) {
-        let mut n_tokens = 0;
-        while let (Some(&sample), false) = (waiting.front(), free.is_empty()) {
+    /// The ranks of the replica go on together or not at all.
+    fn agree_in_replica<T>(&self, mine: Result<T>) -> Result<T> {
+        agree(&*self.groups.pp, agree(&*self.groups.tp, mine))
+    }
+
+    /// Hands all samples to the scheduler, but those that are complete without a token.
+    fn batch<'a>(&'a self, requests: &'a [Request], samples: Vec<Sample>, limits: Limits, out: &mut Out) -> Batch<'a> {
+        let rules = Rules { eos_ids: &self.eos_ids, max_tokens: self.chunk.config().max_tokens, tokenizer: self.tokenizer };
+        let (scheduler, active) = (Scheduler::new(limits), HashMap::new());
+        let mut batch = Batch { requests, rules, scheduler, samples: Vec::with_capacity(samples.len()), active };
+        for sample in samples {
             let request = &requests[sample.request_idx];
-            if n_tokens > 0 && n_tokens + request.tokens.len() > PREFILL_TOKENS {
-                return;
-            }
-            waiting.pop_front();
-            let growing = Growing::new(request, self.rules());
-            if let Some(reason) = growing.ended_at_once() {
-                out.put(sample, || growing.into_response(sample.index, reason));
-                continue;
-            }
-            n_tokens += request.tokens.len();
-            let pages = free.pop().expect("looked at above");
-            let (noise, feed) = (request.noise(), request.tokens.clone());
-            active.push(Active { sample, request, pages, noise, feed, past: 0, growing });
-        }
-    }
-
-    /// One forward pass over all active slots; the next token of each, in the order of `active`.
-    fn pass(&self, memory: &mut Memory, caches: &mut [KvCache], active: &mut [Active]) -> Vec<Choice> {
-        let (mut spans, mut tokens, mut positions, mut last_rows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for one in active.iter_mut() {
-            let first = tokens.len();
-            positions.extend((one.past..one.past + one.feed.len()).map(|position| position as u32));
-            tokens.append(&mut one.feed);
-            spans.push(CacheSpan { rows: first..tokens.len(), past: one.past, pages: one.pages.clone() });
-            one.past += tokens.len() - first;
-            last_rows.push(tokens.len() - 1);
-        }
-        let is_decode = spans.iter().all(|span| span.rows.len() == 1);
-        // Prompts come in all lengths: their temporaries are not kept.
-        let prefill = Scratch::new();
-        let scratch = if is_decode { &memory.decode } else { &prefill };
-        let numerics = Numerics::of_inference(self.device, self.groups.layout.tp);
-        let ctx = Ctx { device: self.device, tp: &*self.groups.tp, scratch, sequence: SequenceMode::Replicated, numerics };
-        if is_decode && self.groups.layout.tp * self.groups.layout.pp == 1 {
-            let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
-            let logits = memory.decoder.logits(&ctx, self.chunk, &new, caches);
-            return self.sample(logits, active);
-        }
-        let tokens = self.upload_u32(scratch, &tokens);
-        let positions = self.upload_u32(scratch, &positions);
-        let (stage, last_stage) = (self.groups.at.pp, self.groups.layout.pp - 1);
-        let received = (stage > 0).then(|| self.receive_hidden(scratch, tokens.n_rows()));
-        let input = match &received {
-            None => CachedInput::Tokens(&tokens),
-            Some(hidden) => CachedInput::Hidden(hidden),
-        };
-        let output = self.chunk.forward_cached(&ctx, input, &positions, &spans, caches, &last_rows);
-        let mut choices = Vec::new();
-        match output {
-            CachedOutput::Hidden(hidden) => self.send_hidden(&hidden),
-            CachedOutput::Logits(logits) => choices = self.sample(&logits, active),
-        }
-        if last_stage > 0 {
-            sampling::share(&*self.groups.pp, &mut choices, &drawings(active), last_stage);
-        }
-        choices
-    }
-
-    fn upload_u32(&self, scratch: &Scratch, values: &[u32]) -> ScratchTensor {
-        let mut tensor = scratch.take(self.device, &[values.len()], DType::U32);
-        self.device.upload(bytemuck::cast_slice(values), &mut tensor);
-        tensor
-    }
-
-    fn receive_hidden(&self, scratch: &Scratch, n_rows: usize) -> ScratchTensor {
-        let mut hidden = scratch.take(self.device, &[n_rows, self.chunk.config().hidden], self.chunk.dtype());
-        let recv = Recv { peer: self.groups.at.pp - 1, tag: 0, tensor: &mut hidden };
-        self.groups.pp.start_group(Vec::new(), vec![recv]).wait();
-        hidden
-    }
-
-    fn send_hidden(&self, hidden: &Tensor) {
-        let send = Send { peer: self.groups.at.pp + 1, tag: 0, tensor: hidden };
-        self.groups.pp.start_group(vec![send], Vec::new()).wait();
-    }
-
-    /// One choice a row of logits[n, V/tp], the same on all tensor-parallel ranks.
-    fn sample(&self, logits: &Tensor, active: &[Active]) -> Vec<Choice> {
-        sampling::choose_rows(self.device, &*self.groups.tp, logits, self.chunk.config().vocab_size, &drawings(active))
-    }
-
-    /// Appends the choices, ends what is complete and frees its slots. Err, on all ranks of the replica, when logits were no numbers.
-    fn advance(&self, choices: Vec<Choice>, active: &mut Vec<Active>, free: &mut Vec<Vec<u32>>, out: &mut Out) -> Result<()> {
-        let mut going_on = Vec::with_capacity(active.len());
-        for (mut one, choice) in active.drain(..).zip(choices) {
-            if !choice.logprob.is_finite() {
-                let wrong = format!("request {:?}: the logits after {} tokens are not finite", one.request.id, one.past);
-                return Err(Error::new(Kind::Numeric, wrong).remedy("check the checkpoint (trireme-checkpoint verify), or try --dtype f32"));
-            }
-            let token = choice.token;
-            match one.growing.push(choice) {
-                Some(reason) => {
-                    free.push(one.pages);
-                    out.put(one.sample, || one.growing.into_response(one.sample.index, reason));
-                }
+            let growing = Growing::new(request, rules);
+            match growing.ended_at_once() {
+                Some(reason) => out.put(sample, || growing.into_response(sample.index, reason)),
                 None => {
-                    one.feed.push(token);
-                    going_on.push(one);
+                    batch.scheduler.add(&request.tokens, self.most_tokens(request));
+                    batch.samples.push(sample);
                 }
             }
         }
-        *active = going_on;
-        Ok(())
+        batch
     }
 }
 
-/// How the next token of each response is drawn.
-fn drawings<'a>(active: &'a [Active]) -> Vec<Drawing<'a>> {
-    active.iter().map(|one| one.request.drawing(&one.noise, one.sample.index, one.growing.tokens())).collect()
+impl Batch<'_> {
+    /// The next pass of a group: see `Scheduler::next_pass`.
+    fn next_pass(&mut self, group: usize) -> Vec<Part> {
+        let parts = self.scheduler.next_pass(group);
+        for part in &parts {
+            let sample = self.samples[part.sequence];
+            let request = &self.requests[sample.request_idx];
+            let begin = || Active { sample, request, noise: request.noise(), growing: Growing::new(request, self.rules) };
+            self.active.entry(part.sequence).or_insert_with(begin);
+        }
+        parts
+    }
+
+    /// Calls `work` with how each wanted row of these parts is drawn: as if all guesses before it were right.
+    fn with_drawings<T>(&self, parts: &[Part], work: impl FnOnce(&[Drawing]) -> T) -> T {
+        let of_part = |part: &Part| {
+            let guesses = &part.tokens[part.tokens.len() - part.n_wanted.saturating_sub(1)..];
+            [self.active[&part.sequence].growing.tokens(), guesses].concat()
+        };
+        let responses: Vec<Vec<u32>> = parts.iter().map(of_part).collect();
+        let mut drawings = Vec::new();
+        for (part, response) in parts.iter().zip(&responses) {
+            let one = &self.active[&part.sequence];
+            let first = one.growing.tokens().len();
+            drawings.extend((first..first + part.n_wanted).map(|n| one.request.drawing(&one.noise, one.sample.index, &response[..n])));
+        }
+        work(&drawings)
+    }
+
+    /// Takes what came of a pass: choices become tokens of responses, complete ones go out. Err, on all ranks of the replica, when one of
+    /// them was asked to stop, or when logits were no numbers.
+    fn finish(&mut self, parts: &[Part], pass: impl FnOnce(&[Drawing]) -> (Vec<Choice>, Signal), out: &mut Out) -> Result<()> {
+        let (choices, signal) = self.with_drawings(parts, pass);
+        let mut choices = choices.into_iter();
+        for part in parts {
+            self.advance(part, choices.by_ref().take(part.n_wanted), out)?;
+        }
+        match signal {
+            Signal::GoOn => Ok(()),
+            Signal::Stop => {
+                Err(Error::new(Kind::Requeue, "asked to stop before all responses were made").remedy("run the same command again"))
+            }
+        }
+    }
+
+    /// Appends the choices of one part as far as its guesses were right.
+    fn advance(&mut self, part: &Part, choices: impl Iterator<Item = Choice>, out: &mut Out) -> Result<()> {
+        let one = self.active.get_mut(&part.sequence).expect("a part is of an active response");
+        let guesses = &part.tokens[part.tokens.len() - part.n_wanted.saturating_sub(1)..];
+        let (mut chosen, mut ended) = (Vec::new(), None);
+        for (idx, choice) in choices.enumerate() {
+            if ended.is_some() || chosen != guesses[..idx] {
+                continue; // drawn for nothing
+            }
+            if !choice.logprob.is_finite() {
+                let n_tokens = one.request.tokens.len() + one.growing.tokens().len();
+                let wrong = format!("request {:?}: the logits after {n_tokens} tokens are not finite", one.request.id);
+                return Err(Error::new(Kind::Numeric, wrong).remedy("check the checkpoint (trireme-checkpoint verify), or try --dtype f32"));
+            }
+            chosen.push(choice.token);
+            ended = one.growing.push(choice);
+        }
+        if let Some(progress) = &mut out.progress {
+            progress.add_also(chosen.len() as u64);
+        }
+        self.scheduler.accept(part, &chosen, if ended.is_some() { Next::Ended } else { Next::GoesOn });
+        if let Some(reason) = ended {
+            let one = self.active.remove(&part.sequence).expect("it was there");
+            out.put(one.sample, || one.growing.into_response(one.sample.index, reason));
+        }
+        Ok(())
+    }
 }

@@ -2,14 +2,20 @@
 //! what it was imported from or exported to. All read a checkpoint of any layout.
 
 pub mod decode;
+pub mod draft;
 pub mod generate;
 pub mod growing;
 pub mod journal;
+pub mod kv_memory;
 pub mod load;
+pub mod pages;
+pub mod pass;
 pub mod request;
 mod request_line;
 pub mod sampler;
 pub mod samples;
 pub mod sampling;
+pub mod schedule;
 pub mod score;
+pub mod share;
 pub mod verify;

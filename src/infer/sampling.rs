@@ -1,5 +1,5 @@
 //! The next tokens of all rows of a pass: drawn by the device where it can, by the host from the gathered logits where it cannot; and
-//! handed to the stages of a pipeline. Which of the two draws a row depends on its own request alone.
+//! written into messages for the stages of a pipeline. Which of the two draws a row depends on its own request alone.
 
 use super::sampler::{self, Choice, Drawing};
 use crate::comm::Communicator;
@@ -73,22 +73,29 @@ impl Gathered {
     }
 }
 
-/// The choices of stage `root` on all stages; `drawings` says what was asked for. Collective over the pipeline.
-pub fn share(pp: &dyn Communicator, choices: &mut Vec<Choice>, drawings: &[Drawing], root: usize) {
-    // Each choice has as many of the most likely tokens as were wanted of it: all stages know the length of the message.
-    let mut words: Vec<u64> = Vec::new();
-    if pp.rank() == root {
-        let pairs = choices.iter().flat_map(|choice| std::iter::once((choice.token, choice.logprob)).chain(choice.top.iter().copied()));
-        words.extend(pairs.flat_map(|(token, logprob)| [u64::from(token), logprob.to_bits()]));
-    }
-    words.resize(drawings.iter().map(|drawing| 2 * (1 + drawing.n_top)).sum(), 0);
-    pp.broadcast_bytes(bytemuck::cast_slice_mut(&mut words), root);
-    let mut pairs = words.chunks_exact(2).map(|pair| (pair[0] as u32, f64::from_bits(pair[1])));
-    *choices = drawings
-        .iter()
-        .map(|drawing| {
-            let (token, logprob) = pairs.next().expect("two words a token");
-            Choice { token, logprob, top: pairs.by_ref().take(drawing.n_top).collect() }
-        })
-        .collect();
+/// Words of a message with a choice for each of `drawings`: each choice has as many of the most likely tokens as were wanted of it, so
+/// that whoever receives it knows its length.
+pub fn n_words(drawings: &[Drawing]) -> usize {
+    drawings.iter().map(|drawing| WORDS_A_TOKEN * (1 + drawing.n_top)).sum()
+}
+
+/// A token and its log-probability.
+const WORDS_A_TOKEN: usize = 3;
+
+/// Choices as such a message.
+pub fn to_words(choices: &[Choice]) -> Vec<u32> {
+    let pairs = choices.iter().flat_map(|choice| std::iter::once((choice.token, choice.logprob)).chain(choice.top.iter().copied()));
+    let words = |(token, logprob): (u32, f64)| [token, logprob.to_bits() as u32, (logprob.to_bits() >> 32) as u32];
+    pairs.flat_map(words).collect()
+}
+
+/// The choices of a message for these drawings.
+pub fn from_words(words: &[u32], drawings: &[Drawing]) -> Vec<Choice> {
+    let of_token = |words: &[u32]| (words[0], f64::from_bits(u64::from(words[1]) | u64::from(words[2]) << 32));
+    let mut pairs = words.chunks_exact(WORDS_A_TOKEN).map(of_token);
+    let choice = |drawing: &Drawing| {
+        let (token, logprob) = pairs.next().expect("a message of n_words");
+        Choice { token, logprob, top: pairs.by_ref().take(drawing.n_top).collect() }
+    };
+    drawings.iter().map(choice).collect()
 }

@@ -120,7 +120,7 @@ pub enum CachedInput<'a> {
 
 /// Output of a cached forward.
 pub enum CachedOutput {
-    /// The residual stream [n, H] for the next chunk.
+    /// The residual stream [n, H] for the next chunk; from the last when no rows are wanted.
     Hidden(ScratchTensor),
     /// Logits of the wanted rows [wanted, V/tp], from the last chunk.
     Logits(ScratchTensor),
@@ -557,12 +557,14 @@ impl Chunk {
             delta = next;
         }
         match (&self.head, &stream) {
-            (Some(head), _) => CachedOutput::Logits(head.logits(ctx, residual(&stream, None, delta), wanted_rows, self.tied_weight())),
-            (None, Some(x)) => {
+            (Some(head), _) if !wanted_rows.is_empty() => {
+                CachedOutput::Logits(head.logits(ctx, residual(&stream, None, delta), wanted_rows, self.tied_weight()))
+            }
+            (_, Some(x)) => {
                 ctx.device.add(&mut delta, x);
                 CachedOutput::Hidden(delta)
             }
-            (None, None) => CachedOutput::Hidden(delta),
+            (_, None) => CachedOutput::Hidden(delta),
         }
     }
 

@@ -9,7 +9,7 @@ use trireme::comm::solo::Solo;
 use trireme::device::Device;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
-use trireme::infer::generate::Generator;
+use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::load::load_chunk;
 use trireme::infer::request::{Request, Response};
 use trireme::infer::sampler::Sampling;
@@ -39,8 +39,15 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<Response>, Vec<f64>) {
     let sequences: Vec<Sequence> =
         requests.iter().map(|request| Sequence { id: request.id.clone(), tokens: request.tokens.clone() }).collect();
     let scored = score::logprobs(device, &groups, &mut chunks, &sequences, 64).unwrap();
-    let generator =
-        Generator { device, groups: &groups, chunk: &chunks[0], eos_ids: vec![7], tokenizer: None, n_slots: 2, stop: &|| false };
+    let generator = Generator {
+        device,
+        groups: &groups,
+        chunk: &chunks[0],
+        eos_ids: vec![7],
+        tokenizer: None,
+        batching: Batching { n_sequences: 2, ..Batching::default() },
+        stop: &|| false,
+    };
     (generator.responses(&requests).unwrap(), scored.iter().map(|one| one.sum).collect())
 }
 
