@@ -5,6 +5,7 @@ use crate::device::Fp8Scales;
 use crate::error::{Error, Result};
 use crate::infer::request::OnBad;
 use crate::model::packed::WeightFormat;
+use crate::recipe::Mode;
 use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
 use std::process::ExitCode;
@@ -102,4 +103,22 @@ pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
     let (number, unit) = units.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit))).expect("the empty suffix fits all");
     let bytes = number.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).filter(|bytes| *bytes > 0);
     bytes.ok_or_else(|| format!("{text:?} is no size: expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB"))
+}
+
+/// For `--numerics`: reproducible or fast.
+pub fn parse_numerics(text: &str) -> std::result::Result<Mode, String> {
+    match text {
+        "reproducible" => Ok(Mode::Reproducible),
+        "fast" => Ok(Mode::Fast),
+        other => Err(format!("{other:?} is neither reproducible nor fast")),
+    }
+}
+
+/// `--numerics` as it stands in an artifact; left out, it is what is possible.
+pub fn numerics_name(numerics: Option<Mode>) -> &'static str {
+    match numerics {
+        None => "auto",
+        Some(Mode::Reproducible) => "reproducible",
+        Some(Mode::Fast) => "fast",
+    }
 }

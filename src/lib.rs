@@ -2,7 +2,7 @@
 //!
 //! Layers, lowest first; a module may use its own layer and those below (tests/layering.rs holds this):
 //! L0 `error`, `exact`, `fault`, `rng`, `metrics`, `artifact`, `progress` - L1 `tensor`, `recipe`, `parallel`, `flight` - L2 `device`,
-//! `comm` - L3 `model`, `data`, `text`, `checkpoint` - L4 `train`, `infer` - L5 `runtime`, `cli`, `prove` - L6 the binaries.
+//! `comm` - L3 `model`, `data`, `text`, `checkpoint` - L4 `train`, `infer`, `eval` - L5 `runtime`, `cli`, `prove` - L6 the binaries.
 //!
 //! Letters: `T` tokens in a micro-batch, `H` hidden, `F` feed-forward, `V` vocabulary, `A` query heads, `G` kv heads, `D`
 //! head dim, `L` layers, `M` micro-batches; tp pp dp vp: tensor, pipeline, data, virtual-pipeline parallel; lse:
@@ -17,6 +17,7 @@ pub mod comm;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod exact;
 pub mod fault;
 pub mod flight;

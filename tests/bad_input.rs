@@ -227,6 +227,7 @@ fn help_and_usage() {
         env!("CARGO_BIN_EXE_trireme-pretrain"),
         env!("CARGO_BIN_EXE_trireme-generate"),
         env!("CARGO_BIN_EXE_trireme-score"),
+        env!("CARGO_BIN_EXE_trireme-evaluate"),
         env!("CARGO_BIN_EXE_trireme-prove"),
         env!("CARGO_BIN_EXE_trireme-checkpoint"),
         env!("CARGO_BIN_EXE_trireme-inspect"),

@@ -13,6 +13,8 @@ use trireme::infer::request::{FinishReason, Request, Response};
 use trireme::infer::sampler::Sampling;
 use trireme::infer::samples::Done;
 use trireme::infer::score::{self, Scored, Sequence};
+use trireme::infer::scorer::Scorer;
+use trireme::model::numerics::Numerics;
 use trireme::rng::Random;
 use trireme::tensor::DType;
 
@@ -53,7 +55,8 @@ fn score_on(run: &Path, sequences: &[Sequence], shape: (usize, usize, usize), ba
         let groups = Groups::new(world, layout_for(tp * pp * dp, tp, pp).unwrap());
         let (device, stored) = (Cpu::new(), checkpoint::open(run).unwrap());
         let mut chunks = [load_chunk(&device, &stored, &groups, DType::F32).unwrap()];
-        score::logprobs(&device, &groups, &mut chunks, sequences, batch_tokens).unwrap()
+        let scorer = Scorer { device: &device, groups: &groups, batch_tokens, numerics: Numerics::Fast, stop: &|| false };
+        score::logprobs(&scorer, &mut chunks, sequences).unwrap()
     });
     all.into_iter().next().unwrap()
 }

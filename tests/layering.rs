@@ -1,7 +1,7 @@
 //! The architecture, held by reading the source: who may name whom, which files may name MPI and HDF5, and where `unsafe`
 //! may stand. The layers, lowest first; a module uses its own layer and those below:
 //! L0 error, exact, fault, rng, metrics, artifact, progress - L1 tensor, recipe, parallel, flight - L2 device, comm - L3 model, data, text,
-//! checkpoint - L4 train, infer - L5 runtime, cli, prove - L6 the binaries.
+//! checkpoint - L4 train, infer, eval - L5 runtime, cli, prove - L6 the binaries.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ const LAYERS: [&[&str]; 6] = [
     &["tensor", "recipe", "parallel", "flight"],
     &["device", "comm"],
     &["model", "data", "text", "checkpoint"],
-    &["train", "infer"],
+    &["train", "infer", "eval"],
     &["runtime", "cli", "prove"],
 ];
 
@@ -26,6 +26,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("tokenizers", &["text/json"]),
     ("minijinja", &["text/chat"]),
     ("minijinja_contrib", &["text/chat"]),
+    ("fancy_regex", &["eval/extract"]),
+    ("csv", &["eval/read"]),
     ("memmap2", &["data", "flight/ring"]),
     ("gemm", &["device"]),
     ("rustix", &["fault", "artifact/file"]),

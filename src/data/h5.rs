@@ -19,6 +19,33 @@ pub struct LogprobTable {
     pub sums: Vec<f64>,
 }
 
+/// Likelihoods of the choices of questions, flat: question q has the choices starts[q]..starts[q+1], choice c the tokens
+/// token_starts[c]..token_starts[c+1].
+pub struct ChoiceTable {
+    /// One a question.
+    pub ids: Vec<String>,
+    /// Questions + 1 ascending offsets.
+    pub starts: Vec<u64>,
+    /// Of each question, the choice of the largest sum, counted from its first.
+    pub argmax: Vec<u64>,
+    /// One a choice.
+    pub sums: Vec<f64>,
+    /// One a choice; 0 where the choice was given as tokens.
+    pub chars: Vec<u64>,
+    /// One a choice; 0 where the choice was given as tokens.
+    pub bytes: Vec<u64>,
+    /// One a choice: 1 or 0.
+    pub is_greedy: Vec<u8>,
+    /// One a choice: tokens that its context lost on the left.
+    pub n_cut: Vec<u64>,
+    /// Choices + 1 ascending offsets.
+    pub token_starts: Vec<u64>,
+    /// Of all choices.
+    pub tokens: Vec<u32>,
+    /// ln p of each token.
+    pub logprobs: Vec<f32>,
+}
+
 /// Attributes of sequences.
 pub struct RewardTable {
     /// One a sequence.
@@ -34,6 +61,28 @@ pub fn write_logprobs(dir: &Path, name: &str, table: &LogprobTable) -> Result<Fi
         file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
         file.new_dataset_builder().with_data(&table.logprobs).create("logprobs")?;
         file.new_dataset_builder().with_data(&table.sums).create("sums")?;
+        Ok(())
+    })
+}
+
+/// Writes `dir/name` with the fields of the table as datasets of their names; synced to the disk.
+pub fn write_choices(dir: &Path, name: &str, table: &ChoiceTable) -> Result<FileEntry> {
+    write(dir, name, &table.ids, |file| {
+        let offsets_and_counts = [
+            ("starts", &table.starts),
+            ("argmax", &table.argmax),
+            ("chars", &table.chars),
+            ("bytes", &table.bytes),
+            ("n_cut", &table.n_cut),
+            ("token_starts", &table.token_starts),
+        ];
+        for (name, values) in offsets_and_counts {
+            file.new_dataset_builder().with_data(values).create(name)?;
+        }
+        file.new_dataset_builder().with_data(&table.sums).create("sums")?;
+        file.new_dataset_builder().with_data(&table.is_greedy).create("is_greedy")?;
+        file.new_dataset_builder().with_data(&table.tokens).create("tokens")?;
+        file.new_dataset_builder().with_data(&table.logprobs).create("logprobs")?;
         Ok(())
     })
 }

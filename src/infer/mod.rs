@@ -1,6 +1,7 @@
 //! Using a trained model: batch generation with a KV cache, scoring of given text, and the comparison of a checkpoint with
 //! what it was imported from or exported to. All read a checkpoint of any layout.
 
+pub mod choices;
 pub mod decode;
 pub mod draft;
 pub mod generate;
@@ -17,5 +18,7 @@ pub mod samples;
 pub mod sampling;
 pub mod schedule;
 pub mod score;
+pub mod score_files;
+pub mod scorer;
 pub mod share;
 pub mod verify;

@@ -7,6 +7,7 @@ use super::config::{HeadKind, ModelConfig, ParamSpec};
 use super::ctx::Ctx;
 use super::embedding::VocabParallelEmbedding;
 use super::head::OutputHead;
+pub use super::head::TokenLosses;
 use super::heads::{Head, HeadDeferred, HeadSaved};
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::mlp::Mlp;
@@ -77,8 +78,8 @@ impl MicroBatch {
 pub enum Output {
     /// The residual stream [T', H] for the next chunk.
     Hidden(ScratchTensor),
-    /// Unweighted loss of each token [T], from the last chunk.
-    TokenLosses(Vec<f32>),
+    /// From the last chunk of a language model.
+    TokenLosses(TokenLosses),
     /// Attributes of each sequence [N, R], row by row, from the last chunk of a reward model.
     Attributes(Vec<f32>),
 }

@@ -22,6 +22,14 @@ pub struct OutputHead {
     pub vocab_size: usize,
 }
 
+/// What the head says of the targets of a micro-batch.
+pub struct TokenLosses {
+    /// Unweighted loss of each token, -ln p(target): [T], in nats.
+    pub losses: Vec<f32>,
+    /// Whether no other token is more likely than the target: [T].
+    pub is_greedy: Vec<bool>,
+}
+
 /// What the backward needs.
 pub struct HeadSaved {
     norm: NormSaved,
@@ -55,8 +63,8 @@ impl OutputHead {
         Part { first_row, n_valid: self.vocab_size.saturating_sub(first_row).min(rows) }
     }
 
-    /// residual[T', H] -> unweighted loss of each token, -ln p(target): [T], in nats.
-    pub fn forward(&self, ctx: &Ctx, residual: Residual, batch: &MicroBatch, tied: Option<&Param>) -> (Vec<f32>, HeadSaved) {
+    /// residual[T', H] -> the loss of each token.
+    pub fn forward(&self, ctx: &Ctx, residual: Residual, batch: &MicroBatch, tied: Option<&Param>) -> (TokenLosses, HeadSaved) {
         let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
         let Part { first_row, n_valid } = self.part(weight);
         let (normed, norm) = self.norm.forward(ctx, residual);
@@ -77,7 +85,11 @@ impl OutputHead {
         let [max_host, sum_host, target_host] = [&max, &sum, &target].map(|x| download(ctx, x));
         // The terms may be large and nearly cancel: one rounding, at the end.
         let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
-        ((0..n_tokens).map(loss).collect(), HeadSaved { norm, normed, logits, max, sum })
+        let of_tokens = TokenLosses {
+            losses: (0..n_tokens).map(loss).collect(),
+            is_greedy: target_host.iter().zip(&max_host).map(|(target, max)| target == max).collect(),
+        };
+        (of_tokens, HeadSaved { norm, normed, logits, max, sum })
     }
 
     /// dx[T', H] assigned; weight gradients accumulated. The loss is sum over tokens of weights[t] * loss[t].

@@ -16,6 +16,8 @@ use std::collections::HashMap;
 pub struct Passed {
     /// Unweighted token losses of each micro-batch, [M][T]; only on the last stage, empty elsewhere.
     pub token_losses: Vec<Vec<f32>>,
+    /// Whether no other token is more likely than the target, [M][T]; where there are token losses.
+    pub is_greedy: Vec<Vec<bool>>,
     /// Attributes of each micro-batch, [M][N * R]; only on the last stage of a reward model, empty elsewhere.
     pub attributes: Vec<Vec<f32>>,
 }
@@ -66,6 +68,7 @@ struct Stage<'a> {
     sending: HashMap<Key, InFlight<'a, ScratchTensor>>,
     receiving: HashMap<Key, InFlight<'a, ScratchTensor>>,
     token_losses: Vec<Vec<f32>>,
+    is_greedy: Vec<Vec<bool>>,
     attributes: Vec<Vec<f32>>,
     /// Of each chunk: whether it has run forwards, and how many micro-batches will still add to its gradients.
     has_run: Vec<bool>,
@@ -103,6 +106,7 @@ pub fn run(
         sending: HashMap::new(),
         receiving: HashMap::new(),
         token_losses: vec![Vec::new(); batches.len()],
+        is_greedy: vec![Vec::new(); batches.len()],
         attributes: vec![Vec::new(); batches.len()],
         has_run: vec![false; n_chunks],
         backwards_left: vec![batches.len(); n_chunks],
@@ -115,7 +119,7 @@ pub fn run(
     assert!(stage.saved.is_empty() && stage.deferred.is_empty(), "the schedule left backwards undone");
     assert!(stage.inbox.is_empty() && stage.outbox.is_empty(), "the schedule left tensors unread");
     assert!(stage.sending.is_empty() && stage.receiving.is_empty(), "the schedule left messages on their way");
-    Passed { token_losses: stage.token_losses, attributes: stage.attributes }
+    Passed { token_losses: stage.token_losses, is_greedy: stage.is_greedy, attributes: stage.attributes }
 }
 
 fn key(parcel: &Parcel) -> Key {
@@ -160,7 +164,7 @@ impl Stage<'_> {
         }
         match output {
             Output::Hidden(hidden) => self.pass_on(What::Activation, chunk, micro, hidden),
-            Output::TokenLosses(losses) => self.token_losses[micro] = losses,
+            Output::TokenLosses(tokens) => (self.token_losses[micro], self.is_greedy[micro]) = (tokens.losses, tokens.is_greedy),
             Output::Attributes(attributes) => self.attributes[micro] = attributes,
         }
     }

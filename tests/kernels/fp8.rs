@@ -14,6 +14,7 @@ use trireme::device::cuda::Cuda;
 use trireme::device::{Device, Fp8Scales, Scratch};
 use trireme::infer::load::load_chunk;
 use trireme::infer::score::{self, Sequence};
+use trireme::infer::scorer::Scorer;
 use trireme::model::chunk::{Chunk, ChunkSaved, MicroBatch, Output};
 use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
@@ -199,7 +200,8 @@ fn a_model_keeps_its_weights_so() {
     let sum = |device: &dyn Device, scales: Option<Fp8Scales>| {
         let mut chunks = [load_chunk(device, &wide, &groups(), DType::F32).unwrap()];
         scales.iter().for_each(|scales| chunks[0].quantise(device, *scales).unwrap());
-        score::logprobs(device, &groups(), &mut chunks, std::slice::from_ref(&sequence), 64).unwrap()[0].sum
+        let scorer = Scorer { device, groups: &groups(), batch_tokens: 64, numerics: Numerics::Fast, stop: &|| false };
+        score::logprobs(&scorer, &mut chunks, std::slice::from_ref(&sequence)).unwrap()[0].sum
     };
     let exact = sum(&Cpu::new(), None);
     for scales in [Fp8Scales::Rows, Fp8Scales::Tensor] {
@@ -239,10 +241,10 @@ fn moving(chunk: &mut Chunk, pairs: &[[u32; 2]]) -> Vec<Moving> {
     let of_pair = |&[first, next]: &[u32; 2]| {
         let batch = MicroBatch::new(&device, [&[first], &[next], &[0]], &[1.0], vec![0, 1]).unwrap();
         let mut saved = ChunkSaved::default();
-        let Output::TokenLosses(losses) = chunk.forward(&ctx, None, &batch, Some(&mut saved)) else { unreachable!() };
+        let Output::TokenLosses(tokens) = chunk.forward(&ctx, None, &batch, Some(&mut saved)) else { unreachable!() };
         chunk.params_mut().into_iter().for_each(|param| device.fill_zero(param.grad_mut()));
         chunk.backward(&ctx, &batch, saved, None);
-        let mut moving = Moving { logprob: -f64::from(losses[0]), weights: 0.0, inputs: 0.0 };
+        let mut moving = Moving { logprob: -f64::from(tokens.losses[0]), weights: 0.0, inputs: 0.0 };
         for param in chunk.params().into_iter().filter(|param| is_linear(&param.spec.name)) {
             let (grad, value, columns) = (param.grad().to_f32_vec(), param.value.to_f32_vec(), param.value.row_len());
             let tiny = value.iter().fold(0f32, |most, w| most.max(w.abs())) / 448.0 / 1024.0;
@@ -266,7 +268,8 @@ fn scored_in_fp8(device: &dyn Device, groups: &Groups, scales: Fp8Scales, pairs:
         device.scale(param.scale.as_mut().unwrap(), wrong);
     }
     let sequences: Vec<Sequence> = pairs.iter().map(|pair| Sequence { id: String::new(), tokens: pair.to_vec() }).collect();
-    score::logprobs(device, groups, &mut chunks, &sequences, 64).unwrap().iter().map(|scored| scored.sum).collect()
+    let scorer = Scorer { device, groups, batch_tokens: 64, numerics: Numerics::Fast, stop: &|| false };
+    score::logprobs(&scorer, &mut chunks, &sequences).unwrap().iter().map(|scored| scored.sum).collect()
 }
 
 /// The weights of a model as the numbers that their codes and scales stand for, by the definition.

@@ -14,7 +14,9 @@ use trireme::infer::load::load_chunk;
 use trireme::infer::request::{Request, Response};
 use trireme::infer::sampler::Sampling;
 use trireme::infer::score::{self, Sequence};
+use trireme::infer::scorer::Scorer;
 use trireme::metrics;
+use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::tensor::DType;
 
@@ -38,7 +40,8 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<Response>, Vec<f64>) {
     let requests = [request("greedy", 5, 0.0), request("warm", 1, 1.0), request("last", 12, 1.0)];
     let sequences: Vec<Sequence> =
         requests.iter().map(|request| Sequence { id: request.id.clone(), tokens: request.tokens.clone() }).collect();
-    let scored = score::logprobs(device, &groups, &mut chunks, &sequences, 64).unwrap();
+    let scorer = Scorer { device, groups: &groups, batch_tokens: 64, numerics: Numerics::Fast, stop: &|| false };
+    let scored = score::logprobs(&scorer, &mut chunks, &sequences).unwrap();
     let generator = Generator {
         device,
         groups: &groups,

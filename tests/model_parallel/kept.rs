@@ -59,7 +59,8 @@ fn step(case: Case, ctx: &Ctx, chunks: &mut [Chunk], batches: &[MicroBatch]) -> 
             let mut saved = ChunkSaved::default();
             match chunk.forward(ctx, passed.as_deref(), batch, Some(&mut saved)) {
                 Output::Hidden(hidden) => passed = Some(hidden),
-                Output::TokenLosses(values) | Output::Attributes(values) => losses.extend(values.into_iter().map(f32::to_bits)),
+                Output::TokenLosses(tokens) => losses.extend(tokens.losses.into_iter().map(f32::to_bits)),
+                Output::Attributes(values) => losses.extend(values.into_iter().map(f32::to_bits)),
             }
             saved_of_batch.push(saved);
         }

@@ -202,7 +202,7 @@ fn vocab_parallel_cross_entropy_never_sees_padding() {
             let batch = batch(&[0; T], &head.targets, &positions(), &weights);
             let (losses, saved) = output.forward(&rank.ctx, Residual::Whole(rank.local(&x)), &batch, None);
             let dx = output.backward(&rank.ctx, &batch, saved, None);
-            let losses = Matrix::from_fn(1, T, |_, t| f64::from(losses[t]));
+            let losses = Matrix::from_fn(1, T, |_, t| f64::from(losses.losses[t]));
             [losses, Matrix::of(&dx), gradient(output.weight.as_ref().unwrap()), gradient(&output.norm.gain)]
         });
         let what = format!("{division:?}");

@@ -111,7 +111,7 @@ fn forward_and_backward(chunks: &mut [Chunk], ctx: &Ctx, batches: &[MicroBatch],
             let mut saved = ChunkSaved::default();
             match chunk.forward(ctx, passed.as_deref(), batch, Some(&mut saved)) {
                 Output::Hidden(hidden) => passed = Some(hidden),
-                Output::TokenLosses(token_losses) => losses.extend(token_losses),
+                Output::TokenLosses(tokens) => losses.extend(tokens.losses),
                 Output::Attributes(attributes) => losses.extend(attributes),
             }
             saved_of_batch.push(saved);
@@ -396,7 +396,7 @@ fn cached_forward_equals_forward() {
                 for chunk in &chunks {
                     match chunk.forward(&ctx, passed.as_deref(), &batch, None) {
                         Output::Hidden(hidden) => passed = Some(hidden),
-                        Output::TokenLosses(token_losses) => losses = token_losses,
+                        Output::TokenLosses(tokens) => losses = tokens.losses,
                         Output::Attributes(_) => unreachable!("a language model"),
                     }
                 }

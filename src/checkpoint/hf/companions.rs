@@ -94,6 +94,14 @@ pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
     Ok(TokenIds { bos: json!(tokenizer.bos_id()), eos: json!(tokenizer.eos_id()), pad: json!(tokenizer.pad_id()) })
 }
 
+/// The token that begins a text, by the config.json that the model came with, else by its tokenizer; none when nobody knows.
+pub fn bos_id(stored: &Stored) -> Result<Option<u32>> {
+    match token_ids(stored)?.bos.as_u64() {
+        Some(id) => Ok(Some(id as u32)),
+        None => Ok(stored.tokenizer()?.and_then(|tokenizer| tokenizer.bos_id())),
+    }
+}
+
 /// The tokens that end what the model says: as transformers has it, by the generation_config.json that it came with, else by its
 /// config.json, else by its tokenizer; none when nobody knows.
 pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {

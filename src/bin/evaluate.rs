@@ -1,0 +1,270 @@
+//! trireme-evaluate: benchmarks of a checkpoint, and the comparison of two evaluations. Wiring only; the work is `eval`.
+
+use clap::{Parser, Subcommand};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
+use trireme::checkpoint::{self, Stored, hf};
+use trireme::cli;
+use trireme::comm::agree;
+use trireme::comm::nccl::Sums;
+use trireme::error::{Error, Kind, Result};
+use trireme::eval::answers::{self, Limits, Questions};
+use trireme::eval::compare::{self, ARTIFACT_KIND, Bootstrap};
+use trireme::eval::evidence::{self, Evidence};
+use trireme::eval::item::Leaf;
+use trireme::eval::scores::{self, Scores};
+use trireme::eval::task::{self, Asked, Shots, Task};
+use trireme::infer::choices::{self, BeginOfSequence, Start};
+use trireme::infer::generate::{Batching, Generator};
+use trireme::infer::kv_memory::Room;
+use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::score_files::write_lines;
+use trireme::infer::scorer::{self, Scorer};
+use trireme::model::config::HeadKind;
+use trireme::model::packed::WeightFormat;
+use trireme::parallel::layout::ParallelLayout;
+use trireme::recipe::Mode;
+use trireme::runtime::Runtime;
+use trireme::tensor::DType;
+use trireme::text::Tokenizer;
+
+/// Benchmarks of a checkpoint, from local files, with the prompts and numbers of lm-evaluation-harness.
+///
+/// Examples:
+///   trireme-evaluate run --checkpoint runs/first --data benchmarks --task arc_challenge --task mmlu --out runs/first-scores
+///   trireme-evaluate run --checkpoint runs/first --task gsm8k=grade_school_math/data --out runs/first-gsm8k
+///   trireme-evaluate compare runs/first-scores runs/second-scores
+#[derive(Parser)]
+#[command(name = "trireme-evaluate", version, verbatim_doc_comment)]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Evaluate a checkpoint.
+    ///
+    /// Tasks, and their files as published, in DIR/BENCHMARK (or where --task TASK=PATH says: the folder, or the first file):
+    ///   arc_challenge  ARC-Challenge-Test.jsonl; for --shots ARC-Challenge-Train.jsonl
+    ///   winogrande     dev.jsonl; for --shots train_xl.jsonl
+    ///   hellaswag      hellaswag_val.jsonl; for --shots hellaswag_train.jsonl
+    ///   mmlu           test/SUBJECT_test.csv and dev/SUBJECT_dev.csv of all 57
+    ///                  subjects, 5 shots; also mmlu_stem, mmlu_other,
+    ///                  mmlu_social_sciences, mmlu_humanities, mmlu_SUBJECT
+    ///   gsm8k          test.jsonl and train.jsonl, 5 shots
+    ///   bbh            bbh/SUBTASK.json and cot-prompts/SUBTASK.txt of all 27,
+    ///                  3 shots; also bbh_cot_fewshot_SUBTASK
+    /// Choices are compared by likelihood; answers of gsm8k and bbh are generated greedily and matched.
+    ///
+    /// Written are OUT/TASK.jsonl, the evidence of every item (prompt, tokens, log-probabilities or generated text, what was right),
+    /// and OUT/scores.json, which is also printed: values with standard errors. There is a score only when every item of every file
+    /// is complete. With --limit there is OUT/scores.partial.json instead, and the exit code is 1.
+    #[command(verbatim_doc_comment)]
+    Run(Box<EvaluateArgs>),
+    /// The differences between two evaluations of the same items, B - A, with a paired bootstrap.
+    Compare(CompareArgs),
+}
+
+#[derive(clap::Args)]
+struct CompareArgs {
+    /// An evaluation
+    a: PathBuf,
+    /// Another
+    b: PathBuf,
+    /// Draws of all items
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    resamples: u32,
+    /// Key of the draws
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(clap::Args)]
+struct EvaluateArgs {
+    /// A checkpoint, or a run (its newest checkpoint)
+    #[arg(long)]
+    checkpoint: PathBuf,
+    /// What to evaluate on: NAME, or NAME=PATH; any number of times
+    #[arg(long = "task", required = true, value_name = "NAME[=PATH]")]
+    tasks: Vec<Asked>,
+    /// Where the files are, a folder for each benchmark
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Directory to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Solved examples before each question of a benchmark
+    #[arg(long, value_name = "BENCHMARK=N")]
+    shots: Vec<Shots>,
+    /// Only the first items of each leaf task: no score, to try things out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Before which prompts the beginning-of-sequence token stands: empty ones, or always
+    #[arg(long, default_value = "empty")]
+    bos: BeginOfSequence,
+    /// Tensor-parallel ranks
+    #[arg(long, default_value_t = 1)]
+    tp: usize,
+    /// Pipeline stages
+    #[arg(long, default_value_t = 1)]
+    pp: usize,
+    /// Tokens in one forward pass over choices
+    #[arg(long, default_value_t = 2048)]
+    batch_tokens: usize,
+    /// Answers under way at one time on a replica
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Storage of weights and activations: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
+    dtype: DType,
+    /// Order of sums in likelihoods: reproducible, or fast; left out, reproducible where it can be had
+    #[arg(long, value_parser = cli::parse_numerics)]
+    numerics: Option<Mode>,
+    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
+    /// channel, or fp8-tensor (one for each weight)
+    #[arg(long, value_parser = cli::parse_weights)]
+    weights: Option<WeightFormat>,
+    #[command(flatten)]
+    place: cli::Place,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::main_with(|| match &args.what {
+        What::Compare(args) => {
+            let bootstrap = Bootstrap { n_resamples: args.resamples as usize, seed: args.seed };
+            println!("{}", compare::table(&compare::compare(&args.a, &args.b, bootstrap)?));
+            Ok(())
+        }
+        What::Run(args) => {
+            let runtime = Runtime::start(args.place.device)?;
+            let result = evaluate(args, &runtime);
+            runtime.close(result)
+        }
+    })
+}
+
+/// What every rank reads for itself.
+struct Prepared {
+    stored: Stored,
+    tokenizer: Tokenizer,
+    layout: ParallelLayout,
+    tasks: Vec<Task>,
+    questions: Questions,
+}
+
+impl Prepared {
+    fn leaves(&self) -> impl Iterator<Item = &Leaf> {
+        self.tasks.iter().flat_map(|task| &task.leaves)
+    }
+}
+
+fn evaluate(args: &EvaluateArgs, runtime: &Runtime) -> Result<()> {
+    let world = runtime.world();
+    let prepared = agree(world, prepare(args, world.size()))?;
+    let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return complete(args) };
+    let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
+    let device = &*device;
+    let numerics = agree(&*groups.world, scorer::numerics(args.numerics, device, prepared.layout, args.weights))?;
+    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
+    agree(&*groups.world, args.weights.map_or(Ok(()), |format| chunk.pack(device, &*groups.tp, format)))?;
+    let stop = || runtime.stop_requested();
+    let scorer = Scorer { device, groups: &groups, batch_tokens: args.batch_tokens, numerics, stop: &stop };
+    let mut chunks = [chunk];
+    let likelihoods = agree(&*groups.world, choices::likelihoods(&scorer, &mut chunks, &prepared.questions.pairs))?;
+    if args.weights.is_none() && !prepared.questions.requests.is_empty() {
+        agree(&*groups.world, chunks[0].pack(device, &*groups.tp, WeightFormat::Stored))?;
+    }
+    let kv_memory = runtime.free_bytes().map_or(Room::Unknown, Room::Free);
+    let generator = Generator {
+        device,
+        groups: &groups,
+        chunk: &chunks[0],
+        eos_ids: agree(&*groups.world, hf::eos_ids(&prepared.stored))?,
+        tokenizer: Some(&prepared.tokenizer),
+        batching: Batching { n_sequences: args.batch, kv_memory, ..Batching::default() },
+        stop: &stop,
+    };
+    let responses = generator.responses(&prepared.questions.requests)?;
+    let evidence = prepared.questions.evidence(prepared.leaves(), &likelihoods, &responses, &prepared.tokenizer);
+    let scores = score(args, &prepared.tasks, &evidence);
+    agree(&*groups.world, begun.commit_with(|writer| write(writer, &scores, &prepared.tasks, &evidence)))?;
+    if runtime.is_first() {
+        println!("{}\n{}: {} items", scores.table(), args.out.join(scores.file_name()).display(), evidence.len());
+    }
+    complete(args)
+}
+
+/// Whether what was asked for is a score.
+fn complete(args: &EvaluateArgs) -> Result<()> {
+    let Some(limit) = args.limit else { return Ok(()) };
+    let path = args.out.join(scores::PARTIAL_FILE);
+    let wrong = format!("{}: of at most {limit} items of each task, which is no score of a benchmark", path.display());
+    Err(Error::new(Kind::Other, wrong).remedy("leave out --limit"))
+}
+
+fn prepare(args: &EvaluateArgs, n_ranks: usize) -> Result<Prepared> {
+    let layout = layout_for(n_ranks, args.tp, args.pp)?;
+    if let Some(twice) = args.tasks.iter().enumerate().find_map(|(i, task)| args.tasks[..i].iter().find(|one| one.name == task.name)) {
+        return Err(Error::recipe(format!("--task {} stands twice", twice.name)).remedy("name each task once"));
+    }
+    let stored = checkpoint::open(&args.checkpoint)?;
+    let model = &stored.meta().model;
+    check_layout(model, &layout)?;
+    if let HeadKind::Reward(n) = model.head {
+        let wrong = format!("a reward model of {n} attributes has no likelihoods");
+        return Err(Error::file(&args.checkpoint, wrong).remedy("use the checkpoint of a language model"));
+    }
+    let tokenizer = stored.tokenizer()?.ok_or_else(|| {
+        Error::file(&args.checkpoint, "has no tokenizer").remedy("use a checkpoint that was trained or imported with its tokenizer")
+    })?;
+    let load = |asked: &Asked| task::load(asked, args.data.as_deref(), &args.shots, args.limit.map(|limit| limit as usize));
+    let tasks = args.tasks.iter().map(load).collect::<Result<Vec<Task>>>()?;
+    let start = Start::of(&stored, args.bos)?;
+    let limits = Limits { tokenizer: &tokenizer, vocab_size: model.vocab_size, max_tokens: model.max_tokens, start };
+    let questions = answers::questions(tasks.iter().flat_map(|task| &task.leaves), limits)?;
+    Ok(Prepared { stored, tokenizer, layout, tasks, questions })
+}
+
+fn begin(args: &EvaluateArgs, prepared: &Prepared) -> Result<Begin> {
+    let named = |task: &Task| (task.name.clone(), evidence::fingerprint_of_leaves(&task.leaves));
+    let asked: BTreeMap<String, String> = prepared.tasks.iter().map(named).collect();
+    let recipe = serde_json::json!({
+        "asked": asked, "limit": args.limit, "bos": if args.bos == BeginOfSequence::Always { "always" } else { "empty" },
+        "dtype": args.dtype.name(), "numerics": cli::numerics_name(args.numerics), "weights": cli::weights_name(args.weights),
+    });
+    ArtifactWriter::begin(&args.out, ARTIFACT_KIND, recipe, vec![artifact::input("checkpoint", prepared.stored.dir())?])
+}
+
+/// The evidence of each task, in order.
+fn by_task<'e>(tasks: &[Task], evidence: &'e [Evidence]) -> Vec<&'e [Evidence]> {
+    let mut rest = evidence;
+    let part = |task: &Task| {
+        let (mine, others) = rest.split_at(task.leaves.iter().map(|leaf| leaf.items.len()).sum());
+        rest = others;
+        mine
+    };
+    tasks.iter().map(part).collect()
+}
+
+fn score(args: &EvaluateArgs, tasks: &[Task], evidence: &[Evidence]) -> Scores {
+    let of_task = |(task, items): (&Task, &[Evidence])| {
+        let n_shots = task.leaves.iter().map(|leaf| (leaf.name.clone(), leaf.n_shots)).collect();
+        scores::of_task(&task.name, items, &task.groups, &n_shots)
+    };
+    Scores { limit: args.limit.map(|limit| limit as usize), tasks: tasks.iter().zip(by_task(tasks, evidence)).map(of_task).collect() }
+}
+
+fn write(mut writer: ArtifactWriter, scores: &Scores, tasks: &[Task], evidence: &[Evidence]) -> Result<()> {
+    for (task, items) in tasks.iter().zip(by_task(tasks, evidence)) {
+        write_lines(&mut writer, &format!("{}.jsonl", task.name), items)?;
+    }
+    let mut file = HashingFile::create(writer.dir(), scores.file_name())?;
+    file.append(&serde_json::to_vec_pretty(scores).expect("scores are plain data"))?;
+    writer.add(file.close()?);
+    writer.count("items", evidence.len());
+    writer.commit().map(|_| ())
+}
