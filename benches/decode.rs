@@ -98,7 +98,7 @@ impl<'a> Subject<'a> {
             let positions = vec![past as u32; n];
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = self.decoder.logits(&ctx, &self.chunk, &new, &mut self.caches);
-            let draws = vec![Draw { temperature: 0.8, top_p: 0.95, top_k: 0, uniform: 0.37 }; n];
+            let draws = vec![Draw { temperature: 0.8, top_p: 0.95, top_k: 0, min_p: 0.0, uniform: 0.37 }; n];
             match self.device.sample(logits, vocab_size, &draws) {
                 Some(drawn) => tokens.iter_mut().zip(drawn).for_each(|(token, drawn)| *token = drawn.token),
                 None => self.device.finish(),

@@ -1,10 +1,10 @@
-// One token a row of logits by inverse transform on the truncated distribution (infer::sampler): temperature, top-k, top-p, and noise
-// that the launcher gives. Nothing is sorted: a wanted place in descending order is found digit by digit, in histograms of the elements
-// that agree in the digits before (radix selection). Weights are fixed-point numbers, exp((logit - max) / temperature) in units of 2^-40,
-// so that sums of them are exact and atomics on them give the same bits in any order.
+// One token a row of logits by inverse transform on the truncated distribution (infer::sampler): temperature, top-k, top-p, min-p, and
+// noise that the launcher gives. Nothing is sorted: a wanted place in descending order is found digit by digit, in histograms of the
+// elements that agree in the digits before (radix selection). Weights are fixed-point numbers, exp((logit - max) / temperature) in units
+// of 2^-40, so that sums of them are exact and atomics on them give the same bits in any order.
 // sample_bins: grid (parts of a row, rows), 256 threads, 24 KiB of static shared memory. sample_choose: grid (rows), 512 threads, 32 KiB.
 // Limited by exponentials in f64 (sample_bins, two an element) and by one multiprocessor's reads of the row (sample_choose, up to
-// twelve with top-k and top-p, four without).
+// twelve with top-k and top-p, four without, one more with min-p).
 #include "rows.cuh"
 
 typedef unsigned long long u64;
@@ -16,6 +16,7 @@ constexpr double ONE = 1099511627776.0; // 2^40: 2^22 weights fit 64 bits
 struct Draw {
     double temperature; // 0: the largest
     double top_p;
+    double min_p;
     double uniform; // in (0, 1)
     int top_k;      // 0: all
     int unused;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void sample_bins(u64* weights, unsigned* counts, doub
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
             if (i >= left) continue;
-            sum += exp((double)(x[i] - most));
+            sum += exp((double)x[i] - (double)most);
             if (temperature == 0) continue;
             int bin = bin_of(x[i], most);
             atomicAdd(&my_weights[bin], weight_of(x[i], most, temperature));
@@ -196,6 +197,22 @@ template <class T> __device__ __forceinline__ int column_of(const Row<T>& row, c
     }
 }
 
+// The weight of all elements that weigh at least so much.
+template <class T> __device__ __forceinline__ u64 weight_from(const Row<T>& row, u64 least) {
+    u64 sum = 0;
+    for_row_chunks(row.n, [&](int at, int left) {
+        float x[CHUNK];
+        load_chunk(x, row.logits + at, left);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) {
+            if (i >= left) continue;
+            u64 weight = weight_of(x[i], row.max, row.temperature);
+            if (weight >= least) sum += weight;
+        }
+    });
+    return block_sum(sum);
+}
+
 // The first column that holds the maximum.
 template <class T> __device__ __forceinline__ int largest(const Row<T>& row) {
     __shared__ unsigned first;
@@ -234,6 +251,8 @@ __device__ __forceinline__ void sample_choose(Drawn* drawn, const T* logits, con
             u64 need = (u64)ceil(how.top_p * (double)total);
             total = descend(row, weights, counts, BY_WEIGHT, min(need == 0 ? 1 : need, total)).weight;
         }
+        // What min-p keeps is a beginning of the same order.
+        if (how.min_p > 0) total = min(total, weight_from(row, (u64)ceil(how.min_p * ONE)));
         u64 target = (u64)(how.uniform * (double)total);
         column = column_of(row, descend(row, weights, counts, BY_WEIGHT, min(target, total - 1) + 1));
     }

@@ -266,7 +266,8 @@ pub struct Adamw {
 }
 
 /// How a token is drawn from a row of logits. The distribution is softmax(logit / temperature), cut to the `top_k` most likely tokens,
-/// then to the smallest set of most likely ones whose share of what is left reaches `top_p`.
+/// then to the smallest set of most likely ones whose share of what is left reaches `top_p`, then to those with at least `min_p` of the
+/// most likely one's probability.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Draw {
     /// 0 takes the most likely token.
@@ -275,6 +276,8 @@ pub struct Draw {
     pub top_p: f64,
     /// 0 keeps all.
     pub top_k: usize,
+    /// 0 keeps all.
+    pub min_p: f64,
     /// The noise, in (0, 1): the token is the one at which the running share, most likely first, exceeds it.
     pub uniform: f64,
 }

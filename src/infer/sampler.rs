@@ -8,6 +8,7 @@
 //! logit says how far down the order it goes, and only the tokens up to there are sorted.
 
 use crate::device::Draw;
+use crate::device::cpu::exponentials::{self, BINS};
 
 /// How to sample.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -51,8 +52,8 @@ impl Drawing<'_> {
     /// The same for a device that draws; None where only the host can.
     pub fn on_device(&self) -> Option<Draw> {
         let Sampling { temperature, top_p, top_k, min_p, repetition_penalty } = self.sampling;
-        let fits = min_p == 0.0 && repetition_penalty == 1.0 && self.n_top == 0;
-        fits.then_some(Draw { temperature, top_p, top_k, uniform: self.uniform })
+        let fits = repetition_penalty == 1.0 && self.n_top == 0;
+        fits.then_some(Draw { temperature, top_p, top_k, min_p, uniform: self.uniform })
     }
 }
 
@@ -69,8 +70,8 @@ pub struct Choice {
 
 /// Chooses from logits[V] (the tokenizer's pieces, no padding). Ties go to the lowest token id.
 pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
-    let max = largest(logits);
-    let log_sum = f64::from(max) + logits.iter().map(|&l| f64::from(l - max).exp()).sum::<f64>().ln();
+    let top = f64::from(largest(logits));
+    let log_sum = top + exponentials::sum(exponentials::isa(), logits, top).ln();
     let logprob = |token: usize| f64::from(logits[token]) - log_sum;
     let how = drawing.sampling;
     let penalised = (how.repetition_penalty != 1.0).then(|| penalise(logits, drawing));
@@ -85,7 +86,7 @@ pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
 }
 
 fn largest(logits: &[f32]) -> f32 {
-    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    exponentials::largest(exponentials::isa(), logits)
 }
 
 /// Where this value stands first; 0 when it is nowhere, among numbers that are none.
@@ -103,10 +104,8 @@ fn penalise(logits: &[f32], drawing: &Drawing) -> Vec<f32> {
     scores
 }
 
-/// Bins of a histogram.
-const BINS: usize = 2048;
-/// Bins to a factor of e in probability: the last begins at e^-64 of the largest.
-const BINS_A_NAT: f64 = 32.0;
+/// Elements that are weighed together.
+const BLOCK: usize = 1024;
 
 /// The tokens of a row, most likely first, as far as they were asked for.
 struct Descending<'a> {
@@ -127,37 +126,34 @@ impl<'a> Descending<'a> {
         Descending { logits, top, temperature, keys: Vec::new(), weights: Vec::new(), last_bin: 0 }
     }
 
-    /// How far below the largest, in nats, from 0 up.
-    fn depth(&self, logit: f32) -> f64 {
-        (self.top - f64::from(logit)) / self.temperature
-    }
-
-    /// Probability relative to the largest.
-    fn weight(&self, logit: f32) -> f64 {
-        (-self.depth(logit)).exp()
-    }
-
-    fn bin(&self, logit: f32) -> usize {
-        bin_of(self.depth(logit))
+    /// Calls `see` for all tokens with the weight (the probability relative to the largest) and bin of each.
+    fn weigh(&self, mut see: impl FnMut(usize, f64, usize)) {
+        let (mut weights, mut bins, isa) = ([0.0; BLOCK], [0; BLOCK], exponentials::isa());
+        for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
+            let n = logits.len();
+            exponentials::weigh(isa, logits, self.top, self.temperature, &mut weights[..n], &mut bins[..n]);
+            for i in 0..n {
+                see(block * BLOCK + i, weights[i], bins[i] as usize);
+            }
+        }
     }
 
     /// Takes all tokens of the bins up to this one.
     fn take(&mut self, last_bin: usize) {
-        let is_in = |logit: f32| last_bin >= BINS - 1 || self.bin(logit) <= last_bin;
-        let tokens = self.logits.iter().enumerate().filter(|&(_, &logit)| is_in(logit));
-        self.keys = tokens.map(|(token, &logit)| key(logit, token)).collect();
-        self.keys.sort_unstable();
-        self.weights = self.keys.iter().map(|&key| self.weight(self.logits[token_of(key)])).collect();
+        let mut taken = Vec::new();
+        self.weigh(|token, weight, bin| {
+            if bin <= last_bin {
+                taken.push((key(self.logits[token], token), weight));
+            }
+        });
+        taken.sort_unstable_by_key(|(key, _)| *key);
+        (self.keys, self.weights) = taken.into_iter().unzip();
         self.last_bin = last_bin;
     }
 
     fn token(&self, place: usize) -> usize {
         token_of(self.keys[place])
     }
-}
-
-fn bin_of(depth: f64) -> usize {
-    ((depth * BINS_A_NAT) as usize).min(BINS - 1)
 }
 
 /// Sorts as descending logits, -0 behind 0, equal ones as tokens.
@@ -185,7 +181,7 @@ fn bin_reaching<T: Copy + Default + std::ops::AddAssign + PartialOrd>(bins: &[T]
 fn first(logits: &[f32], n: usize) -> Vec<usize> {
     let mut order = Descending::new(logits, 1.0);
     let mut counts = [0usize; BINS];
-    logits.iter().for_each(|&logit| counts[order.bin(logit)] += 1);
+    order.weigh(|_, _, bin| counts[bin] += 1);
     order.take(bin_reaching(&counts, n));
     (0..n).map(|place| order.token(place)).collect()
 }
@@ -194,11 +190,10 @@ fn first(logits: &[f32], n: usize) -> Vec<usize> {
 fn draw(logits: &[f32], how: Sampling, uniform: f64) -> usize {
     let mut order = Descending::new(logits, how.temperature);
     let (mut counts, mut masses) = ([0usize; BINS], [0.0f64; BINS]);
-    for &logit in logits {
-        let bin = order.bin(logit);
+    order.weigh(|_, weight, bin| {
         counts[bin] += 1;
-        masses[bin] += order.weight(logit);
-    }
+        masses[bin] += weight;
+    });
     let n_most = if how.top_k == 0 { logits.len() } else { how.top_k.min(logits.len()) };
     let total = if n_most < logits.len() {
         order.take(bin_reaching(&counts, n_most));
@@ -218,7 +213,7 @@ fn draw(logits: &[f32], how: Sampling, uniform: f64) -> usize {
 
 /// A bin behind which every token's relative probability is below `min_p`, whatever the rounding.
 fn bin_behind(min_p: f64) -> usize {
-    bin_of(-min_p.ln()).saturating_add(1).min(BINS - 1)
+    (exponentials::bin(-min_p.ln()) + 1).min(BINS - 1)
 }
 
 /// The token at which the running weight exceeds the noise; None when it may lie behind the tokens that were taken.

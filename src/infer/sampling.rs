@@ -25,7 +25,7 @@ pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, 
 /// Fills in the rows that the device can draw, so that their logits are not downloaded when it can draw all of them.
 fn draw_on_device(device: &dyn Device, logits: &Tensor, n_valid: usize, drawings: &[Drawing], choices: &mut [Option<Choice>]) {
     // What only the host can draw takes the most likely token there, which is not looked at.
-    let unused = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, uniform: 0.5 };
+    let unused = Draw { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, uniform: 0.5 };
     let wanted: Vec<Option<Draw>> = drawings.iter().map(Drawing::on_device).collect();
     if wanted.iter().all(Option::is_none) {
         return;

@@ -44,18 +44,20 @@ fn assert_same_choices(cuda: &Cuda, logits: &Logits, how: &[Sampling], what: &st
 
 fn every_way() -> Vec<Sampling> {
     let of = |temperature, top_p, top_k| Sampling { temperature, top_p, top_k, ..Sampling::PLAIN };
+    let with_min_p = |min_p, how: Sampling| Sampling { min_p, ..how };
     let mut all = vec![of(0.0, 1.0, 0), of(1.0, 1.0, 0), of(0.7, 1.0, 0), of(3.0, 1.0, 0), of(1.0, 0.9, 0), of(1.3, 0.3, 0)];
     all.extend([of(1.0, 1.0, 5), of(0.8, 0.95, 40), of(2.0, 0.5, 3), of(1.0, 1.0, 1), of(1.0, 1e-9, 0), of(1.0, 1.0, 1 << 40)]);
+    all.extend([with_min_p(0.1, of(1.0, 1.0, 0)), with_min_p(0.02, of(1.6, 0.9, 30)), with_min_p(1.0, of(1.0, 1.0, 0))]);
     all
 }
 
-/// Greedy, warm and cold, with top-k, top-p and both; ties, of which bf16 has many; rows that are hard to bin; padding.
+/// Greedy, warm and cold, with top-k, top-p, min-p and several; ties, of which bf16 has many; rows that are hard to bin; padding.
 ///
 /// The device's weights are whole multiples of 2^-40 of the largest, so a running sum of V of them is off by at most V 2^-41, and a
 /// choice may differ only where the noise falls so close to a boundary: 2 V 2^-41 < 2e-9 for a draw here, 1e-6 for all of them.
 pub fn check(cuda: &Cuda) {
     let normal = Random::new(9, "logits");
-    for (v, n_rows, scale) in [(1, 12, 1.0), (2, 24, 1.0), (61, 60, 2.0), (2047, 24, 4.0), (9000, 12, 1.5)] {
+    for (v, n_rows, scale) in [(1, 15, 1.0), (2, 30, 1.0), (61, 60, 2.0), (2047, 30, 4.0), (9000, 15, 1.5)] {
         let row = |row: usize| (0..v).map(|i| (scale * normal.normal((row * v + i) as u64)) as f32).collect::<Vec<f32>>();
         for dtype in [DType::F32, DType::BF16] {
             let logits = logits(cuda, dtype, (0..n_rows).map(row).collect(), 3);
@@ -72,7 +74,7 @@ pub fn check(cuda: &Cuda) {
         (0..777).map(|i| -(i as f32) / 64.0).collect(),
     ];
     for row in hard {
-        let logits = logits(cuda, DType::F32, vec![row; 36], 0);
+        let logits = logits(cuda, DType::F32, vec![row; 45], 0);
         assert_same_choices(cuda, &logits, &every_way(), "hard rows");
     }
     assert_eq!(cuda.memory().live_bytes, 0);

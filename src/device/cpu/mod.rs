@@ -9,6 +9,7 @@ mod attention_backward;
 mod attention_cached;
 mod canonical;
 mod elementwise;
+pub mod exponentials;
 mod few_rows;
 pub mod fp8;
 mod lanes;

@@ -19,6 +19,7 @@ const MOST_COLUMNS: usize = 1 << 22;
 struct TableRow {
     temperature: f64,
     top_p: f64,
+    min_p: f64,
     uniform: f64,
     top_k: i32,
     unused: i32,
@@ -76,5 +77,5 @@ impl Cuda {
 
 fn table_row(draw: &Draw) -> TableRow {
     let top_k = i32::try_from(draw.top_k).unwrap_or(i32::MAX); // more than there are columns keeps all
-    TableRow { temperature: draw.temperature, top_p: draw.top_p, uniform: draw.uniform, top_k, unused: 0 }
+    TableRow { temperature: draw.temperature, top_p: draw.top_p, min_p: draw.min_p, uniform: draw.uniform, top_k, unused: 0 }
 }
