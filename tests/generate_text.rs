@@ -68,9 +68,7 @@ fn ids(response: &Value) -> Vec<u32> {
 #[test]
 fn stop_strings_cut_what_would_have_been() {
     let (place, tokenizer) = (Place::new(), Tokenizer::from_bytes(tokenizer_json(), Path::new("tokenizer.json")).unwrap());
-    let request = |i: usize| {
-        json!({"id": format!("r{i}"), "prompt": "the ab", "max_new_tokens": 14, "temperature": 1.5, "seed": i, "n": 3, "logprobs": i % 4})
-    };
+    let request = |i: usize| json!({"id": format!("r{i}"), "prompt": "the ab", "max_new_tokens": 14, "temperature": 1.5, "seed": i, "n": 3, "logprobs": i % 4});
     let stops = [json!(["a", " b"]), json!(["e", "th"]), json!(["あ", "z."]), json!(["ab", "b"]), json!(["\n", "q"])];
     let free: Vec<Value> = (0..20).map(request).collect();
     let stopped: Vec<Value> = free
