@@ -158,7 +158,7 @@ impl Scorer<'_> {
     }
 
     /// What all ranks found, on every rank, in no order. Collective.
-    fn gathered<T>(&self, found: &[(usize, T)], parts: impl Fn(&T) -> (&[f32], &[bool])) -> Vec<(usize, (Vec<f32>, Vec<bool>))> {
+    fn gathered<T>(&self, found: &[(usize, T)], parts: impl Fn(&T) -> (&[f32], &[bool])) -> Vec<Found> {
         let mut mine = Vec::new();
         for (idx, one) in found {
             let (values, flags) = parts(one);
@@ -170,8 +170,11 @@ impl Scorer<'_> {
     }
 }
 
+/// Which sequence, and its values and flags.
+type Found = (usize, (Vec<f32>, Vec<bool>));
+
 /// The other direction of what `gathered` writes.
-fn decoded(mut bytes: &[u8]) -> Vec<(usize, (Vec<f32>, Vec<bool>))> {
+fn decoded(mut bytes: &[u8]) -> Vec<Found> {
     let mut all = Vec::new();
     while !bytes.is_empty() {
         let [idx, n_values, n_flags] = [0, 8, 16].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes")) as usize);

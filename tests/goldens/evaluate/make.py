@@ -60,7 +60,8 @@ def make_tokenizer(texts):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=384, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -139,7 +140,8 @@ def init(self, *args, config=None, **kwargs):
     if config and str(config.get("task", "")).startswith("bbh_cot_fewshot_"):
         subtask = config["task"].removeprefix("bbh_cot_fewshot_")
         shots = [{"input": question, "target": answer} for question, answer, _ in rows.bbh_rows(subtask, 3, 5)]
-        config = {**config, "description": rows.bbh_description(subtask) + "\n\n", "fewshot_config": {"sampler": "first_n", "samples": shots}}
+        examples = {"sampler": "first_n", "samples": shots}
+        config = {**config, "description": rows.bbh_description(subtask) + "\n\n", "fewshot_config": examples}
     harness_init(self, *args, config=config, **kwargs)
 
 
@@ -174,7 +176,8 @@ def sample(model, task, found):
         prompt = pairs[0][0]
         ids = model.tok_encode(prompt)[-(model.max_length - pairs[0][1].get("max_gen_toks", 256)):]
         answer = found["resps"][0][0]
-        return {"prompt": prompt, **model.prompts[tuple(ids)], "text": answer, "extracted": {found["filter"]: found["filtered_resps"][0]}, "metrics": metrics}
+        extracted = {found["filter"]: found["filtered_resps"][0]}
+        return {"prompt": prompt, **model.prompts[tuple(ids)], "text": answer, "extracted": extracted, "metrics": metrics}
     answers = [answer[0] for answer in found["resps"]]
     return {
         "pairs": [{"context": c, "continuation": t, "context_ids": model.pairs[c, t][0], "ids": model.pairs[c, t][1],

@@ -14,7 +14,8 @@ ARC = [
     ("  What do roots take up?  ", ["water", "light", "sound"], "A"),
     ("Was fließt im Kreis durch den Körper? (naïve)", ["Öl", "Blut", "Sand", "Luft, die man atmet und wieder ausatmet"], "B"),
     ("Ice melts at 0 degrees. At 20 degrees it", ["stays hard", "turns to water", "turns to stone", "burns"], "2"),
-    ("Read this: " + "the oars go in, the oars go out, and the ship moves on. " * 80 + "What moves on?", ["ship", "sea", "sun", "stone"], "A"),
+    ("Read this: " + "the oars go in, the oars go out, and the ship moves on. " * 80 + "What moves on?",
+     ["ship", "sea", "sun", "stone"], "A"),
 ]
 ARC_TRAIN = [
     ("What falls from clouds?", ["rain", "rocks", "leaves", "dust"], "A"),
@@ -38,9 +39,12 @@ WINOGRANDE_TRAIN = [
     ("The cat ran from the dog because the _ was afraid.", "cat", "dog", "1"),
 ]
 HELLASWAG = [
-    ("Rowing", "A crew sits in a boat. They dip the oars", "and the cox", ["shouts the stroke.", "bakes a cake.", "is a door.", "reads [step] the  wall."], 0),
-    ("Baking", "[header] How to bake bread [title] Mix flour and water. [step] Knead it.", "", ["Let it rise.", "Throw it away in the sea at once.", "Paint it.", "Sing."], 0),
-    ("Painting", "A man dips a brush.", "ÜBER the wall he", ["draws a blue line.", "sleeps.", "eats the  brush [substeps] twice.", "swims far away."], 0),
+    ("Rowing", "A crew sits in a boat. They dip the oars", "and the cox",
+     ["shouts the stroke.", "bakes a cake.", "is a door.", "reads [step] the  wall."], 0),
+    ("Baking", "[header] How to bake bread [title] Mix flour and water. [step] Knead it.", "",
+     ["Let it rise.", "Throw it away in the sea at once.", "Paint it.", "Sing."], 0),
+    ("Painting", "A man dips a brush.", "ÜBER the wall he",
+     ["draws a blue line.", "sleeps.", "eats the  brush [substeps] twice.", "swims far away."], 0),
     ("Sailing", "The wind turns.", "the crew", ["falls up.", "sets the sail.", "boils.", "is a stone."], 1),
 ]
 HELLASWAG_TRAIN = [
