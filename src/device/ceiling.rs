@@ -45,6 +45,18 @@ pub fn measure(device: &dyn Device, dtype: DType) -> Ceiling {
     }
 }
 
+/// Bytes read per second of an array far larger than any cache, by the largest number of each row: what bounds a decode step, which
+/// reads every weight once. The best of several repetitions. Panics when the device has no memory for it.
+pub fn read_bytes_per_s(device: &dyn Device) -> f64 {
+    let alloc = |shape: &[usize]| device.alloc(shape, DType::F32).unwrap_or_else(|error| panic!("{error}"));
+    let (rows, columns) = (1 << 9, COPY_ELEMENTS >> 8);
+    let (mut from, mut to) = (alloc(&[rows, columns]), alloc(&[rows]));
+    // Pages that nobody wrote are one page of zeros.
+    device.copy(&mut from.rows_mut(0..rows / 2), &alloc(&[rows / 2, columns]));
+    device.copy(&mut from.rows_mut(rows / 2..rows), &alloc(&[rows / 2, columns]));
+    (rows * columns * DType::F32.bytes()) as f64 / best_s(device, &mut || device.cross_entropy_max(&mut to, &from, columns))
+}
+
 /// Seconds of a product of two square matrices of random numbers.
 fn product_s(device: &dyn Device, dtype: DType, side: usize) -> f64 {
     let alloc = |dtype| device.alloc(&[side, side], dtype).unwrap_or_else(|error| panic!("{error}"));
@@ -84,6 +96,8 @@ mod tests {
             assert!(ceiling.gemm_flops_per_s.is_finite() && ceiling.gemm_flops_per_s > 1e6, "{ceiling:?}");
             assert!(ceiling.copy_bytes_per_s.is_finite() && ceiling.copy_bytes_per_s > 1e6, "{ceiling:?}");
         }
+        let read = read_bytes_per_s(&cpu);
+        assert!(read.is_finite() && read > 1e6, "{read}");
         assert_eq!(cpu.memory().live_bytes, 0);
         assert!(cpu.memory().peak_bytes >= 2 * 4 * COPY_ELEMENTS);
     }

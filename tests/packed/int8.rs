@@ -36,7 +36,7 @@ struct Exact {
 }
 
 /// In f64 from the definition. A piece's sum is rounded once when it becomes an f32 and once by each scale, then at most 3 times in
-/// pairs: 6 u of the sizes to first order, u = 2^-24, and a scale or a product under 2^-126 is off by 2^-149 times what it is multiplied with.
+/// pairs: 6 u of the sizes to first order, u = 2^-24, and what is under 2^-126 is off by 2^-149.
 /// Rounding the operands: each is off by half its scale, (and 4 u of its size: the scale and the quotient are rounded).
 fn exact(x: &[f32], w: &[f32], w_size: f32, n_pieces: usize) -> Exact {
     let u = 2f64.powi(-24);

@@ -134,9 +134,9 @@ impl PackedProducts for Cpu {
             // SAFETY: each panel is packed by one task.
             let to = unsafe { to.part(panel * size..(panel + 1) * size) };
             let mut wide = self.pool.take(k);
-            for row in panel * LANES..((panel + 1) * LANES).min(n) {
+            for (row, scale) in scales.iter().enumerate().take((panel + 1) * LANES).skip(panel * LANES) {
                 float!(weight.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(weight)[row * k..][..k]));
-                int8::set_lane(self.isa, to, row % LANES, &wide, scales[row], &order);
+                int8::set_lane(self.isa, to, row % LANES, &wide, *scale, &order);
             }
         });
         Ok(PackedWeight { form, n_rows: n, row_len: k, n_pieces, words, scale: Some(scale) })

@@ -76,70 +76,84 @@ unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
     w: &mut [*const f32; P],
     words: usize,
 ) -> Sums<V, R, P> {
+    let (mut row, mut panel) = (*x, *w);
     for _ in 0..words {
         // SAFETY: the caller's promise.
         unsafe {
-            for (p, w) in w.iter_mut().enumerate() {
+            // All of W's vectors first: each term of x then needs a register for as long as it meets them.
+            let (mut low, mut high) = ([[V::zero(); 2]; P], [[V::zero(); 2]; P]);
+            for (p, w) in panel.iter_mut().enumerate() {
                 for half in 0..2 {
                     let at = w.add(half * V::N);
-                    let (low, high) = if WORD == APART { V::load_pairs_bf16(at.cast()) } else { (V::load(at), V::zero()) };
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let (x, sum) = (*x.add(r), &mut sums[p][half]);
-                        *sum = match WORD {
-                            SINGLE => V::splat(x).fma(low, *sum),
-                            PAIR => V::splat(x).dot_pairs(low, *sum),
-                            BYTES => low.dot_bytes(V::splat(x), *sum),
-                            _ => {
-                                let first = V::splat(f32::from_bits(x.to_bits() << 16)).fma(low, *sum);
-                                V::splat(f32::from_bits(x.to_bits() & 0xffff_0000)).fma(high, first)
-                            }
-                        };
-                    }
+                    (low[p][half], high[p][half]) = if WORD == APART { V::load_pairs_bf16(at.cast()) } else { (V::load(at), V::zero()) };
                 }
                 *w = w.add(LANES);
             }
-            *x = x.add(R);
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = *row.add(r);
+                let (first, second) = match WORD {
+                    APART => (V::splat(f32::from_bits(x.to_bits() << 16)), V::splat(f32::from_bits(x.to_bits() & 0xffff_0000))),
+                    _ => (V::splat(x), V::zero()),
+                };
+                for (p, sums) in sums.iter_mut().enumerate() {
+                    for (half, sum) in sums.iter_mut().enumerate() {
+                        *sum = match WORD {
+                            SINGLE => first.fma(low[p][half], *sum),
+                            PAIR => first.dot_pairs(low[p][half], *sum),
+                            BYTES => low[p][half].dot_bytes(first, *sum),
+                            _ => second.fma(high[p][half], first.fma(low[p][half], *sum)),
+                        };
+                    }
+                }
+            }
+            row = row.add(R);
         }
     }
+    (*x, *w) = (row, panel);
     sums
 }
 
 #[inline(always)]
-fn add<V: Vector, const R: usize, const P: usize>(x: &Sums<V, R, P>, y: &Sums<V, R, P>) -> Sums<V, R, P> {
-    let mut sums = *x;
-    for (r, sums) in sums.iter_mut().enumerate() {
-        for (p, sums) in sums.iter_mut().enumerate() {
-            *sums = [sums[0].add(y[r][p][0]), sums[1].add(y[r][p][1])];
+fn add<V: Vector, const R: usize, const P: usize>(to: &mut Sums<V, R, P>, more: &Sums<V, R, P>) {
+    for (to, more) in to.iter_mut().zip(more) {
+        for (to, more) in to.iter_mut().zip(more) {
+            *to = [to[0].add(more[0]), to[1].add(more[1])];
         }
     }
-    sums
 }
 
 /// What the sum of a piece begins with.
 #[inline(always)]
 fn begin<V: Vector, const R: usize, const P: usize>(job: &Job, (row_panel, piece): (usize, usize)) -> Sums<V, R, P> {
-    let Some(scales) = job.scales else { return [[[V::zero(); 2]; P]; R] };
-    let begin = &scales.begin[(row_panel * job.order.n_runs.len() + piece) * R..][..R];
-    std::array::from_fn(|r| [[V::splat(begin[r]); 2]; P])
+    let mut sums = [[[V::zero(); 2]; P]; R];
+    if let Some(scales) = &job.scales {
+        let begin = &scales.begin[(row_panel * job.order.n_runs.len() + piece) * R..][..R];
+        for (sums, begin) in sums.iter_mut().zip(begin) {
+            *sums = [[V::splat(*begin); 2]; P];
+        }
+    }
+    sums
 }
 
-/// The integer sums of a piece as numbers: times the scale of the channel, then that of the row.
+/// The integer sums of a piece become numbers: times the scale of the channel, then that of the row.
 #[inline(always)]
-fn scaled<V: Vector, const R: usize, const P: usize>(
-    sums: &Sums<V, R, P>,
-    (scales, n_pieces): (&Scales, usize),
+fn scale<V: Vector, const R: usize, const P: usize>(
+    sums: &mut Sums<V, R, P>,
+    (job, scales): (&Job, &Scales),
     (row_panel, piece): (usize, usize),
     first_lane: usize,
-) -> Sums<V, R, P> {
-    let rows = &scales.rows[(row_panel * n_pieces + piece) * R..][..R];
-    let lane = |p: usize, half: usize| first_lane + p * LANES + half * V::N;
-    let of_lanes = |first: usize| {
-        let there = scales.weight.len().saturating_sub(first).min(V::N);
-        if there == 0 { V::zero() } else { load::<V, f32>(scales.weight, first, there) }
-    };
-    let weight: [[V; 2]; P] = std::array::from_fn(|p| [of_lanes(lane(p, 0)), of_lanes(lane(p, 1))]);
-    let scaled = |r: usize, p: usize, half: usize| sums[r][p][half].integers_to_float().mul(weight[p][half]).mul(V::splat(rows[r]));
-    std::array::from_fn(|r| std::array::from_fn(|p| [scaled(r, p, 0), scaled(r, p, 1)]))
+) {
+    let rows = &scales.rows[(row_panel * job.order.n_runs.len() + piece) * R..][..R];
+    for p in 0..P {
+        for half in 0..2 {
+            let first = first_lane + p * LANES + half * V::N;
+            let there = job.size.1.saturating_sub(first).min(V::N);
+            let of_lanes = if there == 0 { V::zero() } else { load::<V, f32>(scales.weight, first, there) };
+            for (sums, of_row) in sums.iter_mut().zip(rows) {
+                sums[p][half] = sums[p][half].integers_to_float().mul(of_lanes).mul(V::splat(*of_row));
+            }
+        }
+    }
 }
 
 /// One tile: panel `row_panel` of x with P panels of W from `panel`, two vectors of lanes from `lane`.
@@ -147,29 +161,38 @@ fn scaled<V: Vector, const R: usize, const P: usize>(
 fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, row_panel: usize, panel: usize, lane: usize) {
     let (words, n_pieces) = (job.order.words(), job.order.n_runs.len());
     let mut x = job.x[row_panel * words * R..][..words * R].as_ptr();
-    let panel_of = |p: usize| job.weight[(panel + p) * words * LANES..][..words * LANES].as_ptr().wrapping_add(lane);
-    let mut w: [*const f32; P] = std::array::from_fn(panel_of);
+    let mut w = [x; P];
+    for (p, w) in w.iter_mut().enumerate() {
+        *w = job.weight[(panel + p) * words * LANES..][..words * LANES].as_ptr().wrapping_add(lane);
+    }
     // Which sums wait is the binary number of the pieces done.
     let mut waiting = [MaybeUninit::<Sums<V, R, P>>::uninit(); N_WAITING];
-    let mut runs = job.order.runs.iter();
+    let mut next_run = 0;
     for (done, n_runs) in job.order.n_runs.iter().enumerate() {
         let mut sums = begin(job, (row_panel, done));
-        for (i, run) in runs.by_ref().take(*n_runs).enumerate() {
-            // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
-            let next = |from, x: &mut _, w: &mut _| unsafe { chain::<V, WORD, R, P>(from, x, w, run.words.len()) };
-            sums = if i == 0 { next(sums, &mut x, &mut w) } else { add(&sums, &next([[[V::zero(); 2]; P]; R], &mut x, &mut w)) };
+        for (i, run) in job.order.runs[next_run..][..*n_runs].iter().enumerate() {
+            if i == 0 {
+                // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
+                sums = unsafe { chain::<V, WORD, R, P>(sums, &mut x, &mut w, run.words.len()) };
+            } else {
+                // SAFETY: as above.
+                let more = unsafe { chain::<V, WORD, R, P>([[[V::zero(); 2]; P]; R], &mut x, &mut w, run.words.len()) };
+                add(&mut sums, &more);
+            }
         }
+        next_run += n_runs;
         if let (BYTES, Some(scales)) = (WORD, &job.scales) {
-            sums = scaled(&sums, (scales, n_pieces), (row_panel, done), panel * LANES + lane);
+            scale(&mut sums, (job, scales), (row_panel, done), panel * LANES + lane);
         }
         let n_full = done.trailing_ones() as usize;
         for earlier in &waiting[..n_full] {
             // SAFETY: it was written when as many pieces were done as make it wait.
-            sums = add(unsafe { earlier.assume_init_ref() }, &sums);
+            add(&mut sums, unsafe { earlier.assume_init_ref() });
         }
-        match waiting.get_mut(n_full).filter(|_| done + 1 < n_pieces) {
-            Some(place) => _ = place.write(sums),
-            None => store_sums(job, (row_panel * R, panel * LANES + lane), &sums),
+        if done + 1 < n_pieces {
+            waiting[n_full].write(sums);
+        } else {
+            store_sums(job, (row_panel * R, panel * LANES + lane), &sums);
         }
     }
 }
