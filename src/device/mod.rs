@@ -332,6 +332,10 @@ pub trait Device: Send + Sync {
     fn memory(&self) -> MemoryUse;
     /// Waits until everything asked for is done.
     fn finish(&self);
+    /// Runs `work`, which asks for many small operations one after another and waits for nobody else, where asking for them costs least.
+    fn run_together(&self, work: &mut (dyn FnMut() + Send)) {
+        work();
+    }
     /// Records the operations that `work` asks for without doing them; they must have been done before, once, on tensors of the same
     /// shapes. They may neither move bytes between host and device nor return a number. `None` where this brings nothing or cannot be
     /// done: then ask for them each time.

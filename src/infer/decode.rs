@@ -60,7 +60,7 @@ impl Decoder {
         });
         ctx.device.upload(bytemuck::cast_slice(new.tokens), &mut step.tokens);
         ctx.device.upload(bytemuck::cast_slice(new.positions), &mut step.positions);
-        step.run(&ctx, chunk, new.spans, caches);
+        ctx.device.run_together(&mut || step.run(&ctx, chunk, new.spans, caches));
         step.logits.as_ref().expect("every way of running leaves logits")
     }
 }

@@ -150,6 +150,11 @@ impl Device for Cpu {
 
     fn finish(&self) {}
 
+    fn run_together(&self, work: &mut (dyn FnMut() + Send)) {
+        // One of the pool's own threads keeps the others awake from one operation to the next; from outside each is a wake-up of all.
+        rayon::scope(|_| work());
+    }
+
     fn fill_zero(&self, x: &mut Tensor) {
         let bytes = x.bytes_mut();
         let (n, shared) = (bytes.len(), Shared::new(bytes));
