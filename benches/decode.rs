@@ -1,60 +1,104 @@
-//! Decode steps: tokens a second over what the memory's bandwidth allows, which is a copy measured in the same run. A step must read
-//! every weight once (of the embedding the rows of its tokens only) and the keys and values of every token before.
+//! Generation over what the machine allows, measured in the same run: decode steps over the memory's read bandwidth, prompts over the
+//! rate of a large matrix product. A step must read every weight once (of an embedding that is only looked up, the rows of its tokens)
+//! and the keys and values of every token before; a prompt of T tokens multiplies T rows with every weight of the blocks.
 //!
-//!     cargo bench --bench decode            a model of 30 M parameters on the CPU
-//!     cargo bench --bench decode -- cuda    models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
+//!     cargo bench --bench decode [-- 30m|120m f32|bf16|int8 1|8|16|32|prompts]    Llama-shaped models on the CPU
+//!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
+//!
+//! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
 
 use std::time::Instant;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, CacheSpan, Device, Draw, KvCache, NormKind, PAGE_TOKENS, Scratch, ceiling};
+use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, PAGE_TOKENS, Scratch, ceiling};
 use trireme::infer::decode::{Decoder, NewTokens};
-use trireme::model::chunk::{Chunk, Purpose};
+use trireme::infer::sampler::{Drawing, Sampling};
+use trireme::infer::sampling;
+use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
+use trireme::model::packed::WeightFormat;
+use trireme::model::param::Param;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
-/// Tokens before the first measured step.
-const PAST: usize = 2048;
 /// Steps that are measured together, after as many that are not.
 const STEPS: usize = 48;
 /// Repetitions, of which the best counts.
 const REPETITIONS: usize = 3;
+/// Tokens of the prompts that are measured.
+const PROMPTS: [usize; 2] = [128, 512];
 
-/// Name, then hidden, layers, query heads, kv heads, head dim, feed-forward, vocabulary.
-type Size = (&'static str, [usize; 7]);
-const CPU_SIZES: [Size; 1] = [("30m", [384, 10, 6, 2, 64, 1536, 16384])];
-const CUDA_SIZES: [Size; 2] = [("1b", [2048, 20, 16, 8, 128, 8192, 32000]), ("1b-d192", [2304, 18, 12, 4, 192, 9216, 32000])];
+/// A model under test.
+struct Size {
+    name: &'static str,
+    /// Hidden, layers, query heads, kv heads, head dim, feed-forward, vocabulary.
+    dims: [usize; 7],
+    norm: NormKind,
+    activation: Activation,
+    rotary_fraction: f64,
+    /// Tokens before the first measured step.
+    past: usize,
+}
 
-fn model([hidden, n_layers, n_heads, n_kv_heads, head_dim, ffn_hidden, vocab_size]: [usize; 7]) -> ModelConfig {
-    ModelConfig {
-        n_layers,
-        hidden,
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        ffn_hidden,
-        vocab_size,
-        vocab_divisor: 128,
-        max_tokens: 4096,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
+impl Size {
+    const fn nemotron(name: &'static str, dims: [usize; 7]) -> Size {
+        Size { name, dims, norm: NormKind::LayerNorm1P, activation: Activation::SquaredRelu, rotary_fraction: 0.5, past: 2048 }
+    }
+
+    const fn llama(name: &'static str, dims: [usize; 7]) -> Size {
+        Size { name, dims, norm: NormKind::RmsNorm, activation: Activation::Swiglu, rotary_fraction: 1.0, past: 64 }
+    }
+
+    fn config(&self) -> ModelConfig {
+        let [hidden, n_layers, n_heads, n_kv_heads, head_dim, ffn_hidden, vocab_size] = self.dims;
+        ModelConfig {
+            n_layers,
+            hidden,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            ffn_hidden,
+            vocab_size,
+            vocab_divisor: 128,
+            max_tokens: 4096,
+            norm: self.norm,
+            norm_eps: 1e-5,
+            activation: self.activation,
+            rotary_fraction: self.rotary_fraction,
+            rope_base: 10000.0,
+            tied_embeddings: false,
+            head: HeadKind::Vocabulary,
+            init_std: 0.02,
+        }
     }
 }
 
-/// Fills a bf16 tensor with small random numbers, one block again and again.
-fn fill(device: &dyn Device, tensor: &mut Tensor, block: &[half::bf16]) {
-    let bytes: Vec<u8> = bytemuck::cast_slice(block).iter().copied().cycle().take(tensor.n_bytes()).collect();
+/// As many parameters as the models of benches/train_step.rs: three matrices of 2/3 the width in the place of two.
+const CPU_SIZES: [Size; 2] = [Size::llama("30m", [384, 10, 6, 2, 64, 1024, 16384]), Size::llama("120m", [768, 12, 12, 4, 64, 2048, 32000])];
+const CUDA_SIZES: [Size; 2] =
+    [Size::nemotron("1b", [2048, 20, 16, 8, 128, 8192, 32000]), Size::nemotron("1b-d192", [2304, 18, 12, 4, 192, 9216, 32000])];
+
+/// Name, storage of activations, format of weights.
+type Weights = (&'static str, DType, WeightFormat);
+const CPU_WEIGHTS: [Weights; 3] =
+    [("f32", DType::F32, WeightFormat::Stored), ("bf16", DType::BF16, WeightFormat::Stored), ("int8", DType::BF16, WeightFormat::Int8)];
+const CUDA_WEIGHTS: [Weights; 1] = [("bf16", DType::BF16, WeightFormat::Stored)];
+
+/// Fills a tensor of floats with small random numbers, one block again and again.
+fn fill(device: &dyn Device, tensor: &mut Tensor, block: &[f32]) {
+    let half: Vec<half::bf16>;
+    let block: &[u8] = match tensor.dtype() {
+        DType::BF16 => {
+            half = block.iter().map(|x| half::bf16::from_f32(*x)).collect();
+            bytemuck::cast_slice(&half)
+        }
+        _ => bytemuck::cast_slice(block),
+    };
+    let bytes: Vec<u8> = block.iter().copied().cycle().take(tensor.n_bytes()).collect();
     device.upload(&bytes, tensor);
 }
 
@@ -69,59 +113,103 @@ struct Subject<'a> {
     chunk: Chunk,
     caches: Vec<KvCache>,
     decoder: Decoder,
+    /// Greedy where the host chooses, as the peers do.
+    sampling: Sampling,
 }
 
 impl<'a> Subject<'a> {
-    fn new(device: &'a dyn Device, config: &ModelConfig, n_sequences: usize) -> Subject<'a> {
+    fn new(device: &'a dyn Device, config: &ModelConfig, (dtype, format): (DType, WeightFormat), n_sequences: usize) -> Subject<'a> {
         let at = Coords { tp: 0, pp: 0, dp: 0 };
-        let made = Chunk::new(device, config, &ParallelLayout::SINGLE, at, 0, DType::BF16, Purpose::Inference);
+        let made = Chunk::new(device, config, &ParallelLayout::SINGLE, at, 0, dtype, Purpose::Inference);
         let mut chunk = made.unwrap_or_else(|error| panic!("{error}"));
         let noise = Random::new(1, "decode");
-        let block: Vec<half::bf16> = (0..(1 << 20) - 3).map(|i| half::bf16::from_f64(0.02 * noise.normal(i))).collect();
+        let block: Vec<f32> = (0..(1 << 20) - 3).map(|i| 0.02 * noise.normal(i) as f32).collect();
         chunk.params_mut().into_iter().for_each(|param| fill(device, &mut param.value, &block));
+        chunk.pack(device, &Solo::new(), format).unwrap_or_else(|error| panic!("{error}"));
         let mut caches = chunk.new_caches(device, n_sequences * pages_of(config.max_tokens)).unwrap_or_else(|error| panic!("{error}"));
         caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).for_each(|tensor| fill(device, tensor, &block));
-        Subject { device, chunk, caches, decoder: Decoder::default() }
+        let sampling = match device.packed() {
+            Some(_) => Sampling::GREEDY,
+            None => Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::PLAIN },
+        };
+        Subject { device, chunk, caches, decoder: Decoder::default(), sampling }
+    }
+
+    /// The pages of sequence i.
+    fn pages(&self, i: usize) -> Vec<u32> {
+        let most = pages_of(self.chunk.config().max_tokens);
+        (i * most..(i + 1) * most).map(|page| page as u32).collect()
     }
 
     /// Seconds of the steps that give token `first`.. of each of n sequences, each drawn from the logits of the one before.
     fn steps_s(&mut self, n: usize, first: usize) -> f64 {
-        let (solo, scratch) = (Solo::new(), Scratch::new());
-        let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), Numerics::of_inference(self.device, 1));
+        let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
         let vocab_size = self.chunk.config().vocab_size;
-        let most = pages_of(self.chunk.config().max_tokens);
-        let pages = |i: usize| (i * most..(i + 1) * most).map(|page| page as u32).collect();
         let mut tokens: Vec<u32> = (0..n as u32).collect();
         let started = Instant::now();
         for past in first..first + STEPS {
-            let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i..i + 1, past, pages: pages(i) }).collect();
+            let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i..i + 1, past, pages: self.pages(i) }).collect();
             let positions = vec![past as u32; n];
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
             let logits = self.decoder.logits(&ctx, &self.chunk, &new, &mut self.caches);
-            let draws = vec![Draw { temperature: 0.8, top_p: 0.95, top_k: 0, min_p: 0.0, uniform: 0.37 }; n];
-            match self.device.sample(logits, vocab_size, &draws) {
-                Some(drawn) => tokens.iter_mut().zip(drawn).for_each(|(token, drawn)| *token = drawn.token),
-                None => self.device.finish(),
-            }
+            let drawings = vec![Drawing { sampling: self.sampling, uniform: 0.37, prompt: &[], response: &[], n_top: 0 }; n];
+            let choices = sampling::choose_rows(self.device, &solo, logits, vocab_size, &drawings);
+            tokens.iter_mut().zip(choices).for_each(|(token, choice)| *token = choice.token);
         }
         started.elapsed().as_secs_f64() / STEPS as f64
     }
 
+    /// Seconds until the logits of the last token of a prompt of so many.
+    fn prompt_s(&mut self, n_tokens: usize) -> f64 {
+        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), Numerics::of_inference(self.device, 1));
+        let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
+        let upload = |values: Vec<u32>| {
+            let mut tensor = scratch.take(self.device, &[n_tokens], DType::U32);
+            self.device.upload(bytemuck::cast_slice(&values), &mut tensor);
+            tensor
+        };
+        let (tokens, positions) = (upload((0..n_tokens as u32).collect()), upload((0..n_tokens as u32).collect()));
+        let spans = [CacheSpan { rows: 0..n_tokens, past: 0, pages: self.pages(0) }];
+        let started = Instant::now();
+        let input = CachedInput::Tokens(&tokens);
+        let CachedOutput::Logits(_) = self.chunk.forward_cached(&ctx, input, &positions, &spans, &mut self.caches, &[n_tokens - 1]) else {
+            unreachable!("the whole model ends in logits");
+        };
+        self.device.finish();
+        started.elapsed().as_secs_f64()
+    }
+
     /// Bytes that a step of n sequences of so many tokens reads.
     fn bytes(&self, n: usize, tokens: usize) -> f64 {
-        let rows = |tensor: &Tensor, n: usize| n * tensor.row_len() * tensor.dtype().bytes();
-        let weight = |param: &&trireme::model::param::Param| {
-            if param.spec.name == "embedding.weight" { rows(&param.value, n) } else { param.value.n_bytes() }
+        let weight = |param: &&Param| match &param.packed {
+            Some(packed) => packed.n_bytes(),
+            None if param.spec.name == "embedding.weight" => n * param.value.row_len() * param.value.dtype().bytes(),
+            None => param.value.n_bytes(),
         };
         let weights: usize = self.chunk.params().iter().map(weight).sum();
         let of_cache = |tensor: &Tensor| n * tokens * tensor.dims()[2] * tensor.dtype().bytes();
         let caches: usize = self.caches.iter().map(|cache| of_cache(&cache.keys) + of_cache(&cache.values)).sum();
         (weights + caches) as f64
     }
+
+    /// Multiplications and additions of a pass over n tokens of which `n_last` end in logits: products with weights, and the scores and
+    /// sums of n queries over `keys` keys each.
+    fn flops(&self, n: usize, n_last: usize, keys: f64) -> f64 {
+        let config = self.chunk.config();
+        let of_params = |part: &str| -> usize {
+            let mut params = self.chunk.params();
+            params.retain(|param| param.spec.name.starts_with(part) && param.spec.shape.len() == 2);
+            params.iter().map(|param| param.spec.shape.iter().product::<usize>()).sum()
+        };
+        let attention = 2.0 * keys * (config.n_layers * config.n_heads * config.head_dim) as f64;
+        2.0 * (n as f64 * (of_params("layers.") as f64 + attention) + (n_last * of_params("head.")) as f64)
+    }
 }
 
 fn main() {
-    let on_gpu = std::env::args().skip(1).any(|word| word == "cuda");
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let on_gpu = wanted.iter().any(|word| word == "cuda");
     let device: Box<dyn Device> = match on_gpu.then(|| Cuda::open(0)) {
         None => Box::new(Cpu::new()),
         Some(Ok(cuda)) => Box::new(cuda),
@@ -130,22 +218,56 @@ fn main() {
             std::process::exit(if std::env::var_os("TRIREME_NEEDS_GPU").is_some() { 2 } else { 0 });
         }
     };
-    println!("{}, bf16, {PAST} tokens before the first step\n", device.name());
-    println!("| model | sequences | ms a step | tokens/s | GB/s | of the copy's |\n|---|---:|---:|---:|---:|---:|");
-    for (name, size) in if on_gpu { &CUDA_SIZES[..] } else { &CPU_SIZES } {
-        let batches: &[usize] = if on_gpu { &[1, 8, 32] } else { &[1] };
-        let most = *batches.last().expect("not empty");
-        let mut subject = Subject::new(&*device, &model(*size), most);
-        for &n in batches {
-            subject.steps_s(n, PAST);
-            let (mut best_s, mut copy) = (f64::INFINITY, 0.0f64);
-            for repetition in 0..REPETITIONS {
-                copy = copy.max(ceiling::measure(&*device, DType::BF16).copy_bytes_per_s);
-                best_s = best_s.min(subject.steps_s(n, PAST + repetition * STEPS));
+    let (sizes, weights, batches) =
+        if on_gpu { (&CUDA_SIZES, &CUDA_WEIGHTS[..], &[1, 8, 32][..]) } else { (&CPU_SIZES, &CPU_WEIGHTS[..], &[1, 8, 16, 32][..]) };
+    let numbers: Vec<String> = batches.iter().map(|n| n.to_string()).chain(["prompts".into()]).collect();
+    let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
+    let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
+    println!("{}\n", device.name());
+    println!("| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of the GEMM ceiling |");
+    println!("|---|---|---:|---:|---:|---:|---:|---:|");
+    for size in sizes {
+        for (name, dtype, format) in weights {
+            let all_sizes: Vec<&str> = sizes.iter().map(|size| size.name).collect();
+            let all_weights: Vec<&str> = weights.iter().map(|(name, ..)| *name).collect();
+            if !is_wanted(size.name, &all_sizes) || !is_wanted(name, &all_weights) {
+                continue;
             }
-            let rate = subject.bytes(n, PAST + STEPS) / best_s;
-            let (ms, tokens_per_s, share) = (1e3 * best_s, n as f64 / best_s, rate / copy);
-            println!("| {name} | {n} | {ms:.3} | {tokens_per_s:.0} | {:.1} | {share:.2} |", rate / 1e9);
+            let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), batches[batches.len() - 1]);
+            for &n in batches.iter().filter(|n| is_wanted(&n.to_string(), &numbers)) {
+                steps(&mut subject, (size, name, *dtype), n);
+            }
+            for n_tokens in PROMPTS.into_iter().filter(|_| is_wanted("prompts", &numbers)) {
+                prompt(&mut subject, (size, name, *dtype), n_tokens);
+            }
         }
     }
+}
+
+/// One line of the table: decode steps.
+fn steps(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n: usize) {
+    subject.steps_s(n, size.past);
+    let (mut best_s, mut read) = (f64::INFINITY, 0.0f64);
+    for repetition in 0..REPETITIONS {
+        read = read.max(ceiling::read_bytes_per_s(subject.device));
+        best_s = best_s.min(subject.steps_s(n, size.past + repetition * STEPS));
+    }
+    let gemm = ceiling::measure(subject.device, dtype).gemm_flops_per_s;
+    let rate = subject.bytes(n, size.past + STEPS) / best_s;
+    let share = subject.flops(n, n, (size.past + STEPS) as f64) / best_s / gemm;
+    let (name, ms, tokens_per_s, of_read) = (size.name, 1e3 * best_s, n as f64 / best_s, rate / read);
+    println!("| {name} | {weights} | {n} | {ms:.3} | {tokens_per_s:.0} | {:.1} | {of_read:.2} | {share:.2} |", rate / 1e9);
+}
+
+/// One line of the table: a prompt.
+fn prompt(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n_tokens: usize) {
+    subject.prompt_s(n_tokens);
+    let (mut best_s, mut gemm) = (f64::INFINITY, 0.0f64);
+    for _ in 0..REPETITIONS {
+        gemm = gemm.max(ceiling::measure(subject.device, dtype).gemm_flops_per_s);
+        best_s = (0..3).map(|_| subject.prompt_s(n_tokens)).fold(best_s, f64::min);
+    }
+    let share = subject.flops(n_tokens, 1, (n_tokens + 1) as f64 / 2.0) / best_s / gemm;
+    let (name, ms, tokens_per_s) = (size.name, 1e3 * best_s, n_tokens as f64 / best_s);
+    println!("| {name} | {weights} | prompt of {n_tokens} | {ms:.2} | {tokens_per_s:.0} | - | - | {share:.2} |");
 }
