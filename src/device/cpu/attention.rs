@@ -7,9 +7,9 @@
 
 use super::lanes::{Element, Isa, kernel, load, store};
 use super::parallel::{Pool, Shared, for_tasks};
-use super::product::{Product, product};
+use super::product::{Product, To, product};
 use super::terms::{Strided, Terms, along_dims, along_rows, convert_scaled, transpose};
-use crate::device::{Heads, Store};
+use crate::device::Heads;
 use std::ops::Range;
 
 /// Most rows of a task.
@@ -132,7 +132,7 @@ fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<
             b_row: ROWS,
             c: scores[skipped..].as_mut_ptr(),
             c_row: ROWS,
-            how: Store::Assign,
+            how: To::Assign,
         };
         // SAFETY: n <= KEYS keys of d in the tile, lanes from `skipped` in rows of ROWS.
         unsafe { product(isa, &scored) };
@@ -145,7 +145,7 @@ fn block<E: Element>(isa: Isa, pool: &Pool, outputs: &Outputs<E>, group: &Group<
             a_column: padded,
             b: scores[skipped..].as_ptr(),
             c: sums[skipped..].as_mut_ptr(),
-            how: Store::Accumulate,
+            how: To::Accumulate,
             ..scored
         };
         // SAFETY: as above, with sums [d, ROWS].

@@ -8,9 +8,9 @@ use super::attention::{KEYS, ROWS};
 use super::elementwise;
 use super::lanes::{Element, Isa, Vector, each, kernel, load, store};
 use super::parallel::{Pool, Shared, for_rows, for_tasks};
-use super::product::{Product, product};
+use super::product::{Product, To, product};
 use super::terms::{Strided, Terms, along_dims, along_rows, transpose};
-use crate::device::{Heads, Store};
+use crate::device::Heads;
 use half::bf16;
 use std::ops::Range;
 
@@ -117,7 +117,7 @@ impl<E: Element> Block<'_, E> {
             // [key, row] = a[key, d] b[d, row], rows from `skipped`
             let product_over_dims = |a: &[f32], b: &[f32], c: &mut [f32]| {
                 let (a, b, c) = (a.as_ptr(), b[skipped..].as_ptr(), c[skipped..].as_mut_ptr());
-                let (k, how) = (terms.words(d), Store::Assign);
+                let (k, how) = (terms.words(d), To::Assign);
                 let p = Product { terms, m: n, n: used, k, a, a_row: words, a_column: 1, b, b_row: ROWS, c, c_row: ROWS, how };
                 // SAFETY: a has KEYS rows of `words`, b d words of ROWS, c KEYS rows of ROWS.
                 unsafe { product(isa, &p) };
@@ -125,7 +125,7 @@ impl<E: Element> Block<'_, E> {
             product_over_dims(keys, queries_t, scores.weights);
             product_over_dims(values, dout_t, scores.dscores);
             softmax_backward(isa, &mut scores, &rows, (key, n), skipped..lanes, 1.0 / (d as f32).sqrt());
-            let (a, how) = (keys_by_row.as_ptr(), Store::Accumulate);
+            let (a, how) = (keys_by_row.as_ptr(), To::Accumulate);
             let (b, c) = (scores.dscores[skipped..].as_ptr(), dqueries_t[skipped..].as_mut_ptr());
             let k = terms.words(n);
             let p = Product { terms, m: d, n: used, k, a, a_row: 1, a_column: padded, b, b_row: ROWS, c, c_row: ROWS, how };

@@ -4,14 +4,14 @@
 //! score, the weights exp(score - largest) of the keys it sees, their sum, and the values summed with them, each score and each element
 //! of the values' sum one chain of additions in a fixed order. The parts are joined one after another (the online softmax of Milakov and
 //! Gimelshein 2018), here or after all of them were made, by other threads too. Rows stand in the first dim of every product and are never
-//! summed over, so how many there are decides only how often a tile is used that was packed once: [words of d, key] of keys,
-//! [words of keys, d] of values, words as in `terms`.
+//! summed over, so how many there are decides only how often a tile is used that was packed once: [words of d, key] of a page's keys,
+//! [words of keys, d] of its values, words as in `terms`.
 
 use super::lanes::{Element, Isa, each, kernel, load, prefetch, store};
 use super::parallel::{Pool, Shared, for_tasks};
-use super::product::{Product, product};
-use super::terms::{Terms, along_dims, transpose_tile};
-use crate::device::{CacheSpan, Heads, PAGE_TOKENS, Store};
+use super::product::{Product, To, product};
+use super::terms::{Terms, along_dims};
+use crate::device::{CacheSpan, Heads, PAGE_TOKENS};
 use half::bf16;
 use std::ops::Range;
 
@@ -19,8 +19,8 @@ use std::ops::Range;
 const BLOCK: usize = 4 * PAGE_TOKENS;
 /// Most rows that a tile is packed for.
 const ROWS: usize = 96;
-/// Rows whose weights are multiplied with the values together: those that see fewer keys of a block are spared the others'.
-const FEW_ROWS: usize = 24;
+/// Rows so few that reading keys and values takes longest: pages are then read as they lie, for all kv heads.
+const FEW_ROWS: usize = 16;
 /// Columns of a panel of values: as many as one tile of a product is wide.
 const PANEL: usize = 64;
 /// From one row of scores to the next: off the powers of two that meet in one set of the first cache.
@@ -38,26 +38,34 @@ pub struct Cache<'a, E> {
     pub values: &'a mut [E],
 }
 
-/// Rows of a span that attend together to one kv head. Row r of a span is query head r % per_kv of the group, of new token r / per_kv.
+/// Rows of a span that attend together, for some kv heads. Row r of a kv head is its query head r % per_kv, of new token r / per_kv; the
+/// rows of a strand are those of its first kv head, then those of the next.
 struct Strand<'a> {
     span: &'a CacheSpan,
-    group: usize,
+    groups: Range<usize>,
     rows: Range<usize>,
     per_kv: usize,
 }
 
 impl Strand<'_> {
-    /// Keys that a row of the strand sees.
+    /// Keys that a row of a kv head sees.
     fn visible(&self, row: usize) -> usize {
-        self.span.past + (self.rows.start + row) / self.per_kv + 1
+        self.span.past + row / self.per_kv + 1
     }
 
+    /// Of all its kv heads.
     fn n_rows(&self) -> usize {
-        self.rows.len()
+        self.groups.len() * self.rows.len()
     }
 
     fn n_keys(&self) -> usize {
-        self.visible(self.n_rows() - 1)
+        self.visible(self.rows.end - 1)
+    }
+
+    /// New token and query head of a row of the strand.
+    fn place(&self, row: usize) -> (usize, usize) {
+        let (group, row) = (self.groups.start + row / self.rows.len(), self.rows.start + row % self.rows.len());
+        (self.span.rows.start + row / self.per_kv, group * self.per_kv + row % self.per_kv)
     }
 
     fn n_blocks(&self) -> usize {
@@ -65,7 +73,7 @@ impl Strand<'_> {
     }
 
     fn cost(&self, dim: usize) -> usize {
-        (self.n_rows() + PACKING) * self.n_keys() * dim
+        self.groups.len() * (self.rows.len() + PACKING) * self.n_keys() * dim
     }
 }
 
@@ -150,12 +158,10 @@ impl<'a> Part<'a> {
 struct Room<'a> {
     /// [row, words of d]
     queries: &'a mut [f32],
-    /// [words of d, PAGE_TOKENS]
-    keys: &'a mut [f32],
+    /// Of a page and a kv head: keys [words of d, PAGE_TOKENS], or values [panel, words of keys, PANEL].
+    tile: &'a mut [f32],
     /// [row, SCORES]: scores, then weights as words of keys.
     scores: &'a mut [f32],
-    /// [panel, words of keys, PANEL]
-    values: &'a mut [f32],
 }
 
 /// A call.
@@ -176,16 +182,9 @@ pub fn attention_cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &
     let dim = heads.dim;
     let Cache { keys, values } = cache;
     append(keys, values, qkv, (spans, heads));
-    let mut strands = Vec::new();
-    for span in spans {
-        let n_rows = span.rows.len() * heads.queries_per_kv();
-        // The longest first, so that the threads end together.
-        for block in (0..n_rows.div_ceil(ROWS)).rev() {
-            let rows = block * ROWS..((block + 1) * ROWS).min(n_rows);
-            strands.extend((0..heads.kv).map(|group| Strand { span, group, rows: rows.clone(), per_kv: heads.queries_per_kv() }));
-        }
-    }
-    let shares = Shares::of(&strands, dim, rayon::current_num_threads());
+    let n_threads = rayon::current_num_threads();
+    let strands = strands(spans, heads, n_threads);
+    let shares = Shares::of(&strands, dim, n_threads);
     let call = Call { isa, pool, heads, terms: Terms::of::<E>(isa, dim), qkv, keys, values, out: Shared::new(out) };
     let mut memory = pool.take(shares.parts_len);
     let parts = Shared::new(&mut memory);
@@ -211,6 +210,24 @@ pub fn attention_cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &
     });
 }
 
+/// All rows of all spans.
+fn strands<'a>(spans: &'a [CacheSpan], heads: Heads, n_threads: usize) -> Vec<Strand<'a>> {
+    let per_kv = heads.queries_per_kv();
+    let n_blocks: usize = spans.iter().map(|span| span.n_tokens().div_ceil(BLOCK)).sum();
+    let mut strands = Vec::new();
+    for span in spans {
+        let n_rows = span.rows.len() * per_kv;
+        let n_groups = if n_rows <= FEW_ROWS && n_blocks >= 4 * n_threads { heads.kv } else { 1 };
+        // The longest first, so that the threads end together.
+        for block in (0..n_rows.div_ceil(ROWS)).rev() {
+            let rows = block * ROWS..((block + 1) * ROWS).min(n_rows);
+            let groups = (0..heads.kv).step_by(n_groups).map(|first| first..first + n_groups);
+            strands.extend(groups.map(|groups| Strand { span, groups, rows: rows.clone(), per_kv }));
+        }
+    }
+    strands
+}
+
 /// Keys and values of the new tokens to their places.
 fn append<E: Element>(keys: &mut [E], values: &mut [E], qkv: &[E], (spans, heads): (&[CacheSpan], Heads)) {
     let (columns, d, width) = (heads.qkv_columns(), heads.dim, heads.kv * heads.dim);
@@ -233,29 +250,25 @@ fn append<E: Element>(keys: &mut [E], values: &mut [E], qkv: &[E], (spans, heads
 impl<E: Element> Call<'_, E> {
     fn with_room(&self, n_rows: usize, work: impl FnOnce(&mut Room, [&mut [f32]; 2])) {
         let d = self.heads.dim;
-        let lens = [
-            n_rows * self.terms.words(d),
-            self.terms.words(d).next_multiple_of(16) * PAGE_TOKENS,
-            n_rows * SCORES,
-            d.div_ceil(PANEL) * self.terms.words(BLOCK) * PANEL,
-            part_len(n_rows, d),
-            part_len(n_rows, d),
-        ];
+        let keys = self.terms.words(d).next_multiple_of(16) * PAGE_TOKENS;
+        let values = d.div_ceil(PANEL) * self.terms.words(PAGE_TOKENS) * PANEL;
+        let lens = [n_rows * self.terms.words(d), keys.max(values), n_rows * SCORES, part_len(n_rows, d), part_len(n_rows, d)];
         let mut buffer = self.pool.take(lens.iter().map(|len| len.next_multiple_of(16)).sum());
         let mut rest = &mut buffer[..];
-        let [queries, keys, scores, values, part, joined] = lens.map(|len| {
+        let [queries, tile, scores, part, joined] = lens.map(|len| {
             let (first, behind) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(16));
             rest = behind;
             &mut first[..len]
         });
-        work(&mut Room { queries, keys, scores, values }, [part, joined]);
+        work(&mut Room { queries, tile, scores }, [part, joined]);
     }
 
     /// The parts of some blocks of a strand: kept, or joined into the strand's result where these are all of them.
     fn piece(&self, strand: &Strand, piece: &Piece, (room, memory): (&mut Room, &mut [&mut [f32]; 2]), parts: &Shared<f32>) {
         let (n_rows, dim, words) = (strand.n_rows(), self.heads.dim, self.terms.words(self.heads.dim));
         for (row, to) in (0..n_rows).zip(room.queries.chunks_exact_mut(words)) {
-            let from = self.token(strand, row) * self.heads.qkv_columns() + self.heads.query_column(self.head(strand, row));
+            let (token, head) = strand.place(row);
+            let from = token * self.heads.qkv_columns() + self.heads.query_column(head);
             along_dims(self.isa, self.terms, to, &self.qkv[from..][..dim]);
         }
         let len = part_len(n_rows, dim);
@@ -276,83 +289,93 @@ impl<E: Element> Call<'_, E> {
         self.finish(strand, &joined);
     }
 
-    fn token(&self, strand: &Strand, row: usize) -> usize {
-        strand.span.rows.start + (strand.rows.start + row) / strand.per_kv
-    }
-
-    fn head(&self, strand: &Strand, row: usize) -> usize {
-        strand.group * strand.per_kv + (strand.rows.start + row) % strand.per_kv
-    }
-
-    /// The columns of a strand's head in a page of keys or values, from its first row on; none past the strand's last page.
-    fn page<'a>(&self, of: &'a [E], strand: &Strand, idx: usize) -> &'a [E] {
-        let width = self.heads.kv * self.heads.dim;
-        if idx * PAGE_TOKENS >= strand.n_keys() {
-            return &[];
-        }
-        let rows = &of[strand.span.pages[idx] as usize * PAGE_TOKENS * width..][..PAGE_TOKENS * width];
-        &rows[strand.group * self.heads.dim..]
+    /// A page of keys or values: rows of all kv heads; none past the strand's last.
+    fn page<'a>(&self, of: &'a [E], strand: &Strand, key: usize) -> &'a [E] {
+        let len = PAGE_TOKENS * self.heads.kv * self.heads.dim;
+        if key >= strand.n_keys() { &[] } else { &of[strand.span.pages[key / PAGE_TOKENS] as usize * len..][..len] }
     }
 
     /// What the strand's rows get of one block.
     fn part(&self, strand: &Strand, block: usize, room: &mut Room, part: &mut Part) {
-        let (dim, words, width) = (self.heads.dim, self.terms.words(self.heads.dim), self.heads.kv * self.heads.dim);
         let first = block * BLOCK;
         let n = BLOCK.min(strand.n_keys() - first);
         for at in (0..n).step_by(PAGE_TOKENS) {
-            let (idx, n) = ((first + at) / PAGE_TOKENS, PAGE_TOKENS.min(n - at));
-            let ahead = [self.page(self.keys, strand, idx + 1), self.page(self.values, strand, idx)];
-            pack_keys(self.isa, self.terms, room.keys, self.page(self.keys, strand, idx), (width, n, dim), ahead);
-            // Rows that see none of these keys come first.
-            let skipped = (0..strand.n_rows()).take_while(|row| strand.visible(*row) <= first + at).count();
+            let (page, is_last) = (self.page(self.keys, strand, first + at), at + PAGE_TOKENS >= n);
+            let ahead = if is_last { (self.values, first) } else { (self.keys, first + at + PAGE_TOKENS) };
+            self.scores(strand, (first, at, n), (page, self.page(ahead.0, strand, ahead.1)), room);
+        }
+        let seen: Vec<usize> = strand.rows.clone().map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
+        weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (self.heads.dim as f32).sqrt(), n));
+        part.sums.fill(0.0);
+        for at in (0..n).step_by(PAGE_TOKENS) {
+            let (page, is_last) = (self.page(self.values, strand, first + at), at + PAGE_TOKENS >= n);
+            let ahead = if is_last { (self.keys, first + BLOCK) } else { (self.values, first + at + PAGE_TOKENS) };
+            self.weighted_values(strand, (at, &seen), (page, self.page(ahead.0, strand, ahead.1)), room, part);
+        }
+    }
+
+    /// scores[row, at..] of the keys of a page, `at` in the block of n keys from `first`.
+    fn scores(&self, strand: &Strand, (first, at, n): (usize, usize, usize), (page, ahead): (&[E], &[E]), room: &mut Room) {
+        let (dim, words, width) = (self.heads.dim, self.terms.words(self.heads.dim), self.heads.kv * self.heads.dim);
+        let n = PAGE_TOKENS.min(n - at);
+        // Rows that see none of these keys come first.
+        let skipped = strand.rows.clone().take_while(|row| strand.visible(*row) <= first + at).count();
+        for (i, group) in strand.groups.clone().enumerate() {
+            pack_keys(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
+            let row = i * strand.rows.len() + skipped;
             let scored = Product {
                 terms: self.terms,
-                m: strand.n_rows() - skipped,
+                m: strand.rows.len() - skipped,
                 n: n.next_multiple_of(16),
                 k: words,
-                a: room.queries[skipped * words..].as_ptr(),
+                a: room.queries[row * words..].as_ptr(),
                 a_row: words,
                 a_column: 1,
-                b: room.keys.as_ptr(),
+                b: room.tile.as_ptr(),
                 b_row: PAGE_TOKENS,
-                c: room.scores[skipped * SCORES + at..].as_mut_ptr(),
+                c: room.scores[row * SCORES + at..].as_mut_ptr(),
                 c_row: SCORES,
-                how: Store::Assign,
+                how: To::Assign,
             };
             // SAFETY: queries [row, words], keys [words, PAGE_TOKENS], scores [row, SCORES] with room for the page at `at`.
             unsafe { product(self.isa, &scored) };
         }
-        let seen: Vec<usize> = (0..strand.n_rows()).map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
-        weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (dim as f32).sqrt(), n));
-        self.pack_values(strand, first, n, room.values);
-        let is_finite = |at: usize| {
-            let keys = seen[0].saturating_sub(at).min(PAGE_TOKENS)..(n - at).min(PAGE_TOKENS);
-            are_finite(self.isa, self.page(self.values, strand, (first + at) / PAGE_TOKENS), keys, (width, dim))
-        };
-        if (0..n).step_by(PAGE_TOKENS).all(is_finite) {
-            for rows in (0..strand.n_rows()).step_by(FEW_ROWS).map(|row| row..(row + FEW_ROWS).min(strand.n_rows())) {
-                self.weighted_values(rows.clone(), seen[rows.end - 1], room, part);
+    }
+
+    /// part.sums[row, d] += weights[row, key] values[key, d] over the keys of a page, `at` in their block, of which the rows of a kv head
+    /// have `seen` so many.
+    fn weighted_values(
+        &self,
+        strand: &Strand,
+        (at, seen): (usize, &[usize]),
+        (page, ahead): (&[E], &[E]),
+        room: &mut Room,
+        part: &mut Part,
+    ) {
+        let (dim, width) = (self.heads.dim, self.heads.kv * self.heads.dim);
+        let of_page = |row: usize| seen[row].saturating_sub(at).min(PAGE_TOKENS);
+        let skipped = (0..seen.len()).take_while(|row| of_page(*row) == 0).count();
+        let n = of_page(seen.len() - 1);
+        for (i, group) in strand.groups.clone().enumerate() {
+            pack_values(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
+            let first_row = i * seen.len();
+            if are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim) {
+                self.weighted(first_row + skipped..first_row + seen.len(), (at, n), room, part);
+                continue;
             }
-        } else {
             // 0 times these would not be nothing: no row may meet values that it does not see.
-            for rows in seen.chunk_by(|a, b| a == b).scan(0, |end, same| Some((*end..*end + same.len(), *end += same.len()).0)) {
-                self.pack_values(strand, first, seen[rows.start], room.values);
-                self.weighted_values(rows.clone(), seen[rows.start], room, part);
+            let mut row = skipped;
+            while row < seen.len() {
+                let (n, n_same) = (of_page(row), seen[row..].iter().take_while(|other| **other == seen[row]).count());
+                pack_values(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
+                self.weighted(first_row + row..first_row + row + n_same, (at, n), room, part);
+                row += n_same;
             }
         }
     }
 
-    /// The values of n keys, from the first of a block, for sums over the keys.
-    fn pack_values(&self, strand: &Strand, first: usize, n: usize, to: &mut [f32]) {
-        let width = self.heads.kv * self.heads.dim;
-        for at in (0..n).step_by(PAGE_TOKENS) {
-            let page = self.page(self.values, strand, (first + at) / PAGE_TOKENS);
-            pack_values(self.isa, self.terms, to, page, (width, PAGE_TOKENS.min(n - at), self.heads.dim), self.terms.words(at));
-        }
-    }
-
-    /// sums[row, d] = weights[row, key] values[key, d] over the first n keys of the block.
-    fn weighted_values(&self, rows: Range<usize>, n: usize, room: &Room, part: &mut Part) {
+    /// part.sums of these rows += weights[row, at..] values, of n keys whose values are in the tile.
+    fn weighted(&self, rows: Range<usize>, (at, n): (usize, usize), room: &Room, part: &mut Part) {
         let padded = self.heads.dim.next_multiple_of(16);
         for column in (0..padded).step_by(PANEL) {
             let weighted = Product {
@@ -360,14 +383,14 @@ impl<E: Element> Call<'_, E> {
                 m: rows.len(),
                 n: PANEL.min(padded - column),
                 k: self.terms.words(n),
-                a: room.scores[rows.start * SCORES..].as_ptr(),
+                a: room.scores[rows.start * SCORES + self.terms.words(at)..].as_ptr(),
                 a_row: SCORES,
                 a_column: 1,
-                b: room.values[column * self.terms.words(BLOCK)..].as_ptr(),
+                b: room.tile[column * self.terms.words(PAGE_TOKENS)..].as_ptr(),
                 b_row: PANEL,
                 c: part.sums[rows.start * padded + column..].as_mut_ptr(),
                 c_row: padded,
-                how: Store::Assign,
+                how: To::Continue,
             };
             // SAFETY: weights [row, SCORES], values [words, PANEL] of this panel, sums [row, padded].
             unsafe { product(self.isa, &weighted) };
@@ -378,7 +401,8 @@ impl<E: Element> Call<'_, E> {
     fn finish(&self, strand: &Strand, joined: &Part) {
         let (d, padded) = (self.heads.dim, self.heads.dim.next_multiple_of(16));
         for (row, sums) in (0..strand.n_rows()).zip(joined.sums.chunks_exact(padded)) {
-            let at = (self.token(strand, row) * self.heads.query + self.head(strand, row)) * d;
+            let (token, head) = strand.place(row);
+            let at = (token * self.heads.query + head) * d;
             // SAFETY: each row belongs to one strand.
             to_out(self.isa, unsafe { self.out.part(at..at + d) }, &sums[..d], 1.0 / joined.total[row]);
         }
@@ -386,49 +410,59 @@ impl<E: Element> Call<'_, E> {
 }
 
 kernel! {
-    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, zeros up to a multiple of 16, from rows of `width`; of the pages `ahead`
-    /// the same rows are fetched.
-    fn pack_keys over V [E] (terms: Terms, to: &mut [f32], page: &[E], size: (usize, usize, usize), ahead: [&[E]; 2]) {
-        let (width, n, d) = size;
+    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, of d from `column` in rows of `width`, zeros up to a multiple of 16; of the
+    /// page `ahead` the same is fetched.
+    fn pack_keys over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
+        let ((page, ahead), (width, n, d)) = (pages, size);
         let words = terms.words(d);
         for first in (0..n.next_multiple_of(16)).step_by(V::N) {
-            for row in (first..n.min(first + V::N)).map(|key| key * width) {
-                ahead.iter().filter(|page| !page.is_empty()).for_each(|page| prefetch(&page[row..][..d]));
-            }
             for word in (0..words).step_by(V::N) {
                 let mut tile = [V::zero(); 16];
                 let some = V::N.min(words - word);
-                for (row, key) in tile.iter_mut().zip(first..n.min(first + V::N)) {
-                    let from = &page[key * width..][..d];
-                    *row = match terms {
-                        Terms::Single => load::<V, E>(from, word, some),
-                        Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from), word, some),
-                    };
+                let from = |key: usize| &page[key * width + column..][..d];
+                let row = |key: usize, some: usize| match terms {
+                    Terms::Single => load::<V, E>(from(key), word, some),
+                    Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from(key)), word, some),
+                };
+                if first + V::N <= n && some == V::N {
+                    for (i, tile) in tile.iter_mut().enumerate().take(V::N) {
+                        *tile = row(first + i, V::N);
+                    }
+                } else {
+                    tile.iter_mut().zip(first..n.min(first + V::N)).for_each(|(tile, key)| *tile = row(key, some));
                 }
-                transpose_tile(&mut tile);
+                V::transpose(&mut tile);
                 for (i, column) in tile.iter().enumerate().take(V::N) {
                     store(to, (word + i) * PAGE_TOKENS + first, V::N, *column);
                 }
+            }
+            for key in (first..n.min(first + V::N)).filter(|_| !ahead.is_empty()) {
+                prefetch(&ahead[key * width + column..][..d]);
             }
         }
     }
 }
 
 kernel! {
-    /// Words `at`.. of to[panel, words of keys, PANEL] from the first n rows of a page, of `width`; what is paired with no row is 0.
-    fn pack_values over V [E] (terms: Terms, to: &mut [f32], page: &[E], size: (usize, usize, usize), at: usize) {
-        let (width, n, d) = size;
-        let place = |word: usize, i: usize| (i / PANEL * terms.words(BLOCK) + at + word) * PANEL + i % PANEL;
+    /// to[panel, words of keys, PANEL] of the first n values of a page, of d from `column` in rows of `width`; what is paired with no row is
+    /// 0; of the page `ahead` the same is fetched.
+    fn pack_values over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
+        let ((page, ahead), (width, n, d)) = (pages, size);
+        let place = |word: usize, i: usize| (i / PANEL * terms.words(PAGE_TOKENS) + word) * PANEL + i % PANEL;
+        let from = |key: usize| &page[key * width + column..][..d];
+        for key in (0..n).filter(|_| !ahead.is_empty()) {
+            prefetch(&ahead[key * width + column..][..d]);
+        }
         match terms {
             Terms::Single => {
                 for key in 0..n {
-                    each!(V, d, |i, some| { store(to, place(key, i), V::N, load::<V, E>(&page[key * width..][..d], i, some)) });
+                    each!(V, d, |i, some| { store(to, place(key, i), V::N, load::<V, E>(from(key), i, some)) });
                 }
             }
             Terms::Pairs => {
                 for word in 0..n.div_ceil(2) {
-                    let low: &[f32] = bytemuck::cast_slice(&page[2 * word * width..][..d]);
-                    let high: &[f32] = if 2 * word + 1 < n { bytemuck::cast_slice(&page[(2 * word + 1) * width..][..d]) } else { &[] };
+                    let low: &[f32] = bytemuck::cast_slice(from(2 * word));
+                    let high: &[f32] = if 2 * word + 1 < n { bytemuck::cast_slice(from(2 * word + 1)) } else { &[] };
                     each!(V, d / 2, |i, some| {
                         let high = if high.is_empty() { V::zero() } else { load::<V, f32>(high, i, some) };
                         let (first, last) = load::<V, f32>(low, i, some).zip_halves(high);
@@ -445,12 +479,13 @@ kernel! {
 
 kernel! {
     /// scores[row, SCORES] become weights exp(scale score - max) of the keys that a row sees, then zeros up to key n, in words of keys; max
-    /// and total of the part are those of the row.
+    /// and total of the part are those of the row. Each kv head's rows have `seen` the same.
     fn weigh over V [] (terms: Terms, scores: &mut [f32], part: &mut Part, seen: &[usize], how: (f32, usize)) {
         let (scale, n) = how;
-        for (row, scores) in scores.chunks_exact_mut(SCORES).enumerate().take(seen.len()) {
-            let whole = seen[row].next_multiple_of(V::N);
-            scores[seen[row]..whole].fill(f32::NEG_INFINITY);
+        for (row, scores) in scores.chunks_exact_mut(SCORES).enumerate().take(part.max.len()) {
+            let seen = seen[row % seen.len()];
+            let whole = seen.next_multiple_of(V::N);
+            scores[seen..whole].fill(f32::NEG_INFINITY);
             let mut max = V::splat(f32::NEG_INFINITY);
             for at in (0..whole).step_by(V::N) {
                 max = load::<V, f32>(scores, at, V::N).max(max);
@@ -506,12 +541,12 @@ kernel! {
 }
 
 kernel! {
-    /// Whether these rows of a page, of `width`, are finite in their first d columns.
-    fn are_finite over V [E] (page: &[E], rows: Range<usize>, size: (usize, usize)) -> bool {
+    /// Whether these rows of a page, of `width`, are finite in d columns.
+    fn are_finite over V [E] (page: &[E], rows: Range<usize>, size: (usize, usize), column: usize) -> bool {
         let (width, d) = size;
         let mut nothing = V::zero();
         for row in rows {
-            each!(V, d, |i, n| { nothing = load::<V, E>(&page[row * width..][..d], i, n).fma(V::zero(), nothing) });
+            each!(V, d, |i, n| { nothing = load::<V, E>(&page[row * width + column..][..d], i, n).fma(V::zero(), nothing) });
         }
         nothing.sum() == 0.0
     }

@@ -146,6 +146,18 @@ pub trait Vector: Copy {
     fn unzip(self, y: Self) -> (Self, Self);
     /// The inverse of `unzip`.
     fn zip(self, y: Self) -> (Self, Self);
+    /// Lane j of row i of the first N rows becomes lane i of row j: log2 N perfect shuffles.
+    #[inline(always)]
+    fn transpose(tile: &mut [Self; 16]) {
+        let mut width = 1;
+        while width < Self::N {
+            let old = *tile;
+            for i in 0..Self::N / 2 {
+                (tile[2 * i], tile[2 * i + 1]) = old[i].zip(old[i + Self::N / 2]);
+            }
+            width *= 2;
+        }
+    }
     /// Words of two bf16, rounded to nearest even: self in the low halves, `high` in the high ones. Only where there are dot
     /// products of bf16.
     #[inline(always)]

@@ -3,7 +3,17 @@
 
 use super::lanes::{Vector, kernel};
 use super::terms::Terms;
-use crate::device::Store;
+
+/// What becomes of the sums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum To {
+    /// c = sum
+    Assign,
+    /// c += sum
+    Accumulate,
+    /// As Assign, the sum's chain of additions beginning with c in place of 0: that of a longer sum goes on.
+    Continue,
+}
 
 /// Operands of a product. Strides in words; c is f32.
 #[derive(Clone, Copy)]
@@ -22,7 +32,7 @@ pub struct Product {
     pub b_row: usize,
     pub c: *mut f32,
     pub c_row: usize,
-    pub how: Store,
+    pub how: To,
 }
 
 /// SAFETY: the caller vouches that all of a, b and c as described is theirs to read and (c) write.
@@ -31,6 +41,13 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const PAIRS: bool>(p
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[V::zero(); NV]; MR];
+        if p.how == To::Continue {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = V::load(p.c.add((i + r) * p.c_row + j + v * V::N));
+                }
+            }
+        }
         let (mut a, mut b) = (p.a.add(i * p.a_row), p.b.add(j));
         for _ in 0..p.k {
             let mut row = [V::zero(); NV];
@@ -49,7 +66,7 @@ unsafe fn tile<V: Vector, const MR: usize, const NV: usize, const PAIRS: bool>(p
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
                 let to = p.c.add((i + r) * p.c_row + j + v * V::N);
-                let value = if p.how == Store::Accumulate { V::load(to).add(*sum) } else { *sum };
+                let value = if p.how == To::Accumulate { V::load(to).add(*sum) } else { *sum };
                 value.store(to);
             }
         }

@@ -94,7 +94,7 @@ kernel! {
                 for (r, row) in tile.iter_mut().enumerate().take(V::N) {
                     *row = load::<V, f32>(from, (i + r) * from_stride + j, V::N);
                 }
-                transpose_tile(&mut tile);
+                V::transpose(&mut tile);
                 for (c, column) in tile.iter().enumerate().take(V::N) {
                     store(to, (j + c) * to_stride + i, V::N, *column);
                 }
@@ -103,17 +103,10 @@ kernel! {
     }
 }
 
-/// The first N rows of N lanes: log2 N perfect shuffles.
+/// The first N rows of N lanes.
 #[inline(always)]
 pub fn transpose_tile<V: Vector>(tile: &mut [V; 16]) {
-    let mut width = 1;
-    while width < V::N {
-        let old = *tile;
-        for i in 0..V::N / 2 {
-            (tile[2 * i], tile[2 * i + 1]) = old[i].zip(old[i + V::N / 2]);
-        }
-        width *= 2;
-    }
+    V::transpose(tile);
 }
 
 kernel! {

@@ -178,6 +178,31 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn transpose(tile: &mut [Self; 16]) {
+        // Blocks of 1, 2, 4 and 8 lanes change places; unlike shuffles of the whole vector these stay in their quarters or move them whole.
+        // SAFETY: see above.
+        unsafe {
+            for i in (0..16).step_by(4) {
+                let [a, b, c, d] = [tile[i].0, tile[i + 1].0, tile[i + 2].0, tile[i + 3].0];
+                let pairs = [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b), _mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)];
+                let [a, b, c, d] = pairs.map(|x| _mm512_castps_pd(x));
+                let fours = [_mm512_unpacklo_pd(a, c), _mm512_unpackhi_pd(a, c), _mm512_unpacklo_pd(b, d), _mm512_unpackhi_pd(b, d)];
+                for (tile, x) in tile[i..i + 4].iter_mut().zip(fours) {
+                    tile.0 = _mm512_castpd_ps(x);
+                }
+            }
+            for i in 0..4 {
+                let [a, b, c, d] = [tile[i].0, tile[4 + i].0, tile[8 + i].0, tile[12 + i].0];
+                let (even, odd) = (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
+                let (even2, odd2) = (_mm512_shuffle_f32x4::<0b10_00_10_00>(c, d), _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d));
+                tile[i].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(even, even2);
+                tile[4 + i].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd, odd2);
+                tile[8 + i].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(even, even2);
+                tile[12 + i].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd, odd2);
+            }
+        }
+    }
+    #[inline(always)]
     fn pack_pairs(self, high: Self) -> Self {
         if !BF16 {
             unreachable!("pairs of bf16 on a processor without their dot products");
