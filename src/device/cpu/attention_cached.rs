@@ -410,7 +410,7 @@ impl<E: Element> Call<'_, E> {
 }
 
 kernel! {
-    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, of d from `column` in rows of `width`, zeros up to a multiple of 16; of the
+    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, d from `column` in rows of `width`, zeros up to a multiple of 16; of the
     /// page `ahead` the same is fetched.
     fn pack_keys over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
         let ((page, ahead), (width, n, d)) = (pages, size);
@@ -444,8 +444,8 @@ kernel! {
 }
 
 kernel! {
-    /// to[panel, words of keys, PANEL] of the first n values of a page, of d from `column` in rows of `width`; what is paired with no row is
-    /// 0; of the page `ahead` the same is fetched.
+    /// to[panel, words of keys, PANEL] of the first n values of a page, d from `column` in rows of `width`; what is paired with no row
+    /// is 0; of the page `ahead` the same is fetched.
     fn pack_values over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
         let ((page, ahead), (width, n, d)) = (pages, size);
         let place = |word: usize, i: usize| (i / PANEL * terms.words(PAGE_TOKENS) + word) * PANEL + i % PANEL;

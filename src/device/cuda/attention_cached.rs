@@ -271,8 +271,9 @@ mod tests {
         Call { spans: spans.collect(), heads: Heads { query: 8, kv: 2, dim: 64 }, dtype: DType::BF16, n_pages: 64 * n, wanted: 264 }
     }
 
-    /// A decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, in whole tiles, and a
-    /// row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of sequences that have grown.
+    /// A decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, in whole tiles, a
+    /// row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of sequences that
+    /// have grown.
     #[test]
     fn decode_tables_cover_every_key_at_every_length() {
         for n in [1, 3, 40] {
