@@ -419,17 +419,23 @@ kernel! {
             for word in (0..words).step_by(V::N) {
                 let mut tile = [V::zero(); 16];
                 let some = V::N.min(words - word);
-                let from = |key: usize| &page[key * width + column..][..d];
-                let row = |key: usize, some: usize| match terms {
-                    Terms::Single => load::<V, E>(from(key), word, some),
-                    Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from(key)), word, some),
-                };
+                // Closures would be compiled without the instructions of this function.
                 if first + V::N <= n && some == V::N {
-                    for (i, tile) in tile.iter_mut().enumerate().take(V::N) {
-                        *tile = row(first + i, V::N);
+                    for (i, row) in tile.iter_mut().enumerate().take(V::N) {
+                        let from = &page[(first + i) * width + column..][..d];
+                        *row = match terms {
+                            Terms::Single => load::<V, E>(from, word, V::N),
+                            Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from), word, V::N),
+                        };
                     }
                 } else {
-                    tile.iter_mut().zip(first..n.min(first + V::N)).for_each(|(tile, key)| *tile = row(key, some));
+                    for (row, key) in tile.iter_mut().zip(first..n.min(first + V::N)) {
+                        let from = &page[key * width + column..][..d];
+                        *row = match terms {
+                            Terms::Single => load::<V, E>(from, word, some),
+                            Terms::Pairs => load::<V, f32>(bytemuck::cast_slice(from), word, some),
+                        };
+                    }
                 }
                 V::transpose(&mut tile);
                 for (i, column) in tile.iter().enumerate().take(V::N) {

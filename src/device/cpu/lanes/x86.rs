@@ -185,11 +185,12 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
             for i in (0..16).step_by(4) {
                 let [a, b, c, d] = [tile[i].0, tile[i + 1].0, tile[i + 2].0, tile[i + 3].0];
                 let pairs = [_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b), _mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)];
-                let [a, b, c, d] = pairs.map(|x| _mm512_castps_pd(x));
-                let fours = [_mm512_unpacklo_pd(a, c), _mm512_unpackhi_pd(a, c), _mm512_unpacklo_pd(b, d), _mm512_unpackhi_pd(b, d)];
-                for (tile, x) in tile[i..i + 4].iter_mut().zip(fours) {
-                    tile.0 = _mm512_castpd_ps(x);
-                }
+                let (a, b) = (_mm512_castps_pd(pairs[0]), _mm512_castps_pd(pairs[1]));
+                let (c, d) = (_mm512_castps_pd(pairs[2]), _mm512_castps_pd(pairs[3]));
+                tile[i].0 = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                tile[i + 1].0 = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                tile[i + 2].0 = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                tile[i + 3].0 = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
             }
             for i in 0..4 {
                 let [a, b, c, d] = [tile[i].0, tile[4 + i].0, tile[8 + i].0, tile[12 + i].0];
@@ -229,8 +230,8 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
             );
             let high = _mm512_add_epi32(low, _mm512_set1_epi32(0x0010_0010));
             let (x, y) = (_mm512_castps_si512(self.0), _mm512_castps_si512(y.0));
-            let zipped = |order| Avx512(_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, order, y)));
-            (zipped(low), zipped(high))
+            let (low, high) = (_mm512_permutex2var_epi16(x, low, y), _mm512_permutex2var_epi16(x, high, y));
+            (Avx512(_mm512_castsi512_ps(low)), Avx512(_mm512_castsi512_ps(high)))
         }
     }
     #[inline(always)]
