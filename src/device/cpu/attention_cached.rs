@@ -295,6 +295,11 @@ impl<E: Element> Call<'_, E> {
         if key >= strand.n_keys() { &[] } else { &of[strand.span.pages[key / PAGE_TOKENS] as usize * len..][..len] }
     }
 
+    /// The page that is read next, where all of it is.
+    fn ahead<'a>(&self, of: &'a [E], strand: &Strand, key: usize) -> &'a [E] {
+        if strand.groups.len() == self.heads.kv { self.page(of, strand, key) } else { &[] }
+    }
+
     /// What the strand's rows get of one block.
     fn part(&self, strand: &Strand, block: usize, room: &mut Room, part: &mut Part) {
         let first = block * BLOCK;
@@ -302,7 +307,7 @@ impl<E: Element> Call<'_, E> {
         for at in (0..n).step_by(PAGE_TOKENS) {
             let (page, is_last) = (self.page(self.keys, strand, first + at), at + PAGE_TOKENS >= n);
             let ahead = if is_last { (self.values, first) } else { (self.keys, first + at + PAGE_TOKENS) };
-            self.scores(strand, (first, at, n), (page, self.page(ahead.0, strand, ahead.1)), room);
+            self.scores(strand, (first, at, n), (page, self.ahead(ahead.0, strand, ahead.1)), room);
         }
         let seen: Vec<usize> = strand.rows.clone().map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
         weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (self.heads.dim as f32).sqrt(), n));
@@ -310,7 +315,7 @@ impl<E: Element> Call<'_, E> {
         for at in (0..n).step_by(PAGE_TOKENS) {
             let (page, is_last) = (self.page(self.values, strand, first + at), at + PAGE_TOKENS >= n);
             let ahead = if is_last { (self.keys, first + BLOCK) } else { (self.values, first + at + PAGE_TOKENS) };
-            self.weighted_values(strand, (at, &seen), (page, self.page(ahead.0, strand, ahead.1)), room, part);
+            self.weighted_values(strand, (at, &seen), (page, self.ahead(ahead.0, strand, ahead.1)), room, part);
         }
     }
 
@@ -321,6 +326,7 @@ impl<E: Element> Call<'_, E> {
         // Rows that see none of these keys come first.
         let skipped = strand.rows.clone().take_while(|row| strand.visible(*row) <= first + at).count();
         for (i, group) in strand.groups.clone().enumerate() {
+            let ahead = share(ahead, i, strand.groups.len());
             pack_keys(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
             let row = i * strand.rows.len() + skipped;
             let scored = Product {
@@ -357,6 +363,7 @@ impl<E: Element> Call<'_, E> {
         let skipped = (0..seen.len()).take_while(|row| of_page(*row) == 0).count();
         let n = of_page(seen.len() - 1);
         for (i, group) in strand.groups.clone().enumerate() {
+            let ahead = share(ahead, i, strand.groups.len());
             pack_values(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
             let first_row = i * seen.len();
             if are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim) {
@@ -367,7 +374,7 @@ impl<E: Element> Call<'_, E> {
             let mut row = skipped;
             while row < seen.len() {
                 let (n, n_same) = (of_page(row), seen[row..].iter().take_while(|other| **other == seen[row]).count());
-                pack_values(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
+                pack_values(self.isa, self.terms, room.tile, (page, &[]), (width, n, dim), group * dim);
                 self.weighted(first_row + row..first_row + row + n_same, (at, n), room, part);
                 row += n_same;
             }
@@ -409,9 +416,14 @@ impl<E: Element> Call<'_, E> {
     }
 }
 
+/// Part i of n.
+fn share<E>(of: &[E], i: usize, n: usize) -> &[E] {
+    &of[i * of.len() / n..(i + 1) * of.len() / n]
+}
+
 kernel! {
-    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, d from `column` in rows of `width`, zeros up to a multiple of 16; of the
-    /// page `ahead` the same is fetched.
+    /// to[words of d, PAGE_TOKENS] of the first n keys of a page, d from `column` in rows of `width`, zeros up to a multiple of 16; what
+    /// is `ahead` is fetched.
     fn pack_keys over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
         let ((page, ahead), (width, n, d)) = (pages, size);
         let words = terms.words(d);
@@ -442,31 +454,28 @@ kernel! {
                     store(to, (word + i) * PAGE_TOKENS + first, V::N, *column);
                 }
             }
-            for key in (first..n.min(first + V::N)).filter(|_| !ahead.is_empty()) {
-                prefetch(&ahead[key * width + column..][..d]);
-            }
+            prefetch(share(ahead, first / V::N, PAGE_TOKENS / V::N));
         }
     }
 }
 
 kernel! {
     /// to[panel, words of keys, PANEL] of the first n values of a page, d from `column` in rows of `width`; what is paired with no row
-    /// is 0; of the page `ahead` the same is fetched.
+    /// is 0; what is `ahead` is fetched.
     fn pack_values over V [E] (terms: Terms, to: &mut [f32], pages: (&[E], &[E]), size: (usize, usize, usize), column: usize) {
         let ((page, ahead), (width, n, d)) = (pages, size);
         let place = |word: usize, i: usize| (i / PANEL * terms.words(PAGE_TOKENS) + word) * PANEL + i % PANEL;
         let from = |key: usize| &page[key * width + column..][..d];
-        for key in (0..n).filter(|_| !ahead.is_empty()) {
-            prefetch(&ahead[key * width + column..][..d]);
-        }
         match terms {
             Terms::Single => {
                 for key in 0..n {
+                    prefetch(share(ahead, key, PAGE_TOKENS));
                     each!(V, d, |i, some| { store(to, place(key, i), V::N, load::<V, E>(from(key), i, some)) });
                 }
             }
             Terms::Pairs => {
                 for word in 0..n.div_ceil(2) {
+                    prefetch(share(ahead, word, PAGE_TOKENS / 2));
                     let low: &[f32] = bytemuck::cast_slice(from(2 * word));
                     let high: &[f32] = if 2 * word + 1 < n { bytemuck::cast_slice(from(2 * word + 1)) } else { &[] };
                     each!(V, d / 2, |i, some| {
