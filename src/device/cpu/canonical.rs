@@ -5,7 +5,7 @@
 use super::lanes::{Isa, elements, elements_mut};
 use super::panels::{self, Together};
 use super::parallel::{GRAIN, Pool, Shared, for_ranges, for_rows, for_tasks};
-use super::product::{Product, product};
+use super::product::{Product, To, product};
 use super::terms::Terms;
 use super::{Cpu, elementwise, float, loss, matmul};
 use crate::device::canonical::CanonicalSums;
@@ -178,7 +178,7 @@ impl PlainProduct<'_> {
                 b_row: padded,
                 c: c.as_mut_ptr(),
                 c_row: padded,
-                how: Store::Assign,
+                how: To::Assign,
             };
             // SAFETY: a has m rows of k terms under these strides, b terms.len() and c m rows of `padded`.
             unsafe { product(self.isa, &tile) };
