@@ -143,3 +143,26 @@ fn log_probabilities_are_the_models_own() {
         }
     }
 }
+
+/// Logits that are no numbers end the job with exit code 4 and one line that names the request, on whatever rank they were seen, instead
+/// of a file of nonsense; what was made before stays in the journal.
+#[test]
+fn logits_that_are_no_numbers_are_an_error() {
+    let place = Place::new();
+    let weights = place.path("hf/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&weights, bytes).unwrap();
+    let (wrong, requests) = (place.path("wrong"), place.path("requests.jsonl"));
+    let mut import = Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint"));
+    assert!(import.arg("import").arg(place.path("hf")).arg("--out").arg(&wrong).status().unwrap().success());
+    std::fs::write(&requests, "{\"id\":\"a\",\"tokens\":[5],\"max_new_tokens\":3}\n").unwrap();
+    let mut generate = Command::new(env!("CARGO_BIN_EXE_trireme-generate"));
+    let done = generate.arg("--checkpoint").arg(&wrong).arg("--requests").arg(&requests).arg("--out").arg(place.path("out")).output();
+    let done = done.unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(4), "{said}");
+    assert!(said.lines().filter(|line| line.starts_with("error:")).count() == 1 && said.contains("request \"a\""), "{said}");
+    assert!(!place.path("out").exists());
+}
