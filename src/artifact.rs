@@ -17,8 +17,8 @@ mod manifest;
 pub use file::{
     FileEntry, HashingFile, available_bytes, checksum, checksum_as, remove_dir_all, rename, sync_dir, verify_file, write_atomically,
 };
-pub use lines::{LineWriter, whole_lines};
-pub use lock::{RunLock, host_name, job_end_unix_s, job_id};
+pub use lines::{LineWriter, sealed_line, whole_lines};
+pub use lock::{RunLock, host_name, job_id};
 pub use manifest::{FORMAT, Input, MANIFEST, Manifest, input};
 
 use crate::error::{Error, IoContext, Result};

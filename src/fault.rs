@@ -3,7 +3,7 @@
 //! ```text
 //! TRIREME_FAULT="ACTION at=PLACE [n=N] [rank=R]"      several are separated by ;
 //!
-//! ACTION  kill (SIGKILL)  abort  stop (SIGSTOP)  term (SIGTERM)  usr1 (SIGUSR1)  panic
+//! ACTION  kill (SIGKILL)  abort  stop (SIGSTOP)  term (SIGTERM)  usr1 (SIGUSR1)  hup (SIGHUP)  panic
 //!         enospc  eio  edquot     a step of writing fails so, and all after it (removing still works)
 //!         short                   a write takes half of its bytes, and so do all after it
 //!         eintr                   one step of writing is interrupted
@@ -208,6 +208,7 @@ fn parse_one(text: &str) -> Result<Plan, String> {
         "kill" => Action::Signal(Signal::KILL),
         "stop" => Action::Signal(Signal::STOP),
         "term" => Action::Signal(Signal::TERM),
+        "hup" => Action::Signal(Signal::HUP),
         "usr1" => Action::Signal(Signal::USR1),
         "abort" => Action::Abort,
         "panic" => Action::Panic,

@@ -239,8 +239,8 @@ impl Runtime {
         let all = guard.gather_variable(&mine);
         match all.iter().position(|theirs| *theirs == mine) {
             Some(first) if first < guard.rank() => {}
-            _ if guard.rank() == 0 => eprintln!("error: {error}"),
-            _ => eprintln!("[{}] error: {error}", coordinates()),
+            _ if guard.rank() == 0 => drop(writeln!(std::io::stderr(), "error: {error}")),
+            _ => drop(writeln!(std::io::stderr(), "[{}] error: {error}", coordinates())),
         }
         drop(self);
         std::process::exit(i32::from(all[0][0]))

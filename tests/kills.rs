@@ -31,7 +31,7 @@ impl Place {
         recipe.checkpoint.every_steps = 1;
         recipe.checkpoint.keep_last = Some(3);
         recipe.checkpoint.margin_s = 0.0;
-        recipe.validation = Some(trireme::recipe::Validation { shards, every_steps: 3, samples: 4 });
+        recipe.validation = Some(trireme::recipe::Validation { shards, every_steps: 3, samples: 40 });
         std::fs::write(place.path("recipe.toml"), recipe.to_toml()).unwrap();
         place
     }
@@ -62,6 +62,14 @@ impl Place {
         let last = self.path(out).join(format!("checkpoints/step-{STEPS:08}"));
         let manifest = Manifest::open(&last, checkpoint::KIND).unwrap();
         manifest.files.into_iter().filter(|file| file.name.starts_with("shard-")).map(|file| (file.name, file.xxh3)).collect()
+    }
+
+    /// Step and held-out loss, where it was measured.
+    fn held_out(&self, out: &str) -> Vec<(u64, f64)> {
+        let rows = trireme::metrics::read(&self.path(out).join("metrics.jsonl")).unwrap();
+        let measured: Vec<(u64, f64)> = rows.iter().filter_map(|row| Some((row.step, row.validation_loss?))).collect();
+        assert_eq!(measured.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [3, 6, 8]);
+        measured
     }
 
     fn newest_step(&self, out: &str) -> Option<u64> {
@@ -178,50 +186,93 @@ fn thirty_random_kills() {
     assert_undisturbed(&format!("after {n_kills} kills, {n_runs} runs before"));
 }
 
-/// SIGTERM, SIGUSR1 and SIGHUP in any loop, twice too, and while a save is under way: the job ends what it is at, saves, and leaves with
-/// 75; the next goes on from that step to the bits of an undisturbed run. Nothing is saved twice or torn.
+/// SIGTERM, SIGUSR1 and SIGHUP in any loop, twice too, and while a save is under way: the job ends what it is at, saves what there is to
+/// save, and leaves with 75; the next goes on from that step to the bits of an undisturbed run, and measures what was left open. Nothing is
+/// saved twice or torn.
 #[test]
 fn asked_to_stop_at_any_point() {
     let place = Place::new();
     assert!(place.run("undisturbed", 1, "").status.success());
+    // A measurement has three rounds; there is one after steps 3, 6 and 8.
     let asks = [
-        ("term at=verify", 0),
-        ("usr1 at=init", 0),
-        ("term at=forward", 1),
-        ("usr1 at=update n=30", 2),
-        ("term at=validation", 3),
-        ("term at=save.begin n=2; usr1 at=save.write n=5", 2),
-        ("usr1 at=save.write; term at=save.commit; term at=io.rename n=2", 1),
-        ("term at=save.durable n=3", 3),
+        ("term at=verify", Err("train.bin: asked to stop while it was read through: nothing to save yet")),
+        ("hup at=verify n=2", Err("validation.bin: asked to stop while it was read through: nothing to save yet")),
+        ("usr1 at=init", Err("asked to stop before the first step: nothing to save yet")),
+        ("term at=forward", Ok(1)),
+        ("hup at=forward n=9", Ok(2)),
+        ("usr1 at=update n=30", Ok(2)),
+        ("term at=validation", Ok(3)),
+        ("hup at=validation n=5", Ok(6)),
+        ("usr1 at=validation n=8", Ok(8)),
+        ("term at=save.begin n=2; usr1 at=save.write n=5", Ok(2)),
+        ("usr1 at=save.write; term at=save.commit; term at=io.rename n=2", Ok(1)),
+        ("term at=save.durable n=3", Ok(3)),
     ];
-    for (ask, soonest) in asks {
+    for (ask, expected) in asks {
         let output = place.run("stopped", 1, ask);
         assert_eq!(output.status.code(), Some(75), "{ask}: {}", text(&output));
-        let step = place.newest_step("stopped").unwrap();
-        assert!((soonest..=soonest + 2).contains(&step), "{ask}: saved at {step}");
-        assert!(text(&output).contains(&format!("asked to stop: saved at step {step} of {STEPS}")), "{ask}: {}", text(&output));
-        let folder = std::fs::read_dir(place.path("stopped/checkpoints")).unwrap();
+        match expected {
+            Err(said) => {
+                assert_eq!(place.newest_step("stopped"), None, "{ask}");
+                assert!(text(&output).contains(said), "{ask}: {}", text(&output));
+            }
+            Ok(soonest) => {
+                let step = place.newest_step("stopped").unwrap();
+                assert!((soonest..=soonest + 2).contains(&step), "{ask}: saved at {step}");
+                assert!(text(&output).contains(&format!("asked to stop: saved at step {step} of {STEPS}")), "{ask}: {}", text(&output));
+                assert!(!ask.contains("at=validation") || text(&output).contains("held-out loss left to the next job"), "{ask}");
+            }
+        }
+        let folder = std::fs::read_dir(place.path("stopped/checkpoints")).into_iter().flatten();
         let left: Vec<String> = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         assert!(left.iter().all(|name| name.starts_with("step-") && !name.contains('.')), "{ask}: {left:?}");
         let end = place.run("stopped", 1, "");
         assert!(end.status.success(), "after {ask}: {}", text(&end));
         assert_eq!(place.end_of("stopped"), place.end_of("undisturbed"), "after {ask}");
+        assert_eq!(place.held_out("stopped"), place.held_out("undisturbed"), "after {ask}");
         std::fs::remove_dir_all(place.path("stopped")).unwrap();
     }
 }
 
-/// A run leaves before its time is over, by itself, with everything saved: by --walltime, and by what SLURM puts into the environment.
+/// Whoever looked on is gone (a terminal that was closed: SIGHUP, and nowhere to write to): the run saves and leaves with 75 all the same.
+#[test]
+fn nobody_listens_any_more() {
+    let place = Place::new();
+    for n_ranks in [1, 2] {
+        let (out, pipe) = (format!("alone-{n_ranks}"), || std::io::pipe().unwrap().1);
+        let mut job = place.job(&out, n_ranks, "hup at=forward n=9", &[]);
+        let status = job.stdout(pipe()).stderr(pipe()).status().unwrap();
+        // mpirun itself ends in other ways where it cannot write; what counts is what its ranks left.
+        assert!(n_ranks > 1 || status.code() == Some(75), "{status:?}");
+        // The ninth forward of a rank is in step 2 when it has all eight samples of a step, in step 3 when it has half of them.
+        assert_eq!(place.newest_step(&out), Some(1 + n_ranks as u64));
+    }
+}
+
+/// A run leaves before its time is over, by itself, with everything saved: by --walltime, by what SLURM puts into the environment, and by
+/// what squeue says where it puts nothing there. Whoever watches the run can see until when it has time.
 #[test]
 fn leaves_before_its_time_is_over() {
     let place = Place::new();
     let endless = ["--set", "train.samples=800000000", "--set", "checkpoint.every_steps=50"];
     let mut command = place.job("flag", 1, "", &endless);
     command.args(["--walltime", "0:03"]);
-    for (name, mut command) in [("flag", command), ("slurm", place.job("slurm", 1, "", &endless))] {
-        let began = Instant::now();
-        if name == "slurm" {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
-            command.env("SLURM_JOB_END_TIME", (now + 3).to_string());
+    let of = |name: &str| place.job(name, 1, "", &endless);
+    for (name, mut command) in [("flag", command), ("slurm", of("slurm")), ("squeue", of("squeue"))] {
+        let (began, now) = (Instant::now(), std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64());
+        match name {
+            "slurm" => drop(command.env("SLURM_JOB_END_TIME", (now as u64 + 3).to_string())),
+            "squeue" => {
+                let program = place.path("bin/squeue");
+                std::fs::create_dir(place.path("bin")).unwrap();
+                // In SLURM's own words: time left, of this job, and nothing else.
+                let script = "#!/bin/sh\n[ \"$*\" = '--noheader --jobs 4711 --format=%L' ] && echo '      0:03'\n";
+                std::fs::write(&program, script).unwrap();
+                std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+                let path = format!("{}:{}", place.path("bin").display(), std::env::var("PATH").unwrap());
+                command.env("PATH", path).env("SLURM_JOB_ID", "4711").env_remove("SLURM_JOB_END_TIME");
+            }
+            _ => {}
         }
         let output = command.output().unwrap();
         let (took, text) = (began.elapsed(), text(&output));
@@ -229,6 +280,9 @@ fn leaves_before_its_time_is_over() {
         assert!(took < Duration::from_millis(3200), "{name} took {took:?}");
         let step = place.newest_step(name).unwrap();
         assert!(step > 0 && text.contains(&format!("saved at step {step} of")) && text.contains("the time is nearly up"), "{text}");
+        let job = trireme::metrics::read_all(&place.path(name).join("metrics.jsonl")).unwrap().last_job.unwrap();
+        let deadline = job.deadline_unix_s.unwrap();
+        assert!((now + 1.9..now + 3.2).contains(&deadline), "{name}: {} s", deadline - now);
         assert!(text.contains("lost work if killed now") && text.contains("snapshot ") && text.contains("durable "), "{text}");
     }
 }

@@ -6,6 +6,7 @@ mod oracles;
 
 use common::{counting_documents, tiny_recipe, train, write_megatron};
 use std::path::{Path, PathBuf};
+use trireme::artifact::sealed_line;
 use trireme::comm::{Groups, threads};
 use trireme::device::Scratch;
 use trireme::device::cpu::Cpu;
@@ -72,15 +73,16 @@ fn the_time_of_a_step_is_accounted_for() {
 fn goodput_counts_what_counts() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("metrics.jsonl");
-    let job = |from: u64, unix_s: f64| format!("{{\"job\":{{\"from_step\":{from},\"ranks\":2,\"unix_s\":{unix_s}}}}}\n");
+    let line = |object: String| sealed_line(&object) + "\n";
+    let job = |from: u64, unix_s: f64| line(format!("{{\"job\":{{\"from_step\":{from},\"ranks\":2,\"unix_s\":{unix_s}}}}}"));
     let row = |step: u64, step_s: f64, held_out: f64, unix_s: f64| {
         let zero = "\"data\":0,\"forward\":0,\"backward\":0,\"reduce\":0,\"optimizer\":0,\"other\":0,\"save\":0,\"compare\":0";
         let exposed = "\"exposed\":{\"world\":0,\"tp\":0,\"dp\":0,\"pp\":0}";
-        format!(
+        line(format!(
             "{{\"step\":{step},\"consumed_tokens\":1,\"loss\":1,\"grad_norm\":1,\"lr\":1,\"step_s\":{step_s},\"tokens_per_s\":1,\
              \"tflops\":1,\"share_of_gemm_ceiling\":1,\"memory_peak_bytes\":1,\"time\":{{{zero},\"held_out\":{held_out},{exposed}}},\
-             \"unix_s\":{unix_s}}}\n"
-        )
+             \"unix_s\":{unix_s}}}"
+        ))
     };
     // Job 1: 10 s to start, steps of 4 s, 1 s of held-out loss after the first, 2 s of a save between; lost after step 3.
     let mut text = job(0, 100.0) + &row(1, 4.0, 1.0, 115.0) + &row(2, 4.0, 0.0, 121.0) + &row(3, 4.0, 0.0, 125.0);
@@ -144,10 +146,10 @@ fn prospects_are_told() {
     let now_s = metrics::now_unix_s();
     let metrics = metrics::read_all(&run.join("metrics.jsonl")).expect("readable");
     let job = metrics::Job { from_step: 0, ranks: 8, unix_s: now_s - 40.0, deadline_unix_s: Some(now_s + 200.0) };
-    let mut text = format!("{{\"job\":{}}}\n", serde_json::to_string(&job).expect("plain data"));
+    let mut text = sealed_line(&format!("{{\"job\":{}}}", serde_json::to_string(&job).expect("plain data"))) + "\n";
     for (row, age_s) in metrics.rows.iter().zip([10.0, 0.0]) {
         let row = metrics::Row { unix_s: now_s - age_s, step_s: 9.0, ..row.clone() };
-        text += &(serde_json::to_string(&row).expect("plain data") + "\n");
+        text += &(sealed_line(&serde_json::to_string(&row).expect("plain data")) + "\n");
     }
     std::fs::write(run.join("metrics.jsonl"), text).expect("writable");
     let rank_0 = trireme::flight::Recorder::new();

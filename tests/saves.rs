@@ -28,7 +28,7 @@ fn value(step: u64, index: usize) -> f32 {
 
 /// Saves step `step` from two ranks, half of one tensor and one small tensor each, and removes all but the last two.
 fn save(folder: &Path, step: u64) -> Vec<Result<()>> {
-    let options = Options { copy_bytes: 0, retention: Retention { keep_last: Some(2), keep_every: None } };
+    let options = Options { copy_bytes: 0, retention: Retention { keep_last: Some(2), keep_every: None, ..Retention::default() } };
     threads::run(2, |world| {
         let (rank, rows) = (world.rank(), SHAPE[0] / 2);
         let numbers = |n: usize, first: usize| (0..n).map(|i| value(step, first + i)).collect::<Vec<f32>>();
@@ -172,6 +172,46 @@ fn an_error_at_every_step_of_writing() {
             }
         }
     }
+}
+
+/// A disk too small for one checkpoint more, a real one: what retention would remove afterwards is removed before, oldest first, and the
+/// save succeeds, again and again; with nothing to remove any more it is refused before a byte is written, with both sizes, and the
+/// newest checkpoint stays. Takes root (to mount a disk).
+#[test]
+fn room_is_made_on_a_small_disk() {
+    struct Mounted(tempfile::TempDir);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg(self.0.path()).status();
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Two checkpoints of 1.2 MB fit, three do not.
+    let mount = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", "size=3300k", "tmpfs"]).arg(dir.path()).output();
+    match mount {
+        Ok(output) if output.status.success() => {}
+        other => return println!("skipped: no disk could be mounted: {other:?}"),
+    }
+    let disk = Mounted(dir);
+    let folder = disk.0.path().join("run/checkpoints");
+    let _no_faults = fault::plan("");
+    for step in 1..=5 {
+        save(&folder, step).into_iter().for_each(|result| result.unwrap());
+        assert_eq!(newest(folder.parent().unwrap()), step);
+        // Without room for three there would be two; the older of them had to go before the third was written.
+        let expected = if step == 1 { vec![1] } else { vec![step - 1, step] };
+        assert_eq!(names(&folder), expected.iter().map(|step| format!("step-{step:08}")).collect::<Vec<_>>());
+    }
+    // Somebody else's file takes what the older one could give.
+    std::fs::write(disk.0.path().join("other"), vec![1; 700_000]).unwrap();
+    std::fs::remove_dir_all(folder.join("step-00000004")).unwrap();
+    std::fs::write(disk.0.path().join("another"), vec![1; 1_000_000]).unwrap();
+    for result in save(&folder, 6) {
+        let error = result.unwrap_err();
+        assert!(error.exit_code() == 3 && error.to_string().contains("needs 2 MiB, the file system has 0 MiB left"), "{error}");
+    }
+    assert_eq!(names(&folder), ["step-00000005"]);
+    assert_eq!(newest(folder.parent().unwrap()), 5);
 }
 
 /// Writes that take half of what they are given, and interrupted ones, are gone on with: the checkpoint is whole.

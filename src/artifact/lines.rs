@@ -1,5 +1,7 @@
 //! Append-only files of lines that survive a kill at any byte: each line is one write, so a killed process leaves whole lines and
-//! at most one cut-off line at the end, which readers leave out and the next writer removes. It knows nothing of what the lines say.
+//! at most one cut-off line at the end, which readers leave out and the next writer removes. Lines that are objects of JSON have a
+//! checksum of all before it as their last key, "crc", so that a changed digit is not read as another number. It knows nothing of what
+//! the lines say.
 
 use crate::error::{IoContext, Result};
 use crate::fault;
@@ -24,7 +26,12 @@ impl LineWriter {
         Ok(LineWriter { path: path.into(), file })
     }
 
-    /// Appends a line with one write.
+    /// Appends an object of JSON and its checksum, for [`whole_lines`], with one write.
+    pub fn append_object(&mut self, object: &str) -> Result<()> {
+        self.append(&sealed_line(object))
+    }
+
+    /// Appends a line as it is with one write.
     pub fn append(&mut self, line: &str) -> Result<()> {
         fault::io("io.write").and_then(|_| self.file.write_all(format!("{line}\n").as_bytes())).at(&self.path)
     }
@@ -52,8 +59,33 @@ fn whole_lines_bytes(file: &mut File) -> std::io::Result<u64> {
     Ok(0)
 }
 
-/// The whole lines of such a file with their numbers from 1, empty ones left out.
-pub fn whole_lines(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+/// Bytes of `,"crc":"01234567"}`.
+const SEAL_BYTES: usize = 18;
+
+/// An object of JSON as a line of such a file has it: with its checksum, without the end of the line.
+pub fn sealed_line(object: &str) -> String {
+    let open = object.strip_suffix('}').expect("a line is an object of JSON");
+    format!("{open},\"crc\":\"{:08x}\"}}", checksum_of(open.as_bytes()))
+}
+
+fn checksum_of(open: &[u8]) -> u32 {
+    xxhash_rust::xxh3::xxh3_64(open) as u32
+}
+
+/// The object of a line without its checksum, or why there is none.
+fn unsealed(line: &[u8]) -> std::result::Result<Vec<u8>, String> {
+    let (open, seal) = line.split_at(line.len().saturating_sub(SEAL_BYTES));
+    let found = format!(",\"crc\":\"{:08x}\"}}", checksum_of(open));
+    if seal != found.as_bytes() {
+        return Err(format!("ends in {:?}, its bytes have {found:?}", String::from_utf8_lossy(seal)));
+    }
+    Ok([open, b"}"].concat())
+}
+
+/// The whole lines of a file of objects with their numbers from 1, without their checksums; or what is wrong with a line. Empty ones are left
+/// out.
+pub fn whole_lines(bytes: &[u8]) -> impl Iterator<Item = (usize, std::result::Result<Vec<u8>, String>)> + '_ {
     let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |i| i + 1);
-    bytes[..whole].split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()).map(|(i, line)| (i + 1, line))
+    let lines = bytes[..whole].split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
+    lines.map(|(i, line)| (i + 1, unsealed(line)))
 }

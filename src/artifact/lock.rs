@@ -15,11 +15,6 @@ pub fn job_id() -> String {
     std::env::var("SLURM_JOB_ID").unwrap_or_else(|_| std::process::id().to_string())
 }
 
-/// When SLURM ends this job, seconds since 1970, where it says so (SLURM_JOB_END_TIME).
-pub fn job_end_unix_s() -> Option<f64> {
-    std::env::var("SLURM_JOB_END_TIME").ok()?.trim().parse::<u64>().ok().map(|end| end as f64)
-}
-
 /// The name of this machine.
 pub fn host_name() -> String {
     fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "unknown".into(), |name| name.trim().to_string())

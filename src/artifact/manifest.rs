@@ -34,6 +34,8 @@ pub struct Manifest {
     pub fingerprint: String,
     /// Seconds since 1970 when it was committed; not part of the fingerprint.
     pub written_unix_s: u64,
+    /// xxh3-64 over everything else, the fingerprint too: what the fingerprint leaves out is not to change unnoticed either.
+    pub checksum: String,
 }
 
 /// An input of an artifact.
@@ -74,6 +76,7 @@ impl Manifest {
             counts: BTreeMap::new(),
             fingerprint: String::new(),
             written_unix_s: super::unix_s(),
+            checksum: String::new(),
         }
     }
 
@@ -125,6 +128,11 @@ impl Manifest {
             let wrong = format!("manifest format {}, this program reads {FORMAT}", manifest.format);
             return Err(Error::file(&path, wrong).remedy("use the program that wrote it, or write it again"));
         }
+        let found = manifest.compute_checksum();
+        if manifest.checksum != found {
+            let wrong = format!("checksum {} does not match its contents {found}", manifest.checksum);
+            return Err(Error::file(&path, wrong).remedy("the manifest was edited or damaged: write the artifact again"));
+        }
         let found = manifest.compute_fingerprint();
         if manifest.fingerprint != found {
             let wrong = format!("fingerprint {} does not match its contents {found}", manifest.fingerprint);
@@ -171,9 +179,15 @@ impl Manifest {
     pub(super) fn seal_as(mut self, dir: &Path, name: &str) -> Result<Manifest> {
         self.files.sort_by(|a, b| a.name.cmp(&b.name));
         self.fingerprint = self.compute_fingerprint();
+        self.checksum = self.compute_checksum();
         let text = serde_json::to_vec_pretty(&self).expect("a manifest is plain data");
         file::write_atomically(dir, name, &text)?;
         Ok(self)
+    }
+
+    fn compute_checksum(&self) -> String {
+        let all = Manifest { checksum: String::new(), ..self.clone() };
+        format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&serde_json::to_vec(&all).expect("a manifest is plain data")))
     }
 
     fn compute_fingerprint(&self) -> String {

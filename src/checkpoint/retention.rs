@@ -18,6 +18,8 @@ pub struct Retention {
     pub keep_last: Option<usize>,
     /// And every one whose step is a multiple of this.
     pub keep_every: Option<u64>,
+    /// And those of these steps, whatever their age.
+    pub keep_steps: [Option<u64>; 2],
 }
 
 /// What a name has in front while its directory is removed.
@@ -70,7 +72,7 @@ fn surplus(folder: &Path, retention: Retention, coming: usize) -> Result<Vec<(u6
     whole.retain(|(_, path)| Stored::open_dir(path).is_ok());
     let n_newest = keep_last.saturating_sub(coming).max(1);
     whole.truncate(whole.len().saturating_sub(n_newest));
-    whole.retain(|(step, _)| retention.keep_every.is_none_or(|every| step % every != 0));
+    whole.retain(|(step, _)| retention.keep_every.is_none_or(|every| step % every != 0) && !retention.keep_steps.contains(&Some(*step)));
     Ok(whole)
 }
 

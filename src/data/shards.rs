@@ -5,7 +5,7 @@
 
 use super::index::{Index, Mapped, TokenType};
 use crate::artifact::{Input, MANIFEST, Manifest};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::text;
 use rayon::prelude::*;
 use std::fs;
@@ -154,6 +154,11 @@ impl TokenShards {
     /// Reads everything once: checksums of both files (and the tokenizer) with a manifest, the order of the index, and that
     /// every id is below the vocabulary. Errors name the file and both values, for an id its position too.
     pub fn verify(&self) -> Result<()> {
+        self.verify_unless(&|| false)
+    }
+
+    /// The same; an error of kind Requeue when `stop` says so meanwhile.
+    pub fn verify_unless(&self, stop: &dyn Fn() -> bool) -> Result<()> {
         if let Some(artifact) = &self.artifact {
             let index = artifact.manifest.file(&format!("{}.idx", self.split.name()));
             for entry in index.into_iter().chain(text::file_of(&artifact.manifest)) {
@@ -161,7 +166,7 @@ impl TokenShards {
             }
         }
         self.index.verify()?;
-        self.verify_tokens()
+        self.verify_tokens(stop)
     }
 
     /// Fills `out` with the tokens at positions `first..first + out.len()`.
@@ -185,7 +190,7 @@ impl TokenShards {
         self.index.document_starts(tokens, starts);
     }
 
-    fn verify_tokens(&self) -> Result<()> {
+    fn verify_tokens(&self, stop: &dyn Fn() -> bool) -> Result<()> {
         self.bin.check_size()?;
         let (bytes, size) = (self.bin.bytes(), self.index.token_type().size());
         let entry = self.artifact.as_ref().and_then(|artifact| artifact.manifest.file(&format!("{}.bin", self.split.name())));
@@ -194,6 +199,10 @@ impl TokenShards {
             // The checksum is one chain over the file; the ids of the block are looked at meanwhile by the other threads.
             let (_, wrong) = rayon::join(|| entry.map(|_| hash.update(block)), || self.wrong_in(block));
             first_wrong = first_wrong.or(wrong.map(|at| (block_idx * (BLOCK_BYTES / size) + at) as u64));
+            if stop() {
+                let wrong = format!("{}: asked to stop while it was read through: nothing to save yet", self.bin.path().display());
+                return Err(Error::new(Kind::Requeue, wrong).remedy("run the same command again"));
+            }
             self.bin.check_size()?;
         }
         let found = format!("{:016x}", hash.digest());

@@ -250,6 +250,14 @@ fn unpair(word: u64) -> (Option<u32>, Option<u32>) {
     (some(word as u32), some((word >> 32) as u32))
 }
 
+/// Of all words but the times that change, and of itself.
+fn checksum(words: &[u64; WORDS]) -> u32 {
+    let mut fixed = *words;
+    (fixed[2], fixed[3], fixed[4]) = (0, 0, 0);
+    fixed[10] &= u64::from(u32::MAX);
+    xxhash_rust::xxh3::xxh3_64(bytemuck::cast_slice(&fixed)) as u32
+}
+
 impl Record {
     /// The words, the number first.
     pub(super) fn pack(&self) -> [u64; WORDS] {
@@ -269,11 +277,15 @@ impl Record {
             pair(self.tag, Some(0)),
         ]);
         words[11..].copy_from_slice(&self.name.0);
+        words[10] |= u64::from(checksum(&words)) << 32;
         words
     }
 
-    /// None for an empty or damaged record.
+    /// None for an empty or damaged record. (The times that are set after a record was written are not under its checksum.)
     pub(super) fn unpack(words: &[u64; WORDS]) -> Option<Record> {
+        if (words[10] >> 32) as u32 != checksum(words) {
+            return None;
+        }
         let [op, group, phase, ..] = words[8].to_le_bytes();
         let (micro, peer) = unpair(words[9]);
         Some(Record {

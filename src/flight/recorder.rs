@@ -9,7 +9,7 @@ use crate::artifact;
 use crate::error::Result;
 use crate::parallel::layout::ParallelLayout;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -32,6 +32,8 @@ struct Inner {
     exposed_ns: [AtomicU64; GROUPS.len() * PHASES.len()],
     /// Time of the spans inside the current one.
     inside_ns: AtomicU64,
+    /// Whether the job writes a checkpoint beside its work.
+    is_saving: AtomicBool,
 }
 
 /// What the rank is at, for the records it writes. One thread of a rank changes it.
@@ -82,6 +84,7 @@ impl Recorder {
             phase_ns: std::array::from_fn(|_| AtomicU64::new(0)),
             exposed_ns: std::array::from_fn(|_| AtomicU64::new(0)),
             inside_ns: AtomicU64::new(0),
+            is_saving: AtomicBool::new(false),
         };
         Recorder { inner: Arc::new(inner) }
     }
@@ -243,6 +246,21 @@ impl Recorder {
         let record = ring.read(number)?;
         let since_ns = Some(record.wait_ns).filter(|&ns| ns > 0)?;
         Some(Blocked { record, seconds: self.now_ns().saturating_sub(since_ns) as f64 / 1e9 })
+    }
+
+    /// The job begins to write a checkpoint beside its work: any rank may have to wait for its disk, and the others for it.
+    pub fn save_begins(&self) {
+        self.inner.is_saving.store(true, Ordering::Relaxed);
+    }
+
+    /// That checkpoint is durable, or given up.
+    pub fn save_ended(&self) {
+        self.inner.is_saving.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the job writes a checkpoint beside its work.
+    pub fn is_saving(&self) -> bool {
+        self.inner.is_saving.load(Ordering::Relaxed)
     }
 
     /// Says that this process lives.

@@ -6,12 +6,12 @@
 //! word 0  "TRFLIGHT"   1  version   2  records   3  rank   4  ranks   5-8  tp pp dp vp   9  process
 //!      10 opened   11 heartbeat   12 asked to stop   13 hang noticed   14 closed   (nanoseconds since 1970, 0: not)
 //!      15 records begun
-//!      16-20  collectives entered in world, tp, dp, pp, others
+//!      16-20  collectives entered in world, tp, dp, pp, others     24  checksum of words 1-10 and 32-47
 //!      32-39  host, 40-47 job, UTF-8 padded with zeros
 //! ```
 
 use super::record::{Group, Record, WORDS};
-use super::words::{pack_text, word};
+use super::words::{header_checksum, pack_text, word};
 use crate::error::{Context, IoContext, Result};
 use crate::parallel::layout::ParallelLayout;
 use memmap2::MmapMut;
@@ -65,6 +65,7 @@ impl Ring {
             pack_text(text).iter().enumerate().for_each(|(i, &value)| ring.set(at + i, value));
         }
         ring.set(word::VERSION, word::THIS_VERSION);
+        ring.set(word::CHECKSUM, header_checksum(|at| ring.words()[at].load(Ordering::Relaxed)));
         ring.set(word::MAGIC, u64::from_le_bytes(*word::THIS_MAGIC));
         Ok(ring)
     }

@@ -3,7 +3,7 @@
 use super::clocks::{self, Shift};
 use super::record::{GROUPS, Group, Record, WORDS};
 use super::ring::{HEADER_BYTES, RECORD_BYTES};
-use super::words::{TEXT_WORDS, unpack_text, word};
+use super::words::{TEXT_WORDS, header_checksum, unpack_text, word};
 use crate::error::{Error, IoContext, Result};
 use crate::parallel::layout::{Axis, Coords, ParallelLayout};
 use std::fs::File;
@@ -46,8 +46,13 @@ pub struct RankRing {
     pub records: Vec<Record>,
 }
 
+/// Whether the slot of record `expected` holds none, or a later one, because its writer is at it.
+fn is_being_written(number: u64, expected: u64, n_records: u64) -> bool {
+    number == 0 || (number > expected && (number - expected) % n_records == 0)
+}
+
 impl RankRing {
-    /// Reads a ring. Errors: it cannot be read, or is not one.
+    /// Reads a ring; damaged records are left out, and told. Errors: it cannot be read, is not one, or its header is damaged.
     pub fn read(path: &Path) -> Result<RankRing> {
         RankRing::read_newest(path, usize::MAX)
     }
@@ -69,6 +74,11 @@ impl RankRing {
         if words[word::VERSION] != word::THIS_VERSION {
             return Err(wrong(format!("version {} of the flight ledger, this program reads {}", words[word::VERSION], word::THIS_VERSION)));
         }
+        let found = header_checksum(|at| words[at]);
+        if words[word::CHECKSUM] != found {
+            let wrong = format!("checksum {:016x} of its header, its bytes have {found:016x}", words[word::CHECKSUM]);
+            return Err(Error::file(path, wrong).remedy("the file was damaged: move it away to see the other ranks"));
+        }
         let [n_records, rank, size, tp, pp, dp, vp] = std::array::from_fn(|i| words[word::RECORDS + i] as usize);
         let layout = ParallelLayout { tp, pp, dp, vp };
         let n_bytes = n_records.checked_mul(RECORD_BYTES).and_then(|n| n.checked_add(HEADER_BYTES));
@@ -83,16 +93,23 @@ impl RankRing {
         let oldest = (newest + 1).saturating_sub(n_records as u64).max(1);
         let whole = if newest > n_records as u64 { oldest + UNSURE.min(n_records / 2) as u64 } else { oldest };
         let first = whole.max((newest + 1).saturating_sub(n_newest as u64));
-        let mut records = Vec::new();
+        let (mut records, mut n_damaged) = (Vec::new(), 0);
         // At most two stretches of the file: the ring may go over its end.
         let mut number = first;
         while number <= newest {
             let slot = ((number - 1) % n_records as u64) as usize;
             let n = (n_records - slot).min((newest + 1 - number) as usize);
             let stretch = words_at(HEADER_BYTES + slot * RECORD_BYTES, n * RECORD_BYTES)?;
-            let unpacked = stretch.chunks_exact(WORDS).map(|words| Record::unpack(words.try_into().expect("a record")));
-            records.extend((number..).zip(unpacked).filter_map(|(number, record)| record.filter(|record| record.number == number)));
+            for (number, words) in (number..).zip(stretch.chunks_exact(WORDS)) {
+                match Record::unpack(words.try_into().expect("a record")).filter(|record| record.number == number) {
+                    Some(record) => records.push(record),
+                    None => n_damaged += usize::from(!is_being_written(words[0], number, n_records as u64)),
+                }
+            }
             number += n as u64;
+        }
+        if n_damaged > 0 {
+            log::warn!("{}: {n_damaged} records are damaged and left out", path.display());
         }
         Ok(RankRing {
             rank,

@@ -3,7 +3,7 @@
 /// Positions of words; see the table in `ring`.
 pub(super) mod word {
     pub const THIS_MAGIC: &[u8; 8] = b"TRFLIGHT";
-    pub const THIS_VERSION: u64 = 1;
+    pub const THIS_VERSION: u64 = 2;
     pub const MAGIC: usize = 0;
     pub const VERSION: usize = 1;
     /// Records, rank, ranks, tp, pp, dp, vp.
@@ -16,8 +16,17 @@ pub(super) mod word {
     pub const CLOSED: usize = 14;
     pub const BEGUN: usize = 15;
     pub const ENTERED: usize = 16;
+    /// Of the words that never change.
+    pub const CHECKSUM: usize = 24;
     pub const HOST: usize = 32;
     pub const JOB: usize = 40;
+}
+
+/// Of a header: the words that are set once, when the ring is made.
+pub(super) fn header_checksum(word_at: impl Fn(usize) -> u64) -> u64 {
+    let fixed = (word::VERSION..=word::OPENED).chain(word::HOST..word::JOB + TEXT_WORDS);
+    let bytes: Vec<u8> = fixed.flat_map(|at| word_at(at).to_le_bytes()).collect();
+    xxhash_rust::xxh3::xxh3_64(&bytes)
 }
 
 /// Words of a text.

@@ -67,15 +67,23 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Opens or creates the file. A record that was torn by a kill is removed. Errors: the file is something else.
+    /// Opens or creates the file. A record that was torn by a kill is removed; from a damaged one on, everything, which is told. Errors: the file is something else.
     pub fn open(path: &Path, wall_time: f64) -> Result<EventWriter> {
         let file = File::options().read(true).append(true).create(true).open(path).at(path)?;
         let n_bytes = file.metadata().at(path)?.len();
-        let whole_bytes = whole_records_bytes(&file).at(path)?;
+        let (whole_bytes, rest) = whole_records_bytes(&file).at(path)?;
         if whole_bytes == 0 && n_bytes > 64 {
             return Err(Error::file(path, "not a TensorBoard event file").remedy("move it away, then start again"));
         }
         if whole_bytes < n_bytes {
+            if rest == Rest::Damaged {
+                let lost = n_bytes - whole_bytes;
+                log::warn!(
+                    "{}: damaged at byte {whole_bytes}; from there on {lost} bytes that TensorBoard could not read are removed \
+                    (metrics.jsonl has the same numbers)",
+                    path.display()
+                );
+            }
             file.set_len(whole_bytes).at(path)?;
         }
         let mut writer = EventWriter { path: path.into(), file };
@@ -108,26 +116,38 @@ impl EventWriter {
     }
 }
 
-/// Bytes of the whole, undamaged records at the beginning.
-fn whole_records_bytes(file: &File) -> std::io::Result<u64> {
+/// What follows the whole records of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rest {
+    /// Nothing, or a record that was cut off.
+    Torn,
+    /// A record whose checksum is another.
+    Damaged,
+}
+
+/// Bytes of the whole, undamaged records at the beginning, and what follows them.
+fn whole_records_bytes(file: &File) -> std::io::Result<(u64, Rest)> {
     let (mut reader, mut whole, mut data) = (BufReader::new(file), 0u64, Vec::new());
     let mut head = [0u8; HEAD_BYTES];
     loop {
         match reader.read_exact(&mut head) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(whole),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok((whole, Rest::Torn)),
             read => read?,
         }
         let (length, crc) = head.split_at(8);
         if crc != masked_crc(length).to_le_bytes() {
-            return Ok(whole);
+            return Ok((whole, Rest::Damaged));
         }
         let n_bytes = u64::from_le_bytes(length.try_into().expect("8 bytes"));
         data.clear();
         // Bounded by the file, whatever the length says.
         (&mut reader).take(n_bytes.saturating_add(TAIL_BYTES as u64)).read_to_end(&mut data)?;
-        let Some((body, crc)) = data.split_last_chunk::<TAIL_BYTES>() else { return Ok(whole) };
-        if body.len() as u64 != n_bytes || *crc != masked_crc(body).to_le_bytes() {
-            return Ok(whole);
+        let Some((body, crc)) = data.split_last_chunk::<TAIL_BYTES>() else { return Ok((whole, Rest::Torn)) };
+        if body.len() as u64 != n_bytes {
+            return Ok((whole, Rest::Torn));
+        }
+        if *crc != masked_crc(body).to_le_bytes() {
+            return Ok((whole, Rest::Damaged));
         }
         whole += (HEAD_BYTES + data.len()) as u64;
     }

@@ -36,23 +36,25 @@ impl Follower {
         Follower { path: path.into(), at: 0, n_lines: 0, account: Account::default(), metrics: Metrics::default() }
     }
 
-    /// Reads what was added, but for a line that is not finished. Errors: the file cannot be read, or a line is neither a row nor a
-    /// job (with its number).
+    /// Reads what was added, but for a line that is not finished. Errors: the file cannot be read, or a line is damaged, or
+    /// neither a row nor a job (with its number).
     pub fn update(&mut self) -> Result<&Metrics> {
         let mut file = File::open(&self.path).at(&self.path)?;
         let mut bytes = Vec::new();
         file.seek(SeekFrom::Start(self.at)).and_then(|_| file.read_to_end(&mut bytes)).at(&self.path)?;
         for (number, line) in whole_lines(&bytes) {
-            if let Ok(JobLine { job }) = serde_json::from_slice(line) {
+            let wrong = |what: String| {
+                let wrong = format!("line {} {what}", self.n_lines + number);
+                Error::file(&self.path, wrong).remedy("the file was damaged: remove that line")
+            };
+            let line = line.map_err(&wrong)?;
+            if let Ok(JobLine { job }) = serde_json::from_slice(&line) {
                 let superseded_s = self.supersede(job.from_step + 1);
                 self.account.job(job.unix_s, superseded_s);
                 self.metrics.last_job = Some(job);
                 continue;
             }
-            let row: Row = serde_json::from_slice(line).map_err(|error| {
-                let wrong = format!("line {} is not a row of metrics: {error}", self.n_lines + number);
-                Error::file(&self.path, wrong).remedy("the file was damaged: correct or remove that line")
-            })?;
+            let row: Row = serde_json::from_slice(&line).map_err(|error| wrong(format!("is not a row of metrics: {error}")))?;
             let superseded_s = self.supersede(row.step);
             self.account.row(&row, superseded_s);
             self.metrics.rows.push(row);

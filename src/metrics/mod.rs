@@ -140,7 +140,7 @@ impl MetricsWriter {
     }
 
     fn write_line(&mut self, line: &str) -> Result<()> {
-        self.lines.append(line).map_err(|error| error.doing("writing the metrics"))
+        self.lines.append_object(line).map_err(|error| error.doing("writing the metrics"))
     }
 }
 
@@ -183,6 +183,7 @@ pub fn loss_plot(title: &str, rows: &[Row]) -> Plot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::artifact::sealed_line;
     use std::fs::File;
     use std::io::Write;
 
@@ -287,9 +288,12 @@ mod tests {
         let mut writer = MetricsWriter::open(&path).expect("new");
         writer.append(&row(1, f64::NAN)).expect("writable");
         assert!(read(&path).expect("readable")[0].loss.is_nan());
-        std::fs::write(&path, "\n{\"step\": 3}\n").expect("writable");
-        let error = read(&path).expect_err("no row");
-        assert!(error.to_string().contains("line 2 is not a row of metrics: missing field"), "{error}");
-        assert_eq!(error.exit_code(), 3);
+        for (line, said) in
+            [(sealed_line("{\"step\": 3}"), "line 2 is not a row of metrics: missing field"), ("{}".into(), "line 2 ends in")]
+        {
+            std::fs::write(&path, format!("\n{line}\n")).expect("writable");
+            let error = read(&path).expect_err("no row");
+            assert!(error.to_string().contains(said) && error.exit_code() == 3, "{error}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Seconds, mean over ranks. The first six and `exposed` add up to the mean duration of the step; what lies around it is
+/// Seconds, mean over ranks. The first seven and `exposed` add up to the mean duration of the step; what lies around it is
 /// not part of `step_s`. On a GPU these are the host's: work that the device still does counts where the host waits for it.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct TimeUse {
@@ -16,6 +16,9 @@ pub struct TimeUse {
     pub reduce: f64,
     /// Gradient norm and update, without communication.
     pub optimizer: f64,
+    /// The update waiting for the save under way, whose disk is slower.
+    #[serde(default)]
+    pub wait_save: f64,
     /// Anything else within the step.
     pub other: f64,
     /// Blocked in communication.
@@ -47,13 +50,14 @@ pub struct Exposed {
 
 impl TimeUse {
     /// The parts of a step as people read them: (name, seconds).
-    pub fn of_step(&self) -> [(&'static str, f64); 10] {
+    pub fn of_step(&self) -> [(&'static str, f64); 11] {
         [
             ("data", self.data),
             ("forward", self.forward),
             ("backward", self.backward),
             ("reduce", self.reduce),
             ("optimizer", self.optimizer),
+            ("wait save", self.wait_save),
             ("wait tp", self.exposed.tp),
             ("wait pp", self.exposed.pp),
             ("wait dp", self.exposed.dp),

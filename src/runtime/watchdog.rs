@@ -31,7 +31,7 @@ const HANG_CODE: i32 = 1;
 pub struct Patience {
     /// While training.
     pub step_s: Option<f64>,
-    /// While others start, load or save.
+    /// While others start, load or save, a save beside the training too.
     pub files_s: Option<f64>,
 }
 
@@ -93,7 +93,9 @@ impl Drop for Watchdog {
 /// What this rank is blocked in for too long, of the time that it was awake.
 fn overdue(flight: &Recorder, patience: Patience, awake: Duration) -> Option<Blocked> {
     let blocked = flight.blocked()?;
-    patience.of(blocked.record.phase).is_some_and(|limit_s| blocked.seconds.min(awake.as_secs_f64()) > limit_s).then_some(blocked)
+    // Another rank's optimizer may wait for its disk, whatever this one is at.
+    let phase = if flight.is_saving() { Phase::Save } else { blocked.record.phase };
+    patience.of(phase).is_some_and(|limit_s| blocked.seconds.min(awake.as_secs_f64()) > limit_s).then_some(blocked)
 }
 
 /// Returns only when the communication went on after all.
@@ -140,4 +142,33 @@ fn say_and_end(rings: Option<&Rings>, blocked: &Blocked) -> ! {
         unsafe { libc::_exit(HANG_CODE) }
     });
     end_job(HANG_CODE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flight::{Event, Group, Name, Op};
+    use crate::parallel::layout::ParallelLayout;
+
+    /// A rank that waits for others in a step is overdue after the patience of steps, but while a checkpoint is written beside the
+    /// training only after that of files: one of the others may wait for its disk. Breaks when a slow disk is taken for a hang.
+    #[test]
+    fn a_slow_disk_is_no_hang() {
+        let (dir, flight) = (tempfile::tempdir().expect("a folder"), Recorder::new());
+        flight.open(dir.path(), 16, ParallelLayout::SINGLE, 0).expect("a ring");
+        let event = Event { op: Op::AllReduce, group: Group::Dp, bytes: 4, sequence: 1, peer: None, tag: None, name: Name::default() };
+        let step = flight.span(Phase::Optimizer);
+        let open = flight.enter(&event);
+        std::thread::sleep(Duration::from_millis(20));
+        let overdue_with = |step_s, files_s| overdue(&flight, Patience { step_s, files_s }, Duration::from_secs(60)).is_some();
+        assert!(overdue_with(Some(0.01), Some(60.0)));
+        flight.save_begins();
+        assert!(!overdue_with(Some(0.01), Some(60.0)) && !overdue_with(Some(0.01), None));
+        assert!(overdue_with(Some(60.0), Some(0.01)), "a disk has its limit too");
+        flight.save_ended();
+        assert!(overdue_with(Some(0.01), Some(60.0)));
+        flight.leave(open);
+        drop(step);
+        assert!(!overdue_with(Some(0.0), Some(0.0)));
+    }
 }

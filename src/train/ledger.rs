@@ -90,7 +90,7 @@ impl LedgerWriter {
 
     fn append(&mut self, line: &Line) -> Result<()> {
         let text = serde_json::to_string(line).expect("plain data");
-        self.lines.append(&text).map_err(|error| error.doing("writing the token ledger"))
+        self.lines.append_object(&text).map_err(|error| error.doing("writing the token ledger"))
     }
 }
 
@@ -115,14 +115,15 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Reads a ledger. A cut-off last line is left out. Errors: the file cannot be read, a line is something else (with its
+    /// Reads a ledger. A cut-off last line is left out. Errors: the file cannot be read, a line is damaged or something else (with its
     /// number), or a step stands before any job.
     pub fn read(path: &Path) -> Result<Ledger> {
         let bytes = std::fs::read(path).at(path)?;
         let mut ledger = Ledger::default();
         for (number, line) in whole_lines(&bytes) {
-            let wrong = |what: String| Error::file(path, format!("line {number} {what}")).remedy("the file was damaged: correct that line");
-            match serde_json::from_slice(line).map_err(|error| wrong(format!("is not of a token ledger: {error}")))? {
+            let wrong = |what: String| Error::file(path, format!("line {number} {what}")).remedy("the file was damaged: put back a copy");
+            let line = line.map_err(wrong)?;
+            match serde_json::from_slice(&line).map_err(|error| wrong(format!("is not of a token ledger: {error}")))? {
                 Line::Job { job } => ledger.begin(job),
                 Line::Step(step) => {
                     let job = ledger.jobs.len().checked_sub(1).ok_or_else(|| wrong("is a step before any job".into()))?;
@@ -150,6 +151,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::artifact::sealed_line;
 
     fn job(from_step: u64) -> Job {
         Job { from_step, ranks: 2, phases: vec![PhaseOrder { name: "main".into(), order: "f".into() }] }
@@ -196,9 +198,13 @@ mod tests {
             LedgerWriter::open(&path).expect("writable").job(job(1)).expect("writable");
             assert_eq!(Ledger::read(&path).expect("readable").jobs.len(), usize::from(n_lines > 0) + 1, "cut at {cut}");
         }
-        for (text, expected) in [("{\"step\":1,\"phase\":0,\"first\":0,\"n\":8}\n", "line 1 is a step before"), ("\nx\n", "line 2 is not")]
-        {
-            std::fs::write(&path, text).expect("writable");
+        let step = sealed_line("{\"step\":1,\"phase\":0,\"first\":0,\"n\":8}");
+        for (text, expected) in [
+            (step.clone(), "line 1 is a step before"),
+            (step.replace("\"n\":8", "\"n\":9"), "line 1 ends in"),
+            (format!("\n{}", sealed_line("{}")), "line 2 is not"),
+        ] {
+            std::fs::write(&path, text + "\n").expect("writable");
             let error = Ledger::read(&path).expect_err("no ledger");
             assert!(error.to_string().contains(expected) && error.exit_code() == 3, "{error}");
         }

@@ -10,6 +10,7 @@ use crate::device::{Adamw, AdamwShard, Device, Scratch, ScratchTensor};
 use crate::error::Result;
 use crate::exact::ExactSum;
 use crate::fault;
+use crate::flight::{Phase, Recorder};
 use crate::model::chunk::Chunk;
 use crate::model::config::Split;
 use crate::model::param::Param;
@@ -53,7 +54,7 @@ pub struct ShardedAdamW {
     pub shards: Vec<Vec<Shard>>,
     pub(super) order: Order,
     /// Asked before a parameter is changed while a save is under way.
-    pub gate: Option<Arc<Gate>>,
+    pub gate: Option<(Arc<Gate>, Recorder)>,
 }
 
 /// Step number, learning rate and clipping of one update.
@@ -186,7 +187,8 @@ impl ShardedAdamW {
                     grad_scale: update.grad_scale as f32,
                 };
                 fault::at("update");
-                if let Some(gate) = &self.gate {
+                if let Some((gate, flight)) = &self.gate {
+                    let _waiting = flight.span(Phase::Save);
                     gate.release(&param.spec.name);
                 }
                 if let Some(rows) = update_one(device, scratch, (&mut *param, shard), adamw) {

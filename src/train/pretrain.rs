@@ -6,8 +6,9 @@ use super::replicas;
 use super::resume::Lineage;
 use super::run_data::{Reading, RunData};
 use super::run_dir::{Opened, RunDir};
+use super::saving::Stop;
 use super::spans;
-use super::trainer::{StepResult, Trainer};
+use super::trainer::{HeldOutLoss, StepResult, Trainer};
 use crate::checkpoint;
 use crate::comm::{Groups, agree};
 use crate::device::Device;
@@ -57,7 +58,7 @@ pub enum Ended {
 /// Runs the job to its end. An interruption (signal) is an error of kind Requeue after the checkpoint is durable.
 pub fn run(job: &Job) -> Result<Ended> {
     let world = &*job.groups.world;
-    let data = RunData::open(job.recipe, job.groups, reading(job))?;
+    let data = RunData::open(job.recipe, job.groups, reading(job), job.stop)?;
     let recipe_toml = job.recipe.to_toml();
     let Some(run_dir) = agree_on_run_dir(job, &recipe_toml, &data)? else { return Ok(Ended::WasFinished) };
     spans::open_ledger(job.groups, job.out, &job.recipe.observe)?;
@@ -138,23 +139,21 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
     let (n_steps, last) = (trainer.plan.n_steps(), trainer.last_step());
     let is_first = job.groups.world.rank() == 0;
     let mut progress = is_first.then(|| Progress::new("pretrain", last.saturating_sub(trainer.state.step), "steps"));
+    trainer.make_up_held_out_loss()?;
     let mut stop = trainer.saver.stop((job.stop)(), &*job.groups.world);
     while trainer.state.step < last {
         if let Some(why) = stop {
-            log::info!("leaving     {}", trainer.saver.lost_if_killed(trainer.state.step));
-            trainer.save()?;
-            trainer.saver.finish(&mut trainer.state, job.groups)?;
-            return Err(trainer.saver.leaves(why, trainer.state.step, n_steps));
+            return leave(trainer, why);
         }
         trainer.announce();
         let result = trainer.step()?;
         let is_end = trainer.state.step == last;
         let validation = recipe.validation.as_ref().filter(|v| is_end || trainer.state.step % v.every_steps == 0);
-        let held_out_loss = match validation {
-            Some(_) => Some(trainer.held_out_loss()?),
-            None => None,
+        let held_out = match validation {
+            Some(_) => trainer.held_out_loss()?,
+            None => HeldOutLoss::NotDue,
         };
-        trainer.report(&result, held_out_loss)?;
+        trainer.report(&result, held_out)?;
         check_health(trainer, &result)?;
         replicas::compare_regularly(trainer)?;
         if let Some(progress) = &mut progress {
@@ -166,10 +165,26 @@ fn train(trainer: &mut Trainer) -> Result<Ended> {
         }
         stop = trainer.saver.stop((job.stop)(), &*job.groups.world);
     }
+    // All steps are done, but not all measurements: the next job has only these to do.
+    if let (Some(why), true) = (stop, trainer.owed.is_some()) {
+        return leave(trainer, why);
+    }
     if let Some(progress) = progress {
         progress.finish();
     }
     Ok(if trainer.state.step >= n_steps { Ended::Finished } else { Ended::StoppedAsPlanned })
+}
+
+/// Saves what there is to save, and says why the job ends here. Collective.
+fn leave(trainer: &mut Trainer, why: Stop) -> Result<Ended> {
+    let (step, n_steps) = (trainer.state.step, trainer.plan.n_steps());
+    if step == 0 {
+        return Err(trainer.saver.leaves_before_the_first_step(why));
+    }
+    log::info!("leaving     {}", trainer.saver.lost_if_killed(step));
+    trainer.save()?;
+    trainer.saver.finish(&mut trainer.state, trainer.job.groups)?;
+    Err(trainer.saver.leaves(why, step, n_steps))
 }
 
 /// Ends the run when too many steps had to be skipped: the checkpoint from before stays the newest. The same on every rank.

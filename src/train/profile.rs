@@ -12,7 +12,7 @@ const IN_PASS: [Phase; 4] = [Phase::Pipeline, Phase::Forward, Phase::Backward, P
 /// What a stage does in it for itself.
 const BUSY: [Phase; 3] = [Phase::Forward, Phase::Backward, Phase::Reduce];
 /// Numbers that a rank contributes.
-const N_NUMBERS: usize = 16;
+const N_NUMBERS: usize = 17;
 
 /// What all ranks measured of a step.
 pub(super) struct Profile {
@@ -56,6 +56,7 @@ fn numbers(result: &StepResult, after: &Times, peak: f64) -> [f64; N_NUMBERS] {
         before.phase_s(Phase::Compare),
         pass_s,
         busy_s,
+        times.phase_s(Phase::Save),
     ]
 }
 
@@ -72,6 +73,7 @@ fn sum_up(all: &[f64], pp: usize) -> Profile {
         backward: mean(4),
         reduce: mean(5),
         optimizer: mean(6),
+        wait_save: mean(16),
         other: 0.0,
         exposed: Exposed { world: mean(7), tp: mean(8), dp: mean(9), pp: mean(10) },
         held_out: mean(11),
@@ -94,7 +96,7 @@ mod tests {
     fn parts_add_up_and_the_bubble_is_what_is_left() {
         let rank = |step_s: f64, peak: f64, forward: f64, pp: f64| -> [f64; N_NUMBERS] {
             let pass_s = forward + 2.0 * forward + pp;
-            [step_s, peak, 0.1, forward, 2.0 * forward, 0.0, 0.2, 0.05, 0.0, 0.0, pp, 0.0, 3.0, 0.0, pass_s, 3.0 * forward]
+            [step_s, peak, 0.1, forward, 2.0 * forward, 0.0, 0.2, 0.05, 0.0, 0.0, pp, 0.0, 3.0, 0.0, pass_s, 3.0 * forward, 0.0]
         };
         let all = [rank(4.0, 10.0, 1.0, 0.2), rank(3.8, 20.0, 0.5, 1.5)].concat();
         let profile = sum_up(&all, 2);

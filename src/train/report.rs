@@ -1,7 +1,7 @@
 //! What a run tells: the resolved plan before step 0, phases and batch sizes as they begin, a line and a row of metrics a step.
 
 use super::profile;
-use super::trainer::{StepResult, Trainer, dtype_of};
+use super::trainer::{HeldOutLoss, StepResult, Trainer, dtype_of};
 use crate::comm::agree;
 use crate::device::peak;
 use crate::error::Result;
@@ -115,16 +115,31 @@ impl Trainer<'_> {
         }
     }
 
+    /// Held-out loss in bits a byte of the text, when its shards know how long it is.
+    fn bits_per_byte(&self, loss: f64) -> Option<f64> {
+        let bytes_per_token = self.data.validation.as_ref().and_then(|held_out| held_out.bytes_per_token);
+        bytes_per_token.map(|bytes| loss / std::f64::consts::LN_2 / bytes)
+    }
+
+    /// Measures what the job before was asked to stop in the middle of, and writes the row of that step again with it. Collective.
+    pub fn make_up_held_out_loss(&mut self) -> Result<()> {
+        let Some(row) = self.owed.clone() else { return Ok(()) };
+        let HeldOutLoss::Measured(loss) = self.held_out_loss()? else { return Ok(()) };
+        log::info!("step {:>6}/{} held-out loss {loss:.4}, which the job before left open", row.step, self.plan.n_steps());
+        self.owed = None;
+        let row = Row { validation_loss: Some(loss), validation_bits_per_byte: self.bits_per_byte(loss), ..row };
+        agree(&*self.job.groups.world, self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.append(&row)))
+    }
+
     /// A line and a row. Collective.
-    pub fn report(&mut self, result: &StepResult, held_out_loss: Option<f64>) -> Result<()> {
+    pub fn report(&mut self, result: &StepResult, held_out: HeldOutLoss) -> Result<()> {
         let world = &*self.job.groups.world;
         let recipe = self.job.recipe;
         let after = self.job.groups.flight.take_times();
         let profile = profile::of_all_ranks(self.job.groups, result, &after, self.job.device.memory().peak_bytes);
         let step_s = profile.step_s;
         let flops_per_s = recipe.model.train_flops(result.n_tokens, recipe.batch.seq_len) / step_s;
-        let bytes_per_token = self.data.validation.as_ref().and_then(|held_out| held_out.bytes_per_token);
-        let bits_per_byte = held_out_loss.zip(bytes_per_token).map(|(loss, bytes)| loss / std::f64::consts::LN_2 / bytes);
+        let held_out_loss = if let HeldOutLoss::Measured(loss) = held_out { Some(loss) } else { None };
         let row = Row {
             step: self.state.step,
             consumed_tokens: self.state.consumed_samples * recipe.batch.seq_len as u64,
@@ -138,11 +153,16 @@ impl Trainer<'_> {
             mfu: self.stated_flops_per_s().map(|peak| flops_per_s / peak),
             memory_peak_bytes: profile.memory_peak_bytes,
             validation_loss: held_out_loss,
-            validation_bits_per_byte: bits_per_byte,
+            validation_bits_per_byte: held_out_loss.and_then(|loss| self.bits_per_byte(loss)),
             time: Some(profile.time),
             unix_s: metrics::now_unix_s(),
         };
-        let held_out = held_out_loss.map_or(String::new(), |loss| format!(", held-out loss {loss:.4}"));
+        self.owed = (held_out == HeldOutLoss::Interrupted).then(|| row.clone());
+        let held_out = match held_out {
+            HeldOutLoss::NotDue => String::new(),
+            HeldOutLoss::Measured(loss) => format!(", held-out loss {loss:.4}"),
+            HeldOutLoss::Interrupted => ", held-out loss left to the next job".into(),
+        };
         let mfu = row.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
         log::info!(
             "step {:>6}/{} loss {:.4} grad norm {:.3} lr {:.2e} {:.0} tokens/s, {:.0} % of GEMM ceiling{mfu}{held_out}",

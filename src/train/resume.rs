@@ -9,19 +9,20 @@ use super::pretrain::recipe_value;
 use super::replicas;
 use super::run_data::{PhaseData, RunData, tokenizer_fingerprint};
 use super::run_dir;
-use super::saving;
+use super::saving::{self, Sound};
 use super::state::SavedAs;
 use super::trainer::Trainer;
-use crate::artifact::{self, Input};
+use crate::artifact::Input;
 use crate::checkpoint::{self, Stored};
 use crate::comm::agree;
 use crate::error::{Context, Error, Result};
 use crate::flight::Phase;
-use crate::metrics;
+use crate::metrics::{self, Row};
 use crate::model::config::ModelConfig;
 use crate::recipe::{Moments, Pretrain, Start};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// Where weights came from besides steps.
 #[derive(Clone, Debug)]
@@ -52,6 +53,12 @@ struct Kept {
     health: History,
     accepted_changes: Vec<Accepted>,
     started_from: Option<Input>,
+    /// What retention goes by.
+    #[serde(default)]
+    sound: Sound,
+    /// The row of this step, when its held-out loss is still to be measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owed: Option<Row>,
 }
 
 /// xxh3-128 over every number of a model.
@@ -105,7 +112,10 @@ impl Trainer<'_> {
                 from_step,
                 ranks,
                 unix_s: self.job.groups.flight.began_unix_s(),
-                deadline_unix_s: artifact::job_end_unix_s(),
+                deadline_unix_s: self
+                    .job
+                    .deadline
+                    .map(|end| metrics::now_unix_s() + end.saturating_duration_since(Instant::now()).as_secs_f64()),
             })?;
         }
         let Some(ledger) = &mut self.ledger else { return Ok(()) };
@@ -147,6 +157,8 @@ impl Trainer<'_> {
             self.state.updates = kept.updates;
             self.health = Health::new(&self.job.recipe.health, kept.health);
             (self.lineage.accepted, self.lineage.started_from) = (kept.accepted_changes, kept.started_from);
+            self.saver.sound = kept.sound;
+            self.owed = kept.owed.filter(|_| self.data.validation.is_some());
         }
         for change in accepted.iter().filter(|_| self.job.groups.world.rank() == 0) {
             log::warn!("{} changed at step {} from {} to {}, as accepted", change.what.name(), change.at_step, change.was, change.is);
@@ -213,7 +225,10 @@ impl Trainer<'_> {
         let _saving = self.job.groups.flight.span(Phase::Save);
         agree(&*self.job.groups.world, self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.sync()))?;
         let Lineage { accepted, started_from, tokenizer, companions } = self.lineage.clone();
-        let kept = Kept { updates: self.state.updates, health: self.health.history().clone(), accepted_changes: accepted, started_from };
+        let (health, owed) = (self.health.history().clone(), self.owed.clone());
+        self.saver.sound.saves(self.state.step, self.health.n_skipped());
+        let (updates, sound) = (self.state.updates, self.saver.sound.clone());
+        let kept = Kept { updates, health, accepted_changes: accepted, started_from, sound, owed };
         let what = SavedAs {
             recipe: recipe_value(self.job.recipe),
             data_fingerprint: self.data.fingerprint(),

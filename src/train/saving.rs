@@ -15,6 +15,7 @@ use crate::comm::{Communicator, Groups, agree};
 use crate::error::{Context, Error, Kind, Result};
 use crate::flight::Phase;
 use crate::recipe::Checkpoint;
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ pub struct Saver {
     /// The longest step of this job, measurements and all, seconds.
     step_s: f64,
     last_step_at: Instant,
+    /// What retention goes by besides the recipe.
+    pub(super) sound: Sound,
 }
 
 struct UnderWay {
@@ -42,6 +45,35 @@ struct UnderWay {
     step: u64,
     path: PathBuf,
     since: Instant,
+}
+
+/// Which checkpoints to keep until the trouble that began after them is over. A step that is skipped leaves weights as they are, but is
+/// often the first sign of weights that went wrong before: the last checkpoints would all be of that time.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Sound {
+    /// The newest checkpoint that sound steps alone followed, up to the next.
+    proven: Option<u64>,
+    /// The next: no step up to it was skipped.
+    before_trouble: Option<u64>,
+    /// The newest checkpoint, and how many steps of the run had been skipped by then.
+    last: Option<(u64, u64)>,
+}
+
+impl Sound {
+    /// A checkpoint of `step` is about to be saved; `n_skipped` steps of the run were skipped so far.
+    pub fn saves(&mut self, step: u64, n_skipped: u64) {
+        match self.last {
+            Some((last, _)) if last >= step => return,
+            Some((last, then)) if then == n_skipped => (self.proven, self.before_trouble) = (Some(last), Some(step)),
+            Some(_) => {}
+            None => self.before_trouble = Some(step),
+        }
+        self.last = Some((step, n_skipped));
+    }
+
+    fn keep_steps(&self) -> [Option<u64>; 2] {
+        [self.proven, self.before_trouble]
+    }
 }
 
 /// Why a job leaves before its work is done.
@@ -66,6 +98,7 @@ impl Saver {
             save_s,
             step_s: 0.0,
             last_step_at: now,
+            sound: Sound::default(),
         }
     }
 
@@ -77,7 +110,7 @@ impl Saver {
 
     /// Whether to leave now: a rank was asked to (`is_asked`), or the time is nearly up. The same answer everywhere. Collective; once a
     /// step.
-    pub fn stop(&mut self, is_asked: bool, world: &dyn Communicator) -> Option<Stop> {
+    pub fn stop(&self, is_asked: bool, world: &dyn Communicator) -> Option<Stop> {
         let mine = match (is_asked, self.is_nearly_over(Instant::now())) {
             (true, _) => 2.0,
             (false, true) => 1.0,
@@ -128,7 +161,8 @@ impl Saver {
             return Ok(()); // resumed from it
         }
         let (since, step) = (Instant::now(), state.step);
-        let retention = Retention { keep_last: self.settings.keep_last, keep_every: self.settings.keep_every };
+        let Checkpoint { keep_last, keep_every, .. } = self.settings;
+        let retention = Retention { keep_last, keep_every, keep_steps: self.sound.keep_steps() };
         let options = Options { copy_bytes: self.settings.copy_mib << 20, retention };
         match state.snapshot(path, groups, what, options).doing(|| format!("saving step {step}"))? {
             Started::Finished(_) => {
@@ -137,7 +171,8 @@ impl Saver {
             }
             Started::Saving(saving) => {
                 log::info!("snapshot    step {step} in {:.3} s; training goes on", since.elapsed().as_secs_f64());
-                state.optimizer.gate = Some(std::sync::Arc::clone(saving.gate()));
+                state.optimizer.gate = Some((std::sync::Arc::clone(saving.gate()), groups.flight.clone()));
+                groups.flight.save_begins();
                 self.under_way = Some(UnderWay { saving, step, path: path.into(), since });
             }
         }
@@ -161,7 +196,7 @@ impl Saver {
 
     fn is_durable(&mut self, state: &mut TrainState) {
         let Some(done) = self.under_way.take() else { return };
-        state.optimizer.gate = None;
+        no_more_under_way(state);
         let seconds = done.since.elapsed().as_secs_f64();
         (self.durable_step, self.unsaved_since) = (done.step, done.since);
         self.save_s = self.save_s.max(seconds);
@@ -175,7 +210,7 @@ impl Saver {
     }
 
     fn failed(&mut self, state: &mut TrainState, error: Error) -> Error {
-        state.optimizer.gate = None;
+        no_more_under_way(state);
         let step = self.under_way.take().map_or(0, |under_way| under_way.step);
         error.doing(format!("saving step {step}"))
     }
@@ -189,12 +224,28 @@ impl Saver {
 
     /// The end of a job that leaves before its work is done; everything is saved.
     pub fn leaves(&self, why: Stop, step: u64, n_steps: u64) -> Error {
-        let why = match why {
+        let wrong = format!("{}: saved at step {step} of {n_steps}", self.reason(why));
+        Error::new(Kind::Requeue, wrong).remedy("run the same command again to continue")
+    }
+
+    /// The end of a job that leaves before there is anything to save: step 0 is made again from the recipe.
+    pub fn leaves_before_the_first_step(&self, why: Stop) -> Error {
+        let wrong = format!("{} before the first step: nothing to save yet", self.reason(why));
+        Error::new(Kind::Requeue, wrong).remedy("run the same command again")
+    }
+
+    fn reason(&self, why: Stop) -> String {
+        match why {
             Stop::Signal => "asked to stop".into(),
             Stop::Walltime => format!("the time is nearly up (a step takes up to {:.1} s, a save {:.1} s)", self.step_s, self.save_s),
-        };
-        let wrong = format!("{why}: saved at step {step} of {n_steps}");
-        Error::new(Kind::Requeue, wrong).remedy("run the same command again to continue")
+        }
+    }
+}
+
+/// Everything may be changed without asking, and whoever waits for this rank does not wait for a disk.
+fn no_more_under_way(state: &mut TrainState) {
+    if let Some((_, flight)) = state.optimizer.gate.take() {
+        flight.save_ended();
     }
 }
 

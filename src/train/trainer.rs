@@ -20,7 +20,7 @@ use crate::error::{Context, Result};
 use crate::exact::ExactSum;
 use crate::fault;
 use crate::flight::{Phase, Times};
-use crate::metrics::MetricsWriter;
+use crate::metrics::{MetricsWriter, Row};
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::model::numerics::Numerics;
@@ -44,6 +44,8 @@ pub(super) struct Trainer<'a> {
     pub metrics: Option<MetricsWriter>,
     /// On rank 0.
     pub ledger: Option<LedgerWriter>,
+    /// The row of the last step when its held-out loss could not be measured.
+    pub owed: Option<Row>,
     /// Of each phase.
     rates: Vec<LrSchedule>,
     exchanges: Exchanges<'a>,
@@ -67,6 +69,21 @@ pub(super) struct StepResult {
     /// Where it went since the report of the step before.
     pub before: Times,
 }
+
+/// A measurement on held-out samples.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) enum HeldOutLoss {
+    /// The recipe asks for none after this step.
+    NotDue,
+    /// Mean loss, nats a token.
+    Measured(f64),
+    /// The job was asked to stop meanwhile: the next one makes up for it.
+    Interrupted,
+}
+
+/// Micro-batches of a measurement between two looks at whether the job is to stop, for each pipeline stage: the pipeline fills and
+/// empties once for them.
+const HELD_OUT_ROUND: usize = 16;
 
 /// What weights and activations are stored as.
 pub(crate) fn dtype_of(recipe: &Pretrain) -> DType {
@@ -101,7 +118,23 @@ impl<'a> Trainer<'a> {
         let saver = Saver::new(&recipe.checkpoint, job.deadline, job.device.memory().live_bytes);
         let exchanges = Exchanges::new(groups, if recipe.parallel.overlap { Overlap::WithComputation } else { Overlap::Nothing });
         let (scratch, lineage, schedules) = (Scratch::new(), Lineage::new(data), BTreeMap::new());
-        Ok(Trainer { job, data, state, plan, health, lineage, saver, ceiling, metrics, ledger, rates, exchanges, scratch, schedules })
+        Ok(Trainer {
+            job,
+            data,
+            state,
+            plan,
+            health,
+            lineage,
+            saver,
+            ceiling,
+            metrics,
+            ledger,
+            owed: None,
+            rates,
+            exchanges,
+            scratch,
+            schedules,
+        })
     }
 
     /// Steps of the run after this job, as planned.
@@ -231,25 +264,33 @@ impl<'a> Trainer<'a> {
     }
 
     /// Mean loss over the held-out samples, in nats a token. Collective.
-    pub fn held_out_loss(&mut self) -> Result<f64> {
-        fault::at("validation");
+    pub fn held_out_loss(&mut self) -> Result<HeldOutLoss> {
         self.finish_weights();
         let held_out = self.data.validation.as_ref().expect("asked for only when there is some");
         let (groups, batch) = (self.job.groups, &self.job.recipe.batch);
         let (dp, micro_samples, seq_len) = (groups.layout.dp, batch.micro, batch.seq_len);
         let n_micro = held_out.n_samples / (dp * micro_samples);
-        let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro });
         let first = |micro: usize| ((micro * dp + groups.at.dp) * micro_samples) as u64;
         let read = |micro| {
             let samples = first(micro)..first(micro) + micro_samples as u64;
             micro_batch(self.job.device, &held_out.samples, samples, seq_len, 0.0)
         };
         let _measuring = groups.flight.span(Phase::HeldOut);
-        let batches = agree(&*groups.world, (0..n_micro).map(read).collect::<Result<Vec<MicroBatch>>>())?;
         let (sequence, numerics) = (self.sequence_mode(), self.numerics(held_out.n_samples)?);
         let ctx = Ctx { device: self.job.device, tp: &*groups.tp, scratch: &self.scratch, sequence, numerics };
-        let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), &mut Nothing);
-        Ok(mean_loss(&passed.token_losses, groups, held_out.n_samples * seq_len))
+        let (mut losses, round) = (Vec::new(), HELD_OUT_ROUND * groups.layout.pp);
+        for begin in (0..n_micro).step_by(round) {
+            fault::at("validation");
+            if self.saver.stop((self.job.stop)(), &*groups.world).is_some() {
+                return Ok(HeldOutLoss::Interrupted);
+            }
+            let micros = begin..n_micro.min(begin + round);
+            let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: groups.layout.vp, n_micro: micros.len() });
+            let batches = agree(&*groups.world, micros.map(read).collect::<Result<Vec<MicroBatch>>>())?;
+            let passed = executor::run(&schedule, &mut self.state.chunks, &ctx, groups, (&batches, Keep::Nothing), &mut Nothing);
+            losses.extend(passed.token_losses);
+        }
+        Ok(HeldOutLoss::Measured(mean_loss(&losses, groups, held_out.n_samples * seq_len)))
     }
 }
 

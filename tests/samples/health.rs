@@ -106,6 +106,29 @@ fn steps_that_meet_nan_are_skipped_and_nothing_else() {
     }
 }
 
+/// Retention keeps the checkpoint before the first skipped step, and the one before it, which a sound step has followed, until a later
+/// one has proven as good: with keep_last = 1 all that would be left of a run in trouble is a checkpoint of the trouble.
+#[test]
+fn checkpoints_from_before_the_trouble_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = damaged(dir.path());
+    recipe.health.max_skips_in_a_row = 12;
+    recipe.checkpoint.keep_last = Some(1);
+    let expected = steps_with_damage(&recipe);
+    let is_sound = |step: &u64| !expected.contains(step);
+    let run = dir.path().join("run");
+    // One job a step: what retention goes by survives in the checkpoint.
+    for step in 1..=12 {
+        train(&recipe, &run, Some(step)).unwrap();
+        let kept: Vec<u64> = checkpoint::list(&run).unwrap().into_iter().map(|(step, _)| step).collect();
+        // The newest checkpoint after which a sound step came, and the one that it led to; before the first such, the first.
+        let proven = (1..step).rev().find(|before| is_sound(&(before + 1)));
+        let mut wanted: Vec<u64> = proven.map_or(vec![1], |proven| vec![proven, proven + 1]).into_iter().chain([step]).collect();
+        wanted.dedup();
+        assert_eq!(kept, wanted, "after step {step}, skipped {expected:?}");
+    }
+}
+
 /// Past the limit the job ends with exit code 4 on every rank, one line says which steps and why, and what is left is the
 /// checkpoint from before, from which a changed recipe goes on.
 #[test]
