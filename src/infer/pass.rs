@@ -121,7 +121,19 @@ impl<'a> Passes<'a> {
             None => CachedInput::Tokens(&tokens),
             Some((hidden, _)) => CachedInput::Hidden(hidden),
         };
-        let output = self.chunk.forward_cached(&ctx, input, &positions, &rows.spans, &mut self.caches, &rows.wanted);
+        let (chunk, caches) = (self.chunk, &mut self.caches);
+        let (mut input, mut output) = (Some(input), None);
+        let mut forward = || {
+            let input = input.take().expect("it runs once");
+            output = Some(chunk.forward_cached(&ctx, input, &positions, &rows.spans, caches, &rows.wanted));
+        };
+        // Between tensor-parallel ranks a forward waits for others.
+        if groups.layout.tp == 1 {
+            self.device.run_together(&mut forward)
+        } else {
+            forward()
+        }
+        let output = output.expect("it ran");
         let is_last = at.pp + 1 == groups.layout.pp;
         under_way.signal = signal;
         match output {
