@@ -200,7 +200,12 @@ fn draw(logits: &[f32], how: Sampling, uniform: f64) -> usize {
         order.weights[..n_most].iter().sum()
     } else {
         let total: f64 = masses.iter().sum();
-        let share = if how.top_p < 1.0 { how.top_p } else { uniform };
+        // Where min-p alone cuts, what is kept is known only at its end.
+        let share = match how {
+            _ if how.top_p < 1.0 => how.top_p,
+            _ if how.min_p > 0.0 => f64::INFINITY,
+            _ => uniform,
+        };
         order.take(bin_reaching(&masses, share * total).min(bin_behind(how.min_p)));
         total
     };
