@@ -5,7 +5,9 @@
 #   leaves finished artifacts; submitted again, it finds everything done;
 # - a job that gets USR1 saves, leaves with 75, is requeued, goes on where it was and counts every step exactly once;
 # - a wrong recipe ends a job with 2, a damaged shard with 3, and the job that depends on it never runs;
-# - when one rank of two is killed, the job ends instead of waiting for ever.
+# - when one rank of two is killed, the job ends instead of waiting for ever;
+# - a job whose environment does not say when its time is up asks squeue, and leaves with 75 before;
+# - a proof of the recipe on both nodes against one rank ends well.
 #
 # Needs root on Debian (and namespaces; without, the nodes share the machine's network); else says so and leaves with 77.
 set -euo pipefail
@@ -16,7 +18,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "skipped: a SLURM cluster on one machine takes root on Debian (this is $(id -un) on $(uname -sr))"
   exit 77
 fi
-for name in train-tokenizer tokenize pretrain generate checkpoint; do
+for name in train-tokenizer tokenize pretrain generate checkpoint prove; do
   [ -x "$TRIREME_BIN/trireme-$name" ] || { echo "no $TRIREME_BIN/trireme-$name: run cargo build --release first" >&2; exit 1; }
 done
 
@@ -230,6 +232,33 @@ rank_killed() {
   check "a job one of whose ranks is killed ends as killed, in seconds" ended_as "$job" "FAILED 137:0"
 }
 
+# An older SLURM tells a job's end to squeue only. Started early, looked at late: the job has a minute and leaves 45 s before its end.
+squeue_begin() {
+  local command="source slurm/env.sh; unset SLURM_JOB_END_TIME; srun \$TRIREME_BIN/trireme-pretrain --recipe $WORK/recipe.toml"
+  command+=" --out $WORK/asked --set train.samples=8000000 --set checkpoint.margin_s=45"
+  # shellcheck disable=SC2086
+  asked=$(sbatch --parsable $SPREAD --time=1 --output="$WORK/asked.log" --wrap "$command")
+}
+
+squeue_end() {
+  wait_for 60 is_over "$asked" || scancel "$asked"
+  check "a job that squeue tells its time leaves before it is up, with 75" ended_as "$asked" "FAILED 75:0"
+  check "and knew how much was left" contains "$WORK/asked.log" "walltime    [45][0-9] s left"
+  check "and saved" contains "$WORK/asked.log" "the time is nearly up.*saved at step"
+}
+
+prove_begin() {
+  # shellcheck disable=SC2086
+  prove=$(RECIPE=$WORK/recipe.toml ARGS="--set numerics.mode=reproducible" sbatch --parsable $SPREAD --time=10 --output="$WORK/prove.log" \
+    slurm/prove.sbatch)
+}
+
+prove_end() {
+  wait_for 60 is_over "$prove" || scancel "$prove"
+  check "a proof on two nodes succeeds" ended_as "$prove" "COMPLETED 0:0"
+  check "and says what it compared" contains "$WORK/prove.log" "tp 1 x pp 1 x dp 2, vp 1, against one rank: 2 layers, 3 steps"
+}
+
 trap clean_up EXIT
 started=$SECONDS
 if bash slurm/dev-cluster.sh is-up; then was_up=1; fi
@@ -239,10 +268,14 @@ write_recipe
 printf '%s\n' '{"id": "a", "prompt": "fn ", "max_new_tokens": 8}' '{"id": "b", "prompt": "The ", "max_new_tokens": 8}' \
   '{"id": "c", "prompt": "# ", "max_new_tokens": 8}' >"$WORK/requests.jsonl"
 chain
+squeue_begin
 requeue_begin
 wrong_input
+prove_begin
 rank_killed
+prove_end
 requeue_end
 chain_again
+squeue_end
 echo "SLURM: $((SECONDS - started)) s"
 exit $failed
