@@ -232,7 +232,7 @@ __device__ __forceinline__ void sample_choose(Drawn* drawn, const T* logits, con
                                               const unsigned* all_counts, const double* partial, int n_parts, int columns, int n_valid) {
     __shared__ u64 bin_weights[BINS];
     __shared__ unsigned bin_counts[BINS];
-    Draw how = draws[blockIdx.x];
+    const Draw& how = draws[blockIdx.x]; // not a copy: its registers would spill
     Row<T> row = {logits + (long long)blockIdx.x * columns, n_valid, max[blockIdx.x], how.temperature, bin_weights, bin_counts};
     int column;
     if (how.temperature == 0) {

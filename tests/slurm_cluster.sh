@@ -69,8 +69,11 @@ is_artifact() { # DIR KIND
   [ -e "$1/manifest.json" ] && grep -q "\"kind\": *\"$2\"" "$1/manifest.json"
 }
 is_whole() { "$TRIREME_BIN/trireme-checkpoint" verify "$1" >/dev/null; } # CHECKPOINT
+# A step whose held-out loss was left to the next job has a second row with it, and the same loss.
 steps_once_each() { # METRICS STEPS
-  is "$(grep -o '"step":[0-9]*' "$1" | cut -d: -f2 | md5sum)" "$(seq "$2" | md5sum)"
+  local steps
+  steps=$(grep -o '"step":[0-9]*,"consumed_tokens":[0-9]*,"loss":[^,]*' "$1" | uniq | cut -d: -f2 | cut -d, -f1)
+  is "$(md5sum <<<"$steps")" "$(seq "$2" | md5sum)"
 }
 
 # ---- Submitting
@@ -256,7 +259,7 @@ prove_begin() {
 prove_end() {
   wait_for 60 is_over "$prove" || scancel "$prove"
   check "a proof on two nodes succeeds" ended_as "$prove" "COMPLETED 0:0"
-  check "and says what it compared" contains "$WORK/prove.log" "tp 1 x pp 1 x dp 2, vp 1, against one rank: 2 layers, 3 steps"
+  check "and says what it compared" contains "$WORK/prove.log" "tp 1 x pp 1 x dp 2, vp 1, against one rank: 1 layers, 3 steps"
 }
 
 trap clean_up EXIT

@@ -133,15 +133,15 @@ pub fn train_on(devices: &(dyn Fn() -> Box<dyn Device> + Sync), recipe: &Pretrai
     job(devices, recipe, out, (stop_after, &[]), &|| {})
 }
 
-/// The same; each rank calls `after_step` after each of its steps.
+/// The same; each rank calls `when_asked` whenever it asks whether to stop: before the first step, and after each.
 pub fn train_watched(
     devices: &(dyn Fn() -> Box<dyn Device> + Sync),
     recipe: &Pretrain,
     out: &Path,
     stop_after: Option<u64>,
-    after_step: &(dyn Fn() + Sync),
+    when_asked: &(dyn Fn() + Sync),
 ) -> Result<Ended> {
-    job(devices, recipe, out, (stop_after, &[]), after_step)
+    job(devices, recipe, out, (stop_after, &[]), when_asked)
 }
 
 fn job(
@@ -149,7 +149,7 @@ fn job(
     recipe: &Pretrain,
     out: &Path,
     (stop_after, accepted): (Option<u64>, &[Changed]),
-    after_step: &(dyn Fn() + Sync),
+    when_asked: &(dyn Fn() + Sync),
 ) -> Result<Ended> {
     let world = recipe.parallel.tp * recipe.parallel.pp * recipe.parallel.dp.unwrap_or(1);
     let results = threads::run(world, |world| {
@@ -157,12 +157,8 @@ fn job(
         let groups = Groups::new(world, layout);
         let device = devices();
         let ceiling = |_| Ceiling { gemm_flops_per_s: 1e9, copy_bytes_per_s: 1e9 };
-        // Asked before the first step too.
-        let begun = std::cell::Cell::new(false);
         let stop = || {
-            if begun.replace(true) {
-                after_step();
-            }
+            when_asked();
             false
         };
         pretrain::run(&Job {
