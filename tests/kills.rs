@@ -204,7 +204,8 @@ fn asked_to_stop_at_any_point() {
         ("term at=validation", Ok(3)),
         ("hup at=validation n=5", Ok(6)),
         ("usr1 at=validation n=8", Ok(8)),
-        ("term at=save.begin n=2; usr1 at=save.write n=5", Ok(2)),
+        // The fifth write is one of the first save's, which goes on beside the second step or is over before it.
+        ("usr1 at=save.write n=5; term at=save.begin n=2", Ok(1)),
         ("usr1 at=save.write; term at=save.commit; term at=io.rename n=2", Ok(1)),
         ("term at=save.durable n=3", Ok(3)),
     ];
