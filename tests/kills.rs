@@ -255,19 +255,19 @@ fn nobody_listens_any_more() {
 #[test]
 fn leaves_before_its_time_is_over() {
     let place = Place::new();
-    let endless = ["--set", "train.samples=800000000", "--set", "checkpoint.every_steps=50"];
+    let endless = ["--set", "train.samples=800000000", "--set", "checkpoint.every_steps=50", "--set", "checkpoint.margin_s=12"];
     let mut command = place.job("flag", 1, "", &endless);
-    command.args(["--walltime", "0:03"]);
+    command.args(["--walltime", "0:20"]);
     let of = |name: &str| place.job(name, 1, "", &endless);
     for (name, mut command) in [("flag", command), ("slurm", of("slurm")), ("squeue", of("squeue"))] {
         let (began, now) = (Instant::now(), std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64());
         match name {
-            "slurm" => drop(command.env("SLURM_JOB_END_TIME", (now as u64 + 3).to_string())),
+            "slurm" => drop(command.env("SLURM_JOB_END_TIME", (now as u64 + 20).to_string())),
             "squeue" => {
                 let program = place.path("bin/squeue");
                 std::fs::create_dir(place.path("bin")).unwrap();
                 // In SLURM's own words: time left, of this job, and nothing else.
-                let script = "#!/bin/sh\n[ \"$*\" = '--noheader --jobs 4711 --format=%L' ] && echo '      0:03'\n";
+                let script = "#!/bin/sh\n[ \"$*\" = '--noheader --jobs 4711 --format=%L' ] && echo '      0:20'\n";
                 std::fs::write(&program, script).unwrap();
                 std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
                 let path = format!("{}:{}", place.path("bin").display(), std::env::var("PATH").unwrap());
@@ -278,12 +278,13 @@ fn leaves_before_its_time_is_over() {
         let output = command.output().unwrap();
         let (took, text) = (began.elapsed(), text(&output));
         assert_eq!(output.status.code(), Some(75), "{text}");
-        assert!(took < Duration::from_millis(3200), "{name} took {took:?}");
-        let step = place.newest_step(name).unwrap();
+        // Eight seconds to start and to work, and twelve for a machine that is slow to end it.
+        assert!(took < Duration::from_secs(20), "{name} took {took:?}");
+        let step = place.newest_step(name).unwrap_or_else(|| panic!("{name}, nothing saved: {text}"));
         assert!(step > 0 && text.contains(&format!("saved at step {step} of")) && text.contains("the time is nearly up"), "{text}");
         let job = trireme::metrics::read_all(&place.path(name).join("metrics.jsonl")).unwrap().last_job.unwrap();
         let deadline = job.deadline_unix_s.unwrap();
-        assert!((now + 1.9..now + 3.2).contains(&deadline), "{name}: {} s", deadline - now);
+        assert!((now + 18.9..now + 24.0).contains(&deadline), "{name}: {} s", deadline - now);
         assert!(text.contains("lost work if killed now") && text.contains("snapshot ") && text.contains("durable "), "{text}");
     }
 }
