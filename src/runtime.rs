@@ -15,12 +15,13 @@ pub use watchdog::{Patience, Watchdog};
 
 use crate::artifact::{ArtifactWriter, Begin, host_name};
 use crate::comm::mpi::Mpi;
-use crate::comm::nccl::{self, Nccl};
+use crate::comm::nccl::{self, Nccl, Sums};
 use crate::comm::solo::Solo;
 use crate::comm::{Communicator, Groups, agree};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::Cuda;
+use crate::device::cuda::backend::Algorithms;
 use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::flight::Recorder;
@@ -186,13 +187,17 @@ impl Runtime {
         Groups::new(world, layout)
     }
 
-    /// Opens every rank's device and makes the groups of a layout, between GPUs by NCCL as `comm` and `options` say. Every rank leaves
-    /// with the same Err. Collective.
+    /// Opens every rank's device and makes the groups of a layout, between GPUs by NCCL as `comm` and `options` say. Where sums over
+    /// ranks have an order, so have those of products: their algorithms are fixed. Every rank leaves with the same Err. Collective.
     pub fn open(&self, layout: ParallelLayout, comm: CommKind, options: nccl::Options) -> Result<(Box<dyn Device>, Groups)> {
         if self.device == DeviceKind::Cpu {
             return Ok((self.device()?, self.groups(layout)));
         }
-        let cuda = agree(&*self.world, Cuda::open(self.local_rank))?;
+        let algorithms = match options.sums {
+            Sums::Library => Algorithms::Measured,
+            Sums::Ordered => Algorithms::Fixed,
+        };
+        let cuda = agree(&*self.world, Cuda::open_with(self.local_rank, algorithms))?;
         let world = between_gpus(self.world.split(0), &cuda, comm, options)?;
         Ok((Box::new(cuda), self.groups_of(world, layout)))
     }

@@ -34,7 +34,7 @@ pub struct Gemm {
 }
 
 /// For what a scale of E4M3 elements is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Fp8Scales {
     /// One for a whole tensor.
     Tensor,

@@ -11,6 +11,7 @@ use trireme::comm::solo::Solo;
 use trireme::comm::threads;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::backend::Algorithms;
 use trireme::device::{Device, Fp8Scales, Scratch};
 use trireme::infer::load::load_chunk;
 use trireme::infer::score::{self, Sequence};
@@ -156,18 +157,27 @@ fn products_are_those_of_the_numbers() {
     devices().iter().for_each(|device| check_products(&**device, &[DType::F32, DType::BF16]));
 }
 
+/// In the process: how algorithms are chosen.
+const HOW: &str = "TRIREME_TEST_ALGORITHMS";
+
 /// What cuBLASLt is asked for is the product that is meant, with the scales at their operands, in the one form that Hopper has: the
-/// stand-in refuses every other.
+/// stand-in refuses every other. Its algorithm is the fastest, found on disk by the next start, or the fixed one, as of other products.
 #[test]
 fn calls_of_products_are_those_of_hopper() {
     if is_inside() {
-        return check_products(&Cuda::open(0).unwrap(), &[DType::F32]);
+        let is_fixed = std::env::var_os(HOW).is_some_and(|how| how == "fixed");
+        let algorithms = if is_fixed { Algorithms::Fixed } else { Algorithms::Measured };
+        return check_products(&Cuda::open_with(0, algorithms).unwrap(), &[DType::F32]);
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(()) = stand_ins(folder.path()) else { return };
-    let log = inside(folder.path(), "fp8::calls_of_products_are_those_of_hopper", &[]);
-    assert_eq!(log.iter().filter(|line| line.starts_with("algorithms proposed")).count(), 6, "{log:?}");
-    assert_eq!(log.iter().filter(|line| line.starts_with("product by")).count(), 6, "{log:?}");
+    // Three shapes with scales of rows and of tensors each. To be measured a product is asked about twice.
+    for (how, proposed, algorithm) in [("measured", 12, "2"), ("measured", 0, "2"), ("fixed", 6, "1")] {
+        let log = inside(folder.path(), "fp8::calls_of_products_are_those_of_hopper", &[(HOW, how)]);
+        assert_eq!(log.iter().filter(|line| line.starts_with("algorithms proposed")).count(), proposed, "{how}: {log:?}");
+        let used: Vec<&str> = log.iter().filter_map(|line| line.strip_prefix("product by algorithm ")).collect();
+        assert!(used.len() == 6 && used.iter().all(|used| *used == algorithm), "{how}: {log:?}");
+    }
 }
 
 /// A trained model with such weights still computes, and differently, so they are used. Weights that tensor cores

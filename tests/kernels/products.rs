@@ -5,21 +5,27 @@ use crate::cases::{self, Kind};
 use crate::check::check;
 use crate::driver::{inside, is_inside, stand_ins};
 use std::path::Path;
-use trireme::device::Gemm;
+use std::time::Duration;
+use trireme::comm::nccl::{Options, Sums};
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::backend::Algorithms;
+use trireme::device::{Device, Gemm};
+use trireme::parallel::layout::ParallelLayout;
+use trireme::runtime::{CommKind, DeviceKind, Runtime};
 use trireme::tensor::DType;
 
 /// In the process: how algorithms are chosen.
 const HOW: &str = "TRIREME_TEST_ALGORITHMS";
 
+fn is_fixed() -> bool {
+    std::env::var_os(HOW).is_some_and(|how| how == "fixed")
+}
+
 /// Two shapes, each product twice, checked against the oracle: sums into the output too.
-fn multiply() {
-    let algorithms = if std::env::var_os(HOW).is_some_and(|how| how == "fixed") { Algorithms::Fixed } else { Algorithms::Measured };
-    let cuda = Cuda::open_with(0, algorithms).unwrap();
+fn multiply(cuda: &dyn Device) {
     for how in [Gemm::NT, Gemm::TN.accumulate()] {
         for _ in 0..2 {
-            check(&cuda, &cases::gemm(how, (5, 7, 3), Kind::F32), DType::BF16);
+            check(cuda, &cases::gemm(how, (5, 7, 3), Kind::F32), DType::BF16);
         }
     }
 }
@@ -37,7 +43,8 @@ fn choices(folder: &Path) -> Vec<std::path::PathBuf> {
 #[test]
 fn the_fastest_algorithm_is_kept() {
     if is_inside() {
-        return multiply();
+        let algorithms = if is_fixed() { Algorithms::Fixed } else { Algorithms::Measured };
+        return multiply(&Cuda::open_with(0, algorithms).unwrap());
     }
     let folder = tempfile::tempdir().unwrap();
     let Some(()) = stand_ins(folder.path()) else { return };
@@ -70,4 +77,22 @@ fn the_fastest_algorithm_is_kept() {
     assert_eq!(used(&log, 1), 2);
     assert!(log.iter().all(|line| !line.ends_with("parts of sums allowed")), "{log:?}");
     assert_eq!(choices(folder.path()).len(), 4);
+}
+
+/// A job whose sums over ranks have an order, which is what reproducible numerics ask for, has fixed algorithms; every other the fastest.
+#[test]
+fn ordered_sums_come_with_fixed_algorithms() {
+    if is_inside() {
+        let sums = if is_fixed() { Sums::Ordered } else { Sums::Library };
+        let runtime = Runtime::start(DeviceKind::Cuda).unwrap();
+        let options = Options { sums, timeout: Duration::from_secs(60) };
+        return multiply(&*runtime.open(ParallelLayout::SINGLE, CommKind::Auto, options).unwrap().0);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(()) = stand_ins(folder.path()) else { return };
+    for (how, algorithm) in [("measured", "2"), ("fixed", "1")] {
+        let log = inside(folder.path(), "products::ordered_sums_come_with_fixed_algorithms", &[(HOW, how)]);
+        let used: Vec<&str> = log.iter().filter_map(|line| line.strip_prefix("product by algorithm ")).collect();
+        assert!(used.len() == 4 && used.iter().all(|used| *used == algorithm), "{how}: {log:?}");
+    }
 }

@@ -7,8 +7,8 @@
 mod choice;
 mod fp8;
 
-use super::backend::{Algorithms, Matrix};
-use crate::device::{Gemm, Store};
+use super::backend::{Algorithms, Matrix, ScalesAt};
+use crate::device::{Fp8Scales, Gemm, Store};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
 use cudarc::cublaslt::{result, sys};
@@ -26,7 +26,7 @@ const MOST_ALIGNMENT: u32 = 256;
 struct Operand {
     rows: usize,
     columns: usize,
-    bf16: bool,
+    dtype: DType,
     transposed: bool,
     alignment: u32,
 }
@@ -34,21 +34,39 @@ struct Operand {
 impl Operand {
     fn of(matrix: &Matrix, transposed: bool) -> Operand {
         let alignment = 1u32 << matrix.address.trailing_zeros().min(MOST_ALIGNMENT.trailing_zeros());
-        Operand { rows: matrix.columns, columns: matrix.rows, bf16: matrix.dtype == DType::BF16, transposed, alignment }
+        Operand { rows: matrix.columns, columns: matrix.rows, dtype: matrix.dtype, transposed, alignment }
     }
 }
 
-/// The product out^T = op(b)^T op(a)^T, all column-major: the first operand is b, the second a.
+/// A product as it is asked for: out = or += op(a) op(b), of E4M3 times the scales.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Assigned or added to.
+    pub out: Matrix,
+    /// The first operand as it is stored.
+    pub a: Matrix,
+    /// The second.
+    pub b: Matrix,
+    /// Transpositions, and whether `out` is added to.
+    pub how: Gemm,
+    /// Where the scales of E4M3 lie.
+    pub scales: Option<ScalesAt>,
+}
+
+/// What decides the algorithm of a product: out^T = op(b)^T op(a)^T, all column-major: the first operand is b, the second a.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Product {
     first: Operand,
     second: Operand,
     out: Operand,
+    scales: Option<Fp8Scales>,
 }
 
 impl Product {
-    fn of(out: &Matrix, a: &Matrix, b: &Matrix, how: Gemm) -> Product {
-        Product { first: Operand::of(b, how.trans_b), second: Operand::of(a, how.trans_a), out: Operand::of(out, false) }
+    fn of(asked: &Asked) -> Product {
+        let Asked { out, a, b, how, scales } = asked;
+        let (first, second) = (Operand::of(b, how.trans_b), Operand::of(a, how.trans_a));
+        Product { first, second, out: Operand::of(out, false), scales: scales.map(|scales| scales.of) }
     }
 }
 
@@ -71,10 +89,11 @@ pub struct Blas {
     /// GPU and library, of which a choice holds.
     machine: String,
     plans: Mutex<HashMap<Product, Plan>>,
-    fp8_plans: Mutex<HashMap<fp8::Key, fp8::Plan>>,
+    /// Held while a descriptor says where the scales of one call are.
+    pointing: Mutex<()>,
 }
 
-// SAFETY: a handle of cuBLASLt may be used by several threads; descriptors are not changed after they were made.
+// SAFETY: a handle of cuBLASLt may be used by several threads; descriptors are changed under a lock only.
 unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
@@ -95,24 +114,23 @@ impl Blas {
         let handle = result::create_handle().map_err(|error| Error::new(Kind::Other, format!("cuBLASLt does not start: {error}")))?;
         // SAFETY: reads a constant of the library.
         let machine = format!("{gpu}, cuBLASLt {}", unsafe { sys::cublasLtGetVersion() });
-        Ok(Blas { handle, algorithms, machine, plans: Mutex::default(), fp8_plans: Mutex::default() })
+        Ok(Blas { handle, algorithms, machine, plans: Mutex::default(), pointing: Mutex::default() })
     }
 
     /// Whether this product's algorithm is still to be measured, by [`Blas::measure`]. Until then the library's first proposal is used.
-    pub fn is_unmeasured(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm) -> bool {
-        self.algorithms == Algorithms::Measured && !self.plan(&out, &a, &b, how).is_chosen
+    pub fn is_unmeasured(&self, asked: &Asked) -> bool {
+        self.algorithms == Algorithms::Measured && !self.plan(asked).is_chosen
     }
 
     /// Times the library's proposals for a product, writing to `spare` (as large as `out`) in the place of `out`, and keeps the fastest.
     ///
     /// # Safety
     /// As of [`Blas::gemm`]; the stream is not being captured.
-    pub unsafe fn measure(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, spare: u64, on: On) {
-        let product = Product::of(&out, &a, &b, how);
-        let plan = self.plan(&out, &a, &b, how);
+    pub unsafe fn measure(&self, asked: &Asked, spare: u64, on: On) {
+        let (product, plan) = (Product::of(asked), self.plan(asked));
         let run = |algorithm: &sys::cublasLtMatmulAlgo_t| {
             // SAFETY: as promised by the caller.
-            unsafe { self.multiply(&Plan { algorithm: *algorithm, ..plan }, (a.address, b.address), (out.address, spare), how, on) }
+            unsafe { self.multiply(&Plan { algorithm: *algorithm, ..plan }, asked, spare, on) }
         };
         // SAFETY: as promised by the caller.
         let fastest = unsafe { choice::fastest(&plan.proposals(self.handle, &product, Algorithms::Measured), run, on.stream) };
@@ -121,41 +139,42 @@ impl Blas {
         self.plans.lock().expect("no panic while holding the plans").insert(product, Plan { algorithm, is_chosen: true, ..plan });
     }
 
-    fn plan(&self, out: &Matrix, a: &Matrix, b: &Matrix, how: Gemm) -> Plan {
-        let product = Product::of(out, a, b, how);
+    fn plan(&self, asked: &Asked) -> Plan {
+        let product = Product::of(asked);
         let mut plans = self.plans.lock().expect("no panic while holding the plans");
         *plans.entry(product).or_insert_with(|| {
-            let plan = Plan::new(self, &product);
-            plan.unwrap_or_else(|error| panic!("cuBLASLt has no algorithm for {out:?} = {a:?} x {b:?}, {how:?}: {error}"))
+            let plan = Plan::new(self, &product, asked.scales.as_ref());
+            plan.unwrap_or_else(|error| panic!("cuBLASLt has no algorithm for {asked:?}: {error}"))
         })
     }
 
-    /// out = or += op(a) op(b) on a stream.
+    /// The product on a stream. Shapes agree; those of E4M3 are as [`fp8`] says.
     ///
     /// # Safety
-    /// The matrices and the workspace are memory of the calling thread's context, which is the handle's; the stream is of it.
-    pub unsafe fn gemm(&self, out: Matrix, (a, b): (Matrix, Matrix), how: Gemm, on: On) {
-        let plan = self.plan(&out, &a, &b, how);
+    /// Matrices, scales and the workspace are memory of the calling thread's context, which is the handle's; the stream is of it.
+    pub unsafe fn gemm(&self, asked: &Asked, on: On) {
+        let plan = self.plan(asked);
         // SAFETY: as promised by the caller.
-        let done = unsafe { self.multiply(&plan, (a.address, b.address), (out.address, out.address), how, on) };
-        done.unwrap_or_else(|error| panic!("gemm {out:?} = {a:?} x {b:?}, {how:?}: {error}"));
+        let done = unsafe { self.multiply(&plan, asked, asked.out.address, on) };
+        done.unwrap_or_else(|error| panic!("{asked:?}: {error}"));
     }
 
-    /// `to` = product, or `from` + product.
+    /// `to` = product, or `out` + product.
     ///
     /// # Safety
-    /// As of [`Blas::gemm`], for matrices of the plan's sizes at these addresses.
-    unsafe fn multiply(
-        &self,
-        plan: &Plan,
-        (a, b): (u64, u64),
-        (from, to): (u64, u64),
-        how: Gemm,
-        on: On,
-    ) -> std::result::Result<(), result::CublasError> {
+    /// As of [`Blas::gemm`], for a product that the plan is of.
+    unsafe fn multiply(&self, plan: &Plan, asked: &Asked, to: u64, on: On) -> std::result::Result<(), result::CublasError> {
         let alpha = 1.0f32;
-        let beta = if how.out == Store::Accumulate { 1.0f32 } else { 0.0 };
+        let beta = if asked.how.out == Store::Accumulate { 1.0f32 } else { 0.0 };
         let at = |address: u64| address as *const c_void;
+        let _pointing = match &asked.scales {
+            Some(scales) => {
+                let pointing = self.pointing.lock().expect("no panic while pointing at scales");
+                fp8::point_at(plan.product, scales)?;
+                Some(pointing)
+            }
+            None => None,
+        };
         // SAFETY: descriptors and algorithm were made for these sizes; scalars are read during the call; memory as promised.
         unsafe {
             result::matmul(
@@ -163,11 +182,11 @@ impl Blas {
                 plan.product,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                at(b),
+                at(asked.b.address),
                 plan.first,
-                at(a),
+                at(asked.a.address),
                 plan.second,
-                at(from),
+                at(asked.out.address),
                 plan.out,
                 to as *mut c_void,
                 plan.out,
@@ -197,20 +216,36 @@ impl Drop for Blas {
 }
 
 fn layout(operand: &Operand) -> std::result::Result<sys::cublasLtMatrixLayout_t, result::CublasError> {
-    let of_type = if operand.bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
+    let of_type = match operand.dtype {
+        DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        DType::F8E4M3 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+        DType::U32 => unreachable!("no product is of integers"),
+    };
     result::create_matrix_layout(of_type, operand.rows as u64, operand.columns as u64, operand.rows as i64)
+}
+
+/// Sets an attribute of a descriptor.
+fn set<T>(
+    product: sys::cublasLtMatmulDesc_t,
+    name: sys::cublasLtMatmulDescAttributes_t,
+    value: T,
+) -> std::result::Result<(), result::CublasError> {
+    // SAFETY: a live descriptor; the value has the attribute's type.
+    unsafe { result::set_matmul_desc_attribute(product, name, (&raw const value).cast(), size_of::<T>()) }
 }
 
 impl Plan {
     /// With the algorithm kept from an earlier start, else the library's first proposal.
-    fn new(blas: &Blas, of: &Product) -> std::result::Result<Plan, result::CublasError> {
+    fn new(blas: &Blas, of: &Product, scales: Option<&ScalesAt>) -> std::result::Result<Plan, result::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
         let product = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
         for (name, operand) in [(CUBLASLT_MATMUL_DESC_TRANSA, &of.first), (CUBLASLT_MATMUL_DESC_TRANSB, &of.second)] {
             // cublasOperation_t: 0 as it is, 1 transposed.
-            let operation = i32::from(operand.transposed);
-            // SAFETY: a live descriptor; the value has the attribute's size.
-            unsafe { result::set_matmul_desc_attribute(product, name, (&raw const operation).cast(), size_of::<i32>())? };
+            set(product, name, i32::from(operand.transposed))?;
+        }
+        if let Some(scales) = scales {
+            fp8::describe(product, scales)?;
         }
         let (first, second, out) = (layout(&of.first)?, layout(&of.second)?, layout(&of.out)?);
         let plan = Plan { product, first, second, out, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, is_chosen: false };
@@ -248,7 +283,7 @@ mod tests {
             let out = matrix(m, n);
             let values = |seed: usize, n: usize| (0..n).map(|i| ((i * i + seed * i) % 17) as f64).collect::<Vec<f64>>();
             let (x, y) = (values(3, m * k), values(5, k * n));
-            let product = Product::of(&out, &a, &b, how);
+            let product = Product::of(&Asked { out, a, b, how, scales: None });
             let mut found = vec![0.0; m * n];
             assert_eq!((product.out.rows, product.out.columns), (n, m));
             for i in 0..n {

@@ -8,7 +8,7 @@ mod queues;
 
 use super::arena::Arena;
 use super::backend::{Algorithms, Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
-use super::blas::{self, Blas, On};
+use super::blas::{self, Asked, Blas, On};
 use super::compile;
 use super::tensor_map::TensorMaps;
 use crate::device::Gemm;
@@ -155,6 +155,23 @@ impl Driver {
         })
     }
 
+    /// A product on the compute stream, its algorithm measured first where that is wanted and can be.
+    fn multiply(&self, asked: &Asked) {
+        self.call(&|| "a matrix product".into(), || Ok(()));
+        let on = On { stream: self.queues.of(Stream::Compute).cast(), workspace: self.workspace };
+        if !self.capture.is_on() && self.blas.is_unmeasured(asked) {
+            let bytes = asked.out.rows * asked.out.columns * asked.out.dtype.bytes();
+            // Without room beside the output the library's first proposal stays for now.
+            if let Some(spare) = self.alloc(bytes) {
+                // SAFETY: the caller's memory and memory of that size, this context made current, its stream and that one's workspace.
+                unsafe { self.blas.measure(asked, spare, on) };
+                self.free(spare, bytes);
+            }
+        }
+        // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
+        unsafe { self.blas.gemm(asked, on) };
+    }
+
     /// Gives memory that is not in use back to the driver. Returns how much there was.
     fn give_back_unused(&self, arena: &mut Arena) -> usize {
         let unused = arena.drain();
@@ -259,10 +276,7 @@ impl Backend for Driver {
     }
 
     fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt) {
-        self.call(&|| "gemm_fp8".into(), || Ok(()));
-        let on = On { stream: self.queues.of(Stream::Compute).cast(), workspace: self.workspace };
-        // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
-        unsafe { self.blas.gemm_fp8(out, (a, b), scales, on) };
+        self.multiply(&Asked { out, a, b, how: Gemm::NT, scales: Some(scales) });
     }
 
     fn is_hopper(&self) -> bool {
@@ -325,19 +339,7 @@ impl Backend for Driver {
     }
 
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm) {
-        self.call(&|| "gemm".into(), || Ok(()));
-        let on = On { stream: self.queues.of(Stream::Compute).cast(), workspace: self.workspace };
-        if !self.capture.is_on() && self.blas.is_unmeasured(out, (a, b), how) {
-            let bytes = out.rows * out.columns * out.dtype.bytes();
-            // Without room beside the output the library's first proposal stays for now.
-            if let Some(spare) = self.alloc(bytes) {
-                // SAFETY: the caller's memory and memory of that size, this context made current, its stream and that one's workspace.
-                unsafe { self.blas.measure(out, (a, b), how, spare, on) };
-                self.free(spare, bytes);
-            }
-        }
-        // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
-        unsafe { self.blas.gemm(out, (a, b), how, on) };
+        self.multiply(&Asked { out, a, b, how, scales: None });
     }
 
     fn finish(&self) {
