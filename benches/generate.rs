@@ -60,7 +60,7 @@ fn requests(vocab_size: usize, sampling: Sampling) -> Vec<Request> {
     let beginning = tokens(160, 0);
     let request = |i: usize| {
         let own = tokens(16 + 37 * i % 72, 1 + i as u64);
-        let prompt = if i % 2 == 0 { [&beginning[..], &own].concat() } else { [&own[..], &own[..8]].concat() };
+        let prompt = if i.is_multiple_of(2) { [&beginning[..], &own].concat() } else { [&own[..], &own[..8]].concat() };
         Request { sampling, seed: 1, ..Request::new(i.to_string(), prompt, 16 + 41 * i % 64) }
     };
     (0..N_REQUESTS).map(request).collect()

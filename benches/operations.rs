@@ -137,8 +137,7 @@ mod peak {
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub unsafe fn dot512(n: usize) -> f64 {
         // SAFETY: both are 512 plain bits.
-        let (x, y): (__m512bh, __m512bh) =
-            unsafe { (std::mem::transmute(_mm512_set1_ps(black_box(0.1))), std::mem::transmute(_mm512_set1_ps(black_box(0.2)))) };
+        let [x, y] = [0.1, 0.2].map(|value| unsafe { std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(black_box(value))) });
         let mut sums = [_mm512_set1_ps(1.0); 24];
         for _ in 0..n {
             for sum in &mut sums {

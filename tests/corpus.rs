@@ -156,7 +156,8 @@ fn a_line_of_100_megabytes_is_refused_in_bounded_memory() {
     file.write_all(b"{\"text\":\"one\"}\n{\"text\":\"").expect("written");
     (0..100).for_each(|_| file.write_all(&[b'a'; 1 << 20]).expect("written"));
     file.write_all(b"\"}\n").expect("written");
-    let corpus = |limit| Corpus::open_with(&[path.clone()], Options { max_document_bytes: limit, ..Options::default() }).expect("opens");
+    let corpus =
+        |limit| Corpus::open_with(std::slice::from_ref(&path), Options { max_document_bytes: limit, ..Options::default() }).expect("opens");
     let peak = || {
         let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
         let line = status.lines().find(|line| line.starts_with("VmHWM")).expect("has it").to_string();

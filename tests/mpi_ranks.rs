@@ -85,7 +85,7 @@ fn collectives(runtime: &Runtime) -> Result<()> {
 fn layouts(runtime: &Runtime) -> Result<()> {
     let n = runtime.world().size();
     let mut n_layouts = 0;
-    for (tp, pp) in (1..=n).flat_map(|tp| (1..=n).map(move |pp| (tp, pp))).filter(|(tp, pp)| n % (tp * pp) == 0) {
+    for (tp, pp) in (1..=n).flat_map(|tp| (1..=n).map(move |pp| (tp, pp))).filter(|(tp, pp)| n.is_multiple_of(tp * pp)) {
         let layout = layout(tp, pp, n / (tp * pp));
         check_groups(&runtime.groups(layout));
         n_layouts += 1;
@@ -100,7 +100,7 @@ fn training(runtime: &Runtime) -> Result<()> {
         let alone = Run::reference(numerics_runs::model(), dtype);
         let expected = numerics_runs::train(&alone, 2);
         let mut n_layouts = 0;
-        for (tp, pp) in (1..=n).flat_map(|tp| (1..=n).map(move |pp| (tp, pp))).filter(|(tp, pp)| n % (tp * pp) == 0) {
+        for (tp, pp) in (1..=n).flat_map(|tp| (1..=n).map(move |pp| (tp, pp))).filter(|(tp, pp)| n.is_multiple_of(tp * pp)) {
             let sequence = if tp > 1 { SequenceMode::Sharded } else { SequenceMode::Replicated };
             let run = Run { layout: layout(tp, pp, n / (tp * pp)), micro: 2, sequence, ..alone.clone() };
             let difference = numerics_runs::difference_on_rank(&run, Box::new(Mpi::world()), &expected);
@@ -165,7 +165,7 @@ fn lone_error(runtime: &Runtime) -> Result<()> {
 }
 
 fn different_errors(runtime: &Runtime) -> Result<()> {
-    Err(Error::recipe(if runtime.world().rank() % 2 == 0 { "key even" } else { "key odd" }))
+    Err(Error::recipe(if runtime.world().rank().is_multiple_of(2) { "key even" } else { "key odd" }))
 }
 
 /// Sends a signal to this process.

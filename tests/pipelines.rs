@@ -329,9 +329,11 @@ impl Between for Noted<'_, '_, '_> {
     }
 }
 
-/// Two steps of two micro-batches on tp 2 x dp 2: what rank 0 does in each, its weights at the end, and its parts as ranges of
-/// parameters.
-fn two_steps(overlap: Overlap, kind: ScheduleKind) -> (Vec<Vec<Event>>, Vec<Vec<f32>>, Vec<std::ops::Range<usize>>) {
+/// What rank 0 does in each of two steps, its weights at the end, and its parts as ranges of parameters.
+type TwoSteps = (Vec<Vec<Event>>, Vec<Vec<f32>>, Vec<std::ops::Range<usize>>);
+
+/// Two steps of two micro-batches on tp 2 x dp 2.
+fn two_steps(overlap: Overlap, kind: ScheduleKind) -> TwoSteps {
     let layout = ParallelLayout { tp: 2, dp: 2, ..ParallelLayout::SINGLE };
     let mut ranks = threads::run(layout.world(), |world| {
         let log = Log::default();

@@ -221,7 +221,7 @@ mod tests {
         assert_eq!((f32s(0.0, -0.0), f32s(f32::from_bits(1), -f32::from_bits(1))), (0, 2));
         assert_eq!(f32s(1.0, 2.0), 1 << 23);
         let bf16s = |a: f32, b: f32| distance(&a.to_le_bytes()[2..], &b.to_le_bytes()[2..], DType::BF16);
-        assert_eq!((bf16s(1.0, 2.0), bf16s(-0.0, 0.0), bf16s(-1.0, 1.0)), (1 << 7, 0, 2 * 127 << 7));
+        assert_eq!((bf16s(1.0, 2.0), bf16s(-0.0, 0.0), bf16s(-1.0, 1.0)), (1 << 7, 0, (2 * 127) << 7));
         assert_eq!(distance(&5u32.to_le_bytes(), &u32::MAX.to_le_bytes(), DType::U32), u64::from(u32::MAX) - 5);
     }
 }

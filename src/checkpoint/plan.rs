@@ -47,9 +47,12 @@ pub(super) fn plan<'a, 'b>(pieces: &'b [Piece<'a>], world: &dyn Communicator) ->
     }
 }
 
+/// Name, offset and shape of a slice.
+type Place<'a> = (&'a str, &'a [usize], &'a [usize]);
+
 /// Picks one (rank, piece) for each distinct slice, largest first, the rank with the least to write so far.
 fn assign(all: &[Vec<PieceSpec>]) -> BTreeSet<(usize, usize)> {
-    let mut holders: BTreeMap<(&str, &[usize], &[usize]), Vec<(usize, usize)>> = BTreeMap::new();
+    let mut holders: BTreeMap<Place, Vec<(usize, usize)>> = BTreeMap::new();
     for (rank, specs) in all.iter().enumerate() {
         for (idx, spec) in specs.iter().enumerate().filter(|(_, spec)| spec.n_bytes() > 0) {
             holders.entry((&spec.name, &spec.slice.offset, &spec.slice.shape)).or_default().push((rank, idx));

@@ -84,7 +84,7 @@ pub struct Piece<'a> {
 pub fn save(out: &Path, meta: &Meta, pieces: &[Piece], world: &dyn Communicator) -> Result<Manifest> {
     match snapshot::start(out, meta, pieces, Options::default(), world)? {
         Started::Saving(saving) => saving.wait(world),
-        Started::Finished(manifest) => Ok(manifest),
+        Started::Finished(manifest) => Ok(*manifest),
     }
 }
 

@@ -45,9 +45,9 @@ pub struct Options {
 /// What [`start`] finds.
 pub enum Started {
     /// Under way.
-    Saving(Saving),
+    Saving(Box<Saving>),
     /// The same checkpoint was there before.
-    Finished(Manifest),
+    Finished(Box<Manifest>),
 }
 
 /// Bytes read at a time from memory that is not the host's.
@@ -207,7 +207,7 @@ pub fn start(out: &Path, meta: &Meta, pieces: &[Piece], options: Options, world:
         None => (None, None),
     };
     let Some(dir) = announce(world, artifact.as_ref().map(ArtifactWriter::dir)) else {
-        return Ok(Started::Finished(broadcast_manifest(world, finished.as_ref())));
+        return Ok(Started::Finished(Box::new(broadcast_manifest(world, finished.as_ref()))));
     };
     let specs: Vec<PieceSpec> = plan.mine.iter().map(|piece| spec_of(piece)).collect();
     let lent = plan.mine.iter().map(|piece| (piece.name.clone(), piece.tensor.lend())).collect();
@@ -217,7 +217,7 @@ pub fn start(out: &Path, meta: &Meta, pieces: &[Piece], options: Options, world:
     let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write).expect("a thread for the checkpoint");
     fault::at("save.snapshot");
     let (out, meta, retention) = (out.to_path_buf(), meta.clone(), options.retention);
-    Ok(Started::Saving(Saving { out, meta, retention, gate, artifact, stage: Stage::Writing(thread) }))
+    Ok(Started::Saving(Box::new(Saving { out, meta, retention, gate, artifact, stage: Stage::Writing(thread) })))
 }
 
 impl Saving {

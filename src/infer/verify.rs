@@ -32,11 +32,14 @@ pub struct Compared {
     pub n_weights: usize,
 }
 
+/// Reads the weight of this name into a tensor of its shape, f32.
+type Read<'a> = dyn Fn(&str, &mut Tensor) -> Result<()> + 'a;
+
 /// One side: what it is called, its function, and its weights in f32 by the names of our parameters.
 struct Side<'a> {
     name: String,
     model: &'a ModelConfig,
-    read: Box<dyn Fn(&str, &mut Tensor) -> Result<()> + 'a>,
+    read: Box<Read<'a>>,
 }
 
 /// Compares a directory with a checkpoint; `dtype` is that of the export, or [`ExportType::AsStored`] for an import. Computes in f32.

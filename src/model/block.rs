@@ -40,10 +40,10 @@ pub struct BlockSaved {
 /// What of it is kept until the backward.
 pub enum BlockKept {
     /// All.
-    Whole(BlockSaved),
+    Whole(Box<BlockSaved>),
     /// All but the outputs of the operations without weights: `mixed` and `lse` of the attention, `activated` of the
     /// feed-forward layer.
-    Selective(BlockSelective),
+    Selective(Box<BlockSelective>),
     /// The block's input alone, [T', H].
     Input(ScratchTensor),
 }
@@ -86,10 +86,10 @@ impl BlockSaved {
     pub fn keep(self, recompute: Recompute) -> (BlockKept, Option<ScratchTensor>) {
         let BlockSaved { norm1, normed1, attention, norm2, normed2, mlp } = self;
         match recompute {
-            Recompute::None => (BlockKept::Whole(BlockSaved { norm1, normed1, attention, norm2, normed2, mlp }), None),
+            Recompute::None => (BlockKept::Whole(Box::new(BlockSaved { norm1, normed1, attention, norm2, normed2, mlp })), None),
             Recompute::Selective => {
                 let (qkv, raised) = (attention.qkv, mlp.raised);
-                (BlockKept::Selective(BlockSelective { norm1, normed1, qkv, norm2, normed2, raised }), None)
+                (BlockKept::Selective(Box::new(BlockSelective { norm1, normed1, qkv, norm2, normed2, raised })), None)
             }
             Recompute::Full => (BlockKept::Input(norm1.x), Some(norm2.x)),
         }
@@ -139,8 +139,9 @@ impl Block {
     /// What the backward needs, from what was kept.
     pub fn restore(&self, ctx: &Ctx, batch: &MicroBatch, kept: BlockKept) -> BlockSaved {
         match kept {
-            BlockKept::Whole(saved) => saved,
-            BlockKept::Selective(BlockSelective { norm1, normed1, qkv, norm2, normed2, raised }) => {
+            BlockKept::Whole(saved) => *saved,
+            BlockKept::Selective(kept) => {
+                let BlockSelective { norm1, normed1, qkv, norm2, normed2, raised } = *kept;
                 let (attention, mlp) = (self.attention.mix(ctx, batch, qkv), self.mlp.activate(ctx, raised));
                 BlockSaved { norm1, normed1, attention, norm2, normed2, mlp }
             }

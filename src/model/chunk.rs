@@ -166,14 +166,16 @@ impl Parts {
     fn head(&mut self, config: &ModelConfig, first: bool) -> Head {
         let norm = self.norm("final_norm", config);
         match config.head {
-            HeadKind::Reward(_) => Head::Reward(RewardHead { norm, weight: self.take("reward.weight"), bias: self.take("reward.bias") }),
+            HeadKind::Reward(_) => {
+                Head::Reward(Box::new(RewardHead { norm, weight: self.take("reward.weight"), bias: self.take("reward.bias") }))
+            }
             HeadKind::Vocabulary => {
                 let weight = match (config.tied_embeddings, first) {
                     (true, true) => None,
                     (true, false) => Some(self.take("embedding.weight")),
                     (false, _) => Some(self.take("head.weight")),
                 };
-                Head::Vocabulary(OutputHead { norm, weight, vocab_size: config.vocab_size })
+                Head::Vocabulary(Box::new(OutputHead { norm, weight, vocab_size: config.vocab_size }))
             }
         }
     }

@@ -93,9 +93,9 @@ impl OutputHead {
     }
 
     /// dx[T', H] assigned; weight gradients accumulated. The loss is sum over tokens of weights[t] * loss[t].
-    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: HeadSaved, mut tied: Option<&mut Param>) -> ScratchTensor {
+    pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, mut saved: HeadSaved, tied: Option<&mut Param>) -> ScratchTensor {
         self.loss_backward(ctx, batch, &mut saved, tied.as_deref());
-        let weight = self.weight.as_mut().or(tied.as_deref_mut()).expect("an output layer, its own or tied");
+        let weight = self.weight.as_mut().or(tied).expect("an output layer, its own or tied");
         weight.swap_gradients(); // nothing, unless the two uses of a tied embedding are summed apart
         let dnormed = column_backward(ctx, weight, &saved.normed, &saved.logits);
         weight.swap_gradients();

@@ -11,9 +11,9 @@ use crate::device::ScratchTensor;
 /// One of the two.
 pub enum Head {
     /// Of a language model.
-    Vocabulary(OutputHead),
+    Vocabulary(Box<OutputHead>),
     /// Of a reward model.
-    Reward(RewardHead),
+    Reward(Box<RewardHead>),
 }
 
 /// What the backward needs.
@@ -108,8 +108,14 @@ impl Head {
     /// Its own parameters, in model order, to change.
     pub fn params_mut(&mut self) -> Vec<&mut Param> {
         match self {
-            Head::Vocabulary(head) => head.norm.params_mut().chain(&mut head.weight).collect(),
-            Head::Reward(head) => head.norm.params_mut().chain([&mut head.weight, &mut head.bias]).collect(),
+            Head::Vocabulary(head) => {
+                let OutputHead { norm, weight, .. } = &mut **head;
+                norm.params_mut().chain(weight).collect()
+            }
+            Head::Reward(head) => {
+                let RewardHead { norm, weight, bias } = &mut **head;
+                norm.params_mut().chain([weight, bias]).collect()
+            }
         }
     }
 }

@@ -52,8 +52,8 @@ pub struct Tokenizer {
 }
 
 enum Sort {
-    SentencePiece(SentencePiece),
-    Json(JsonTokenizer),
+    SentencePiece(Box<SentencePiece>),
+    Json(Box<JsonTokenizer>),
 }
 
 /// Ids with a meaning of their own.
@@ -86,12 +86,12 @@ impl Tokenizer {
             JSON_FILE => {
                 let json = JsonTokenizer::from_bytes(&bytes, origin)?;
                 let special = json.special();
-                (Sort::Json(json), special)
+                (Sort::Json(Box::new(json)), special)
             }
             _ => {
                 let sentencepiece = SentencePiece::from_bytes(&bytes, origin)?;
                 let special = sentencepiece.special();
-                (Sort::SentencePiece(sentencepiece), special)
+                (Sort::SentencePiece(Box::new(sentencepiece)), special)
             }
         };
         Ok(Tokenizer { file_bytes: bytes, sort, special })

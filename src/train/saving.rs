@@ -173,7 +173,7 @@ impl Saver {
                 log::info!("snapshot    step {step} in {:.3} s; training goes on", since.elapsed().as_secs_f64());
                 state.optimizer.gate = Some((std::sync::Arc::clone(saving.gate()), groups.flight.clone()));
                 groups.flight.save_begins();
-                self.under_way = Some(UnderWay { saving, step, path: path.into(), since });
+                self.under_way = Some(UnderWay { saving: *saving, step, path: path.into(), since });
             }
         }
         Ok(())

@@ -109,7 +109,7 @@ pub fn logits(golden: &Golden, device: &dyn Device, dtype: DType) -> Vec<f64> {
     let n_pages = n.div_ceil(PAGE_TOKENS);
     let mut caches = chunk.new_caches(device, 2 * n_pages).unwrap();
     let mut all = Vec::new();
-    for (sample, pieces) in [(0, vec![0..n]), (1, (0..n).map(|t| t..t + 1).collect())] {
+    for (sample, pieces) in [(0, std::iter::once(0..n).collect::<Vec<_>>()), (1, (0..n).map(|t| t..t + 1).collect())] {
         let tokens = golden.sample(sample).0;
         let pages: Vec<u32> = (0..n_pages).map(|i| (2 * i + sample) as u32).collect();
         for piece in pieces {
@@ -204,7 +204,8 @@ pub fn save(chunks: &[Chunk], groups: &Groups, out: &Path, meta: &Meta, of: impl
     let mut pieces = Vec::new();
     for chunk in chunks {
         for (idx, param) in chunk.params().into_iter().enumerate() {
-            if !(param.spec.split == Split::None && groups.at.tp > 0) && !chunk.is_tied_copy(idx) {
+            let is_on_another_rank = param.spec.split == Split::None && groups.at.tp > 0;
+            if !is_on_another_rank && !chunk.is_tied_copy(idx) {
                 let name = format!("weights/{}", param.spec.name);
                 pieces.push(Piece { name, global_shape: param.spec.shape.clone(), slice: param.slice.clone(), tensor: of(param) });
             }
@@ -231,7 +232,7 @@ pub fn train_under(golden: &Golden, devices: Devices, how: How, tmp: &Path) -> T
 pub fn layouts(golden: &Golden) -> Vec<ParallelLayout> {
     let model = checkpoint::open(&golden.checkpoint).unwrap().meta().model.clone();
     let all = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2)];
-    let fits = |&&(tp, pp, vp): &&(usize, usize, usize)| model.n_kv_heads % tp == 0 && model.n_layers % (pp * vp) == 0;
+    let fits = |&&(tp, pp, vp): &&(usize, usize, usize)| model.n_kv_heads.is_multiple_of(tp) && model.n_layers.is_multiple_of(pp * vp);
     all.iter().filter(fits).map(|&(tp, pp, vp)| ParallelLayout { tp, pp, dp: 1, vp }).collect()
 }
 

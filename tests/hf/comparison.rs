@@ -21,7 +21,8 @@ fn what_was_written_is_the_same() {
     let at = |name: &str| dir.path().join(name);
     let mut tied = NEMOTRON();
     tied["tie_word_embeddings"] = json!(true);
-    let cases: [(&str, Value, fn(&str) -> &'static str, usize, [usize; 2]); 3] = [
+    type DtypeOf = fn(&str) -> &'static str;
+    let cases: [(&str, Value, DtypeOf, usize, [usize; 2]); 3] = [
         ("nemotron", NEMOTRON(), mixed, 1, [2 * (2 * 10 + 40 * 10 + 10 * 24 + 2 * 10 + 2 * 14 * 10) + 2 * 10 + 2 * 37 * 10, 20 * 37]),
         ("tied", tied, |_| "F16", 3, [2 * (2 * 10 + 40 * 10 + 10 * 24 + 2 * 10 + 2 * 14 * 10) + 2 * 10 + 2 * 37 * 10, 20 * 37]),
         ("llama", LLAMA(), |_| "BF16", 2, [4 * 8 * 8 + 3 * 11 * 8 + 3 * 8 + 128 * 8, 20 * 128]),

@@ -78,7 +78,10 @@ enum Call {
 }
 
 /// Of all emulators: a launch holds its library's lock, for the state of kernels/emulate.h is one a library.
-static LIBRARIES: LazyLock<Mutex<HashMap<&'static str, Arc<Mutex<Library>>>>> = LazyLock::new(Mutex::default);
+static LIBRARIES: LazyLock<Mutex<Libraries>> = LazyLock::new(Mutex::default);
+
+/// By the name of their source.
+type Libraries = HashMap<&'static str, Arc<Mutex<Library>>>;
 
 /// The one, or None (with the reason printed) where g++ does not start.
 pub fn emulator() -> Option<Arc<Emulator>> {

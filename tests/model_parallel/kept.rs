@@ -205,8 +205,8 @@ fn peak_bytes(case: Case, n: usize, what: Kept) -> usize {
     peaks[0]
 }
 
-/// One micro-batch more in flight costs exactly the bytes of the fields that its recompute keeps, to the byte: 4 T'H + T (A+2G) D/tp
-/// + T A D/tp + .. of a layer, less what selective makes again, or T'H alone for full. Waiting for its weight gradients a micro-batch
+/// One micro-batch more in flight costs exactly the bytes of the fields that its recompute keeps, to the byte: of a layer
+/// 4 T'H + T (A+2G) D/tp + T A D/tp + .., less what selective makes again, or T'H alone for full. Waiting for its weight gradients a micro-batch
 /// keeps no more than between forward and backward, which is why ZB-H1 needs no more memory than 1F1B.
 #[test]
 fn memory_in_flight_is_the_formula() {

@@ -56,8 +56,8 @@ pub fn micro_batch(lengths: &[usize], seed: u64) -> MicroBatch {
     let n: usize = lengths.iter().sum();
     let noise = Random::new(seed, "tokens");
     let token = |i: usize| (noise.bits(i as u64) % 37) as u32;
-    let weight = |t: usize| if noise.bits(1000 + t as u64) % 4 == 0 { 0.0 } else { 1.0 / 32.0 };
-    let rating = |i: usize| if noise.bits(2000 + i as u64) % 4 == 0 { f32::NAN } else { noise.normal(3000 + i as u64) as f32 };
+    let weight = |t: usize| if noise.bits(1000 + t as u64).is_multiple_of(4) { 0.0 } else { 1.0 / 32.0 };
+    let rating = |i: usize| if noise.bits(2000 + i as u64).is_multiple_of(4) { f32::NAN } else { noise.normal(3000 + i as u64) as f32 };
     let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
     let mut sequence_starts = vec![0];
     lengths.iter().for_each(|length| sequence_starts.push(sequence_starts[sequence_starts.len() - 1] + length));
@@ -470,8 +470,9 @@ fn a_second_step_allocates_nothing_and_sees_nothing_of_the_first() {
     for (tp, sequence) in [(1, SequenceMode::Replicated), (2, SequenceMode::Sharded), (2, SequenceMode::Replicated)] {
         let layout = ParallelLayout { tp, pp: 2, dp: 1, vp: 2 };
         threads::run(tp, |comm: Box<dyn Communicator>| {
+            type Gradients = BTreeMap<String, (Split, Matrix)>;
             // Losses, gradients and allocations so far of each step; the batches of a step have the shapes of every other's.
-            let run = |steps: &[u64]| -> Vec<(Vec<f32>, BTreeMap<String, (Split, Matrix)>, usize)> {
+            let run = |steps: &[u64]| -> Vec<(Vec<f32>, Gradients, usize)> {
                 let (device, scratch) = (Cpu::new(), Scratch::new());
                 let ctx = Ctx { device: &device, tp: &*comm, scratch: &scratch, sequence, numerics: Numerics::Fast };
                 let mut chunks = chunks(&device, &llama_tied(), layout, comm.rank(), Purpose::Training);

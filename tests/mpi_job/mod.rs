@@ -28,6 +28,9 @@ pub struct Case {
     pub lines: &'static [(&'static str, usize)],
 }
 
+/// Variables for the ranks of a case that works in a folder.
+pub type Environment<'a> = dyn Fn(&Case, &Path) -> Vec<(&'static str, OsString)> + 'a;
+
 /// A test program.
 pub struct Program<'a> {
     /// Its cases.
@@ -35,7 +38,7 @@ pub struct Program<'a> {
     /// What the ranks compute on.
     pub device: DeviceKind,
     /// Set for the ranks of a case, whose job may write into the folder.
-    pub environment: &'a dyn Fn(&Case, &Path) -> Vec<(&'static str, OsString)>,
+    pub environment: &'a Environment<'a>,
     /// Judges what a case has left in its folder.
     pub check: fn(&str, &Path) -> std::result::Result<(), String>,
 }

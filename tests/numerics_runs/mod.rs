@@ -85,10 +85,10 @@ impl Run {
     /// Whether the schedule and the model allow it.
     pub fn fits(&self) -> bool {
         let ParallelLayout { tp, pp, dp, vp } = self.layout;
-        let divides = self.global % (dp * self.micro) == 0 && self.model.n_layers % (pp * vp) == 0;
+        let divides = self.global.is_multiple_of(dp * self.micro) && self.model.n_layers.is_multiple_of(pp * vp);
         let n_micro = self.global / (dp * self.micro);
         let shards = self.sequence == SequenceMode::Sharded;
-        divides && tp * pp * dp <= 8 && (vp == 1 || n_micro % pp == 0) && !(shards && tp == 1)
+        divides && tp * pp * dp <= 8 && (vp == 1 || n_micro.is_multiple_of(pp)) && !(shards && tp == 1)
     }
 }
 
@@ -182,6 +182,9 @@ fn owned(tensor: &Tensor, slice: &Slice) -> Vec<f32> {
     tensor.rows(0..slice.shape[0]).to_f32_vec()
 }
 
+/// Name and shape of a parameter, the slice of it that a rank owns, and the optimizer's three states of that.
+type OwnedState = (String, Vec<usize>, Slice, [Vec<f32>; 3]);
+
 /// Numbers of one rank's steps.
 struct OnRank {
     loss: f64,
@@ -189,7 +192,7 @@ struct OnRank {
     gradients: Parts,
     weights: Parts,
     /// master, m, v of each owned part.
-    state: Vec<(String, Vec<usize>, Slice, [Vec<f32>; 3])>,
+    state: Vec<OwnedState>,
 }
 
 /// The optimizer's state as logical tensors: master, m, v.

@@ -29,13 +29,16 @@ pub enum Role {
     Updated,
 }
 
+/// Values out of those of arguments.
+type OfArguments = dyn Fn(&[Vec<f64>]) -> Vec<f64> + Send + Sync;
+
 /// First values.
 pub enum Init {
     /// Normal with this standard deviation.
     Random(f64),
     Given(Vec<f64>),
     /// A function of the arguments before it, as they were rounded.
-    From(Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + Send + Sync>),
+    From(Box<OfArguments>),
 }
 
 pub struct Arg {
@@ -488,8 +491,8 @@ pub fn adamw(n: usize, step: u64, weight_decay: f32) -> Case {
             let (b1, b2) = (f64::from(how.beta1), f64::from(how.beta2));
             let (lr, eps, scale) = (f64::from(how.lr), f64::from(how.eps), f64::from(how.grad_scale));
             let mut out = vec![Vec::new(); 4];
-            for i in 0..n {
-                let g = v[4][i] * scale;
+            for (i, gradient) in v[4].iter().enumerate() {
+                let g = gradient * scale;
                 let m = b1 * v[1][i] + (1.0 - b1) * g;
                 let second = b2 * v[2][i] + (1.0 - b2) * g * g;
                 let m_bound = 4.0 * U * ((b1 * v[1][i]).abs() + ((1.0 - b1) * g).abs());

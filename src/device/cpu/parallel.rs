@@ -32,7 +32,7 @@ pub fn for_tasks(n: usize, cost: usize, work: impl Fn(usize) + Sync) {
     if n <= 1 || cost < GRAIN || rayon::current_num_threads() == 1 {
         (0..n).for_each(work);
     } else {
-        (0..n).into_par_iter().with_max_len(1).for_each(|i| work(i));
+        (0..n).into_par_iter().with_max_len(1).for_each(&work);
     }
 }
 
