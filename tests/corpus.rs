@@ -269,6 +269,41 @@ fn input_fingerprints_follow_content() {
     assert!(!folders.contains_key(&base[0]));
 }
 
+/// One reading gives documents and fingerprints, wherever one stops looking at documents: the checksums of packed, binary and half-read
+/// files are those of all their bytes, the ones that `inputs` has from a reading of its own.
+#[test]
+fn one_reading_gives_documents_and_fingerprints() {
+    use std::io::Write;
+    let lines: String = (0..20_000).map(|i| format!("{{\"text\": \"document {i}\"}}\n")).collect();
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(lines.as_bytes()).expect("in memory");
+    let zstd = zstd::encode_all(lines.as_bytes(), 1).expect("in memory");
+    let gzip = packed.finish().expect("in memory");
+    let binary = [&b"text\0"[..], &[7; 100_000]].concat();
+    let dir = folder(&[
+        ("a.jsonl", lines.as_bytes()),
+        ("b.jsonl.gz", &gzip),
+        ("c.bin", &binary),
+        ("d.jsonl.zst", &zstd),
+        ("e.txt", b"plain"),
+        ("f.txt", b"behind"),
+    ]);
+    let corpus = Corpus::open(&[dir.path().to_path_buf()]).expect("opens");
+    let all: Vec<(String, String)> =
+        corpus.documents(0, 1).map(|document| document.expect("readable")).map(|document| (document.source, document.text)).collect();
+    assert_eq!(all.len(), 3 * 20_000 + 2);
+    let expected = corpus.inputs("corpus").expect("readable");
+    for n in [1, 2, 19_999, 20_001, 40_003, 60_001, 60_002, usize::MAX] {
+        let mut seen = Vec::new();
+        let inputs = corpus.read_with_inputs("corpus", |document| {
+            seen.push((document.source.clone(), document.text.clone()));
+            seen.len() < n
+        });
+        assert_eq!(inputs.expect("readable"), expected, "after {n} documents");
+        assert!(seen == all[..n.min(all.len())], "{n} documents");
+    }
+}
+
 /// `trireme-train-tokenizer` from end to end: writes the artifact once, says so the second time, refuses other settings, and its
 /// errors are one line with exit code 2 or 3 and nothing left behind.
 #[test]

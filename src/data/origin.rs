@@ -9,7 +9,8 @@ use crate::text::corpus::{Corpus, Options};
 use std::path::{Path, PathBuf};
 
 /// Calls `each` with the number of every document of a split and its origin, `docs.jsonl@1024` (byte of the line) or a plain
-/// file's path, until it returns false. Reads the whole corpus once before, to compare its checksums.
+/// file's path, until it returns false. Reads the whole corpus once: what `each` was told holds only when the checksums, which come
+/// last, are those of the corpus that was tokenized.
 ///
 /// Errors: shards without a manifest, a corpus that is gone or has changed since.
 pub fn each_origin(shards: &Path, split: Split, mut each: impl FnMut(u64, &str) -> bool) -> Result<()> {
@@ -18,24 +19,30 @@ pub fn each_origin(shards: &Path, split: Split, mut each: impl FnMut(u64, &str) 
         return Err(Error::file(shards, wrong).remedy("name documents by their number"));
     }
     let manifest = Manifest::open(shards, KIND)?;
-    let corpus = corpus_of(shards, &manifest)?;
+    let was: Vec<&Input> = manifest.inputs.iter().filter(|input| input.role == "corpus").collect();
+    let corpus = corpus_of(shards, &manifest, &was)?;
     let share = manifest.recipe.get("validation_share").and_then(serde_json::Value::as_f64).unwrap_or(0.0);
     let mut number = 0;
-    for document in corpus.documents(0, 1) {
-        let document = document?;
-        if is_held_out(&document.text, share) == (split == Split::Validation) {
-            if !each(number, &document.source) {
-                return Ok(());
-            }
-            number += 1;
+    let read = corpus.read_with_inputs("corpus", |document| {
+        if is_held_out(&document.text, share) != (split == Split::Validation) {
+            return true;
+        }
+        number += 1;
+        each(number - 1, &document.source)
+    });
+    // What cannot be read may be so because it has changed.
+    let is = read.as_ref().map_or_else(|_| corpus.inputs("corpus"), |is| Ok(is.clone()));
+    for (was, is) in was.iter().zip(is?) {
+        if was.fingerprint != is.fingerprint {
+            let wrong = format!("has changed since it was tokenized: it is {}, was {}", is.fingerprint, was.fingerprint);
+            return Err(Error::file(&is.path, wrong).remedy("name documents by their number, or put the text back"));
         }
     }
-    Ok(())
+    read.map(drop)
 }
 
-/// The corpus that shards were made from, unchanged.
-fn corpus_of(shards: &Path, manifest: &Manifest) -> Result<Corpus> {
-    let was: Vec<&Input> = manifest.inputs.iter().filter(|input| input.role == "corpus").collect();
+/// The corpus that shards were made from, as it is now.
+fn corpus_of(shards: &Path, manifest: &Manifest, was: &[&Input]) -> Result<Corpus> {
     let paths: Vec<PathBuf> = was.iter().map(|input| input.path.clone()).collect();
     let reading = &manifest.recipe["reading"];
     let mut options = Options::default();
@@ -45,13 +52,5 @@ fn corpus_of(shards: &Path, manifest: &Manifest) -> Result<Corpus> {
     if let Some(bytes) = reading["max_document_bytes"].as_u64() {
         options.max_document_bytes = bytes as usize;
     }
-    let corpus =
-        Corpus::open_with(&paths, options).map_err(|error| error.doing(format!("looking for the text of {}", shards.display())))?;
-    for (was, is) in was.iter().zip(corpus.inputs("corpus")?) {
-        if was.fingerprint != is.fingerprint {
-            let wrong = format!("has changed since it was tokenized: it is {}, was {}", is.fingerprint, was.fingerprint);
-            return Err(Error::file(&is.path, wrong).remedy("name documents by their number, or put the text back"));
-        }
-    }
-    Ok(corpus)
+    Corpus::open_with(&paths, options).map_err(|error| error.doing(format!("looking for the text of {}", shards.display())))
 }

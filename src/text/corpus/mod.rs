@@ -18,14 +18,16 @@
 
 mod json;
 mod lines;
+mod sums;
 mod walk;
 
-use crate::artifact::{self, Input};
+use crate::artifact::Input;
 use crate::error::{Error, IoContext, Result};
 use lines::{Line, Lines};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use sums::Sums;
 use walk::{Form, Origin, Packing, Source};
 
 /// The longest line of a JSONL file and the longest plain file, unless told otherwise: 64 MiB.
@@ -151,6 +153,7 @@ impl Corpus {
             open: None,
             buffer: Vec::new(),
             report: Report::default(),
+            sums: None,
             failed: false,
         }
     }
@@ -158,13 +161,27 @@ impl Corpus {
     /// One artifact input per path, as `role`: a file's checksum; a folder's is taken over the names and checksums of the files
     /// listed. Reads everything once.
     pub fn inputs(&self, role: &str) -> Result<Vec<Input>> {
-        use rayon::prelude::*;
-        let sums: Vec<String> =
-            self.sources.par_iter().map(|source| artifact::checksum(&source.path).map(|sum| sum.xxh3)).collect::<Result<_>>()?;
+        Ok(self.inputs_of(role, &Sums::default().of_all(&self.sources)?))
+    }
+
+    /// Calls `each` with the documents in order until it returns false. -> the inputs, from the very bytes that the documents were read
+    /// from and those that follow them. Reads everything once.
+    pub fn read_with_inputs(&self, role: &str, mut each: impl FnMut(&Document) -> bool) -> Result<Vec<Input>> {
+        let mut documents = Documents { sums: Some(Sums::default()), ..self.documents(0, 1) };
+        for document in documents.by_ref() {
+            if !each(&document?) {
+                break;
+            }
+        }
+        let sums = documents.sums.take().expect("it was there").of_all(&self.sources)?;
+        Ok(self.inputs_of(role, &sums))
+    }
+
+    fn inputs_of(&self, role: &str, sums: &[String]) -> Vec<Input> {
         let input_of = |root: &PathBuf| {
             let mut lines = String::new();
             let mut only = None;
-            for (source, sum) in self.sources.iter().zip(&sums).filter(|(source, _)| source.root == *root) {
+            for (source, sum) in self.sources.iter().zip(sums).filter(|(source, _)| source.root == *root) {
                 let name = source.path.strip_prefix(root).unwrap_or(Path::new(""));
                 lines.push_str(&format!("{} {sum}\n", name.display()));
                 only = Some(sum.clone()).filter(|_| source.origin == Origin::Named);
@@ -172,7 +189,7 @@ impl Corpus {
             let fingerprint = only.unwrap_or_else(|| format!("{:016x}", xxhash_rust::xxh3::xxh3_64(lines.as_bytes())));
             Input { role: role.into(), path: root.clone(), fingerprint }
         };
-        Ok(self.paths.iter().map(input_of).collect())
+        self.paths.iter().map(input_of).collect()
     }
 }
 
@@ -195,6 +212,8 @@ pub struct Documents<'a> {
     open: Option<OpenJsonl<'a>>,
     buffer: Vec<u8>,
     report: Report,
+    /// Of the files it enters, when they are wanted; it then has the whole corpus.
+    sums: Option<Sums>,
     failed: bool,
 }
 
@@ -230,13 +249,13 @@ impl Documents<'_> {
             (self.next_source, self.next_start) = (self.next_source + 1, end);
             match source.form {
                 Form::Plain if self.range.contains(&start) => {
-                    if let Some(document) = read_plain(source, &self.corpus.options, &mut self.report)? {
+                    if let Some(document) = read_plain(source, &self.corpus.options, (&mut self.report, &mut self.sums))? {
                         return Ok(Some(document));
                     }
                 }
                 Form::Jsonl if end > self.range.start => {
                     let part = self.range.start.saturating_sub(start)..self.range.end.min(end) - start;
-                    self.open = Some(open_jsonl(source, part, self.corpus.options.max_document_bytes)?);
+                    self.open = Some(open_jsonl(source, part, self.corpus.options.max_document_bytes, &mut self.sums)?);
                 }
                 Form::Plain | Form::Jsonl => {}
             }
@@ -261,11 +280,15 @@ impl Iterator for Documents<'_> {
     }
 }
 
-/// The unpacked bytes of a file.
-fn reader(source: &Source) -> Result<Box<dyn Read>> {
+/// The unpacked bytes of a file, which `sums` enters.
+fn reader(source: &Source, sums: &mut Option<Sums>) -> Result<Box<dyn Read>> {
     let file = File::open(&source.path).at(&source.path)?;
+    let file: Box<dyn Read> = match sums {
+        Some(sums) => sums.enter(source, file)?,
+        None => Box::new(file),
+    };
     Ok(match source.packing {
-        Packing::None => Box::new(file),
+        Packing::None => file,
         Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(1 << 16, file))),
         Packing::Zstd => Box::new(zstd::Decoder::new(file).at(&source.path)?),
     })
@@ -286,10 +309,10 @@ fn read_error(source: &Source, error: &std::io::Error) -> Error {
 }
 
 /// A whole file as one document; none when it is skipped.
-fn read_plain(source: &Source, options: &Options, report: &mut Report) -> Result<Option<Document>> {
+fn read_plain(source: &Source, options: &Options, (report, sums): (&mut Report, &mut Option<Sums>)) -> Result<Option<Document>> {
     let walked = source.origin == Origin::Walked;
     let (limit, mut bytes) = (options.max_document_bytes, Vec::new());
-    let mut input = reader(source)?;
+    let mut input = reader(source, sums)?;
     input.by_ref().take(SNIFF_BYTES as u64).read_to_end(&mut bytes).map_err(|error| read_error(source, &error))?;
     if walked && bytes.contains(&0) {
         report.binary += 1;
@@ -325,14 +348,15 @@ fn read_plain(source: &Source, options: &Options, report: &mut Report) -> Result
 }
 
 /// Opens a JSONL file at the first line that starts at or after `part.start` of its weight.
-fn open_jsonl<'a>(source: &'a Source, part: std::ops::Range<u64>, limit: usize) -> Result<OpenJsonl<'a>> {
+fn open_jsonl<'a>(source: &'a Source, part: std::ops::Range<u64>, limit: usize, sums: &mut Option<Sums>) -> Result<OpenJsonl<'a>> {
     let whole = part.start == 0 && part.end == weight(source);
     let (start, end) = match source.packing {
         Packing::None => (part.start, part.end),
         _ if whole => (0, u64::MAX),
         _ => {
             // Ranks share this file: all measure it, so that all cut at the same bytes.
-            let unpacked = std::io::copy(&mut reader(source)?, &mut std::io::sink()).map_err(|error| read_error(source, &error))?;
+            let unpacked =
+                std::io::copy(&mut reader(source, &mut None)?, &mut std::io::sink()).map_err(|error| read_error(source, &error))?;
             let scale = |at: u64| (u128::from(unpacked) * u128::from(at) / u128::from(weight(source))) as u64;
             (scale(part.start), scale(part.end))
         }
@@ -344,7 +368,7 @@ fn open_jsonl<'a>(source: &'a Source, part: std::ops::Range<u64>, limit: usize) 
         lines.skip().map_err(|error| read_error(source, &error))?;
         return Ok(OpenJsonl { source, lines, end, lines_before: None });
     }
-    let mut lines = Lines::new(reader(source)?, 0, limit);
+    let mut lines = Lines::new(reader(source, sums)?, 0, limit);
     while lines.offset() < start {
         if !lines.skip().map_err(|error| read_error(source, &error))? {
             break;
