@@ -6,14 +6,17 @@
 //!
 //! `cargo bench --bench bubble [-- STEPS]`. Times come from the flight ledger, as in a real run.
 
+#[path = "../tests/common/models.rs"]
+mod models;
+
 use std::path::Path;
 use trireme::comm::{Communicator, Groups, threads};
 use trireme::device::cpu::Cpu;
-use trireme::device::{Activation, Device, NormKind, Scratch};
+use trireme::device::{Device, Scratch};
 use trireme::flight::rings::Rings;
 use trireme::flight::{Group, Op, Phase};
 use trireme::model::chunk::MicroBatch;
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
@@ -31,25 +34,7 @@ use trireme::train::state::TrainState;
 const T: usize = 256;
 
 fn model() -> ModelConfig {
-    ModelConfig {
-        n_layers: 8,
-        hidden: 384,
-        n_heads: 6,
-        n_kv_heads: 2,
-        head_dim: 64,
-        ffn_hidden: 1536,
-        vocab_size: 256,
-        vocab_divisor: 128,
-        max_tokens: T,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
-    }
+    models::nemotron([8, 384, 6, 2, 64, 1536, 256], T)
 }
 
 /// What is run: layout, schedule, exchanges.

@@ -5,53 +5,21 @@
 //! CHECKPOINT_BENCH_DIR   where to write (the system's folder for temporary files)
 //! CHECKPOINT_BENCH_MIB   bytes of a checkpoint (1024)
 
+#[path = "../tests/common/models.rs"]
+mod models;
+
+use models::smallest_meta;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
-use trireme::checkpoint::{self, Meta, Piece, Wanted};
+use trireme::checkpoint::{self, Piece, Wanted};
 use trireme::comm::solo::Solo;
-use trireme::device::{Activation, NormKind};
-use trireme::model::config::{HeadKind, ModelConfig};
-use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::slice::Slice;
 use trireme::tensor::{DType, Tensor};
 
 /// Columns of every tensor.
 const COLUMNS: usize = 4096;
 const ROUNDS: usize = 5;
-
-fn meta() -> Meta {
-    let model = ModelConfig {
-        n_layers: 1,
-        hidden: 8,
-        n_heads: 1,
-        n_kv_heads: 1,
-        head_dim: 8,
-        ffn_hidden: 8,
-        vocab_size: 8,
-        vocab_divisor: 8,
-        max_tokens: 8,
-        norm: NormKind::RmsNorm,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 1.0,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
-    };
-    Meta {
-        step: 1,
-        consumed_samples: 1,
-        model,
-        layout: ParallelLayout::SINGLE,
-        recipe: serde_json::json!({}),
-        data_fingerprint: String::new(),
-        tokenizer: None,
-        companions: Default::default(),
-        trainer: serde_json::Value::Null,
-    }
-}
 
 fn seconds(work: impl FnOnce()) -> f64 {
     let began = Instant::now();
@@ -77,7 +45,7 @@ fn save(out: &Path, tensors: &[Tensor]) {
         tensor,
     };
     let pieces: Vec<Piece> = tensors.iter().enumerate().map(piece).collect();
-    checkpoint::save(out, &meta(), &pieces, &Solo::new()).expect("a checkpoint");
+    checkpoint::save(out, &smallest_meta(), &pieces, &Solo::new()).expect("a checkpoint");
 }
 
 fn load(from: &Path, tensors: &mut [Tensor]) {

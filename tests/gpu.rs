@@ -6,6 +6,7 @@
 mod cases;
 #[path = "operations/check.rs"]
 mod check;
+mod common;
 mod decode_cases;
 #[path = "golden_runs/mod.rs"]
 mod golden_runs;

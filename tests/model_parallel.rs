@@ -1,6 +1,7 @@
 //! Layers divided over tensor-parallel ranks against formulas in float64; the divided model against one rank (whose own oracle
 //! is tests/model_goldens.rs); and by name the bugs that divided training hides: it goes on, and the loss is only a little worse.
 
+mod common;
 #[path = "model_parallel/kept.rs"]
 mod kept;
 #[path = "model_parallel/layers.rs"]

@@ -2,6 +2,7 @@
 //! rank panics, fails, is killed or is asked to stop.
 
 mod collective_table;
+mod common;
 mod hanging_ranks;
 mod mpi_job;
 mod numerics_runs;

@@ -1,10 +1,13 @@
 //! Recipes: what is read is what was written, every mistake is one line that says where, what, and what to write instead.
 
+mod common;
+
+use common::models;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::HeadKind;
 use trireme::recipe::{
     Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, LrDecay, Mode, Moments, Numerics, Observe, Optimizer, Parallel, Phase,
     Precision, Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train, Validation, Wsd,
@@ -13,25 +16,7 @@ use trireme::recipe::{
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
 fn sound() -> Pretrain {
     Pretrain {
-        model: ModelConfig {
-            n_layers: 4,
-            hidden: 64,
-            n_heads: 8,
-            n_kv_heads: 4,
-            head_dim: 8,
-            ffn_hidden: 128,
-            vocab_size: 500,
-            vocab_divisor: 128,
-            max_tokens: 64,
-            norm: NormKind::LayerNorm1P,
-            norm_eps: 1e-5,
-            activation: Activation::SquaredRelu,
-            rotary_fraction: 0.5,
-            rope_base: 10000.0,
-            tied_embeddings: false,
-            head: HeadKind::Vocabulary,
-            init_std: 0.02,
-        },
+        model: models::nemotron([4, 64, 8, 4, 8, 128, 500], 64),
         parallel: Parallel {
             tp: 2,
             pp: 2,

@@ -1,15 +1,15 @@
 //! How much memory a save takes, by counting what the allocator gives out: this program has an allocator of its own.
 
+mod common;
+
+use common::models::smallest_meta;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use trireme::checkpoint::snapshot::{self, Options, Started};
-use trireme::checkpoint::{self, Meta, Piece};
+use trireme::checkpoint::{self, Piece};
 use trireme::comm::solo::Solo;
-use trireme::device::{Activation, NormKind};
 use trireme::fault;
-use trireme::model::config::{HeadKind, ModelConfig};
-use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::slice::Slice;
 use trireme::tensor::{DType, Tensor};
 
@@ -44,39 +44,6 @@ const LARGEST: usize = 12 * MIB;
 /// What does not grow with the tensors: the file's buffer and a block of HDF5's own bytes, 1 MiB each, threads, names and tables.
 const FIXED: usize = 3 * MIB;
 
-fn meta() -> Meta {
-    let model = ModelConfig {
-        n_layers: 1,
-        hidden: 8,
-        n_heads: 1,
-        n_kv_heads: 1,
-        head_dim: 8,
-        ffn_hidden: 8,
-        vocab_size: 8,
-        vocab_divisor: 8,
-        max_tokens: 8,
-        norm: NormKind::RmsNorm,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 1.0,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
-    };
-    Meta {
-        step: 1,
-        consumed_samples: 1,
-        model,
-        layout: ParallelLayout::SINGLE,
-        recipe: serde_json::json!({}),
-        data_fingerprint: String::new(),
-        tokenizer: None,
-        companions: Default::default(),
-        trainer: serde_json::Value::Null,
-    }
-}
-
 /// A save takes at most one piece of a tensor above what is there anyway (and the buffers of `FIXED`), however many pieces there are:
 /// when nothing changes meanwhile, none at all; when the optimizer comes by everything at once on a slow disk, the copy of a piece at a
 /// time. With room for copies of everything, that and no more.
@@ -101,7 +68,9 @@ fn a_save_takes_one_piece_at_most() {
             .collect();
         let options = Options { copy_bytes: copy_mib << 20, ..Options::default() };
         let out = dir.path().join(name);
-        let Started::Saving(saving) = snapshot::start(&out, &meta(), &pieces, options, &Solo::new()).unwrap() else { panic!("new") };
+        let Started::Saving(saving) = snapshot::start(&out, &smallest_meta(), &pieces, options, &Solo::new()).unwrap() else {
+            panic!("new")
+        };
         drop(pieces);
         if is_changed {
             for (i, tensor) in tensors.iter_mut().enumerate() {

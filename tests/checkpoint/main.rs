@@ -4,6 +4,8 @@
 #[path = "../oracles/mod.rs"]
 mod oracles;
 
+#[path = "../common/mod.rs"]
+mod common;
 mod compare;
 mod damage;
 mod faults;

@@ -1,38 +1,20 @@
 //! A small model in pieces as the ranks of a training job hold them, with values by a formula of the global index of an element,
 //! so that no slice arithmetic of the library takes part in what is true.
 
+use crate::common::models;
 use std::path::Path;
 use trireme::artifact::Manifest;
 use trireme::checkpoint::{self, Meta, Piece, Wanted};
 use trireme::comm::{Communicator, threads};
-use trireme::device::{Activation, NormKind};
 use trireme::error::Result;
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::ModelConfig;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::slice::Slice;
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
 pub fn model(tied_embeddings: bool) -> ModelConfig {
-    ModelConfig {
-        n_layers: 4,
-        hidden: 24,
-        n_heads: 8,
-        n_kv_heads: 4,
-        head_dim: 6,
-        ffn_hidden: 20,
-        vocab_size: 99,
-        vocab_divisor: 8,
-        max_tokens: 32,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
-    }
+    ModelConfig { vocab_divisor: 8, tied_embeddings, ..models::nemotron([4, 24, 8, 4, 6, 20, 99], 32) }
 }
 
 pub fn meta(model: ModelConfig, layout: ParallelLayout, step: u64) -> Meta {

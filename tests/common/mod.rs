@@ -1,13 +1,15 @@
 //! What several test files need: tiny recipes and token shards written by hand, without the library's own writer.
 #![allow(dead_code)]
 
+pub mod models;
+
 use std::path::Path;
 use trireme::comm::{Groups, threads};
+use trireme::device::Device;
 use trireme::device::ceiling::Ceiling;
 use trireme::device::cpu::Cpu;
-use trireme::device::{Activation, Device, NormKind};
 use trireme::error::Result;
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::ModelConfig;
 use trireme::recipe::{
     Batch, Checkpoint, Data, Health, LrDecay, Numerics, Observe, Optimizer, Parallel, Precision, Pretrain, RecomputePlan, ScheduleKind,
     Source, Train,
@@ -60,25 +62,7 @@ pub fn counting_documents(n_documents: usize, vocab_size: u32, seed: u64) -> Vec
 
 /// A tiny Nemotron-shaped model with head_dim != hidden / heads and a vocabulary that needs padding.
 pub fn tiny_model() -> ModelConfig {
-    ModelConfig {
-        n_layers: 4,
-        hidden: 24,
-        n_heads: 8,
-        n_kv_heads: 4,
-        head_dim: 8,
-        ffn_hidden: 48,
-        vocab_size: 61,
-        vocab_divisor: 8,
-        max_tokens: 32,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.1,
-    }
+    ModelConfig { vocab_divisor: 8, init_std: 0.1, ..models::nemotron([4, 24, 8, 4, 8, 48, 61], 32) }
 }
 
 /// A recipe of a few steps on the shards in `shards`.

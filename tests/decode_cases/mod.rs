@@ -4,12 +4,13 @@
 
 pub mod sample;
 
+use crate::common::models;
 use trireme::comm::solo::Solo;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, CacheSpan, Device, Fp8Scales, KvCache, NormKind, PAGE_TOKENS, Scratch};
+use trireme::device::{CacheSpan, Device, Fp8Scales, KvCache, PAGE_TOKENS, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::{Coords, ParallelLayout};
@@ -22,25 +23,7 @@ const MAX_TOKENS: usize = 600;
 const PAGES: usize = 30;
 
 fn model() -> ModelConfig {
-    ModelConfig {
-        n_layers: 2,
-        hidden: 32,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 16,
-        ffn_hidden: 48,
-        vocab_size: 61,
-        vocab_divisor: 8,
-        max_tokens: MAX_TOKENS,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.1,
-    }
+    ModelConfig { vocab_divisor: 8, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, 16, 48, 61], MAX_TOKENS) }
 }
 
 /// A model, its weights E4M3 where that is asked for, with caches whose every row holds something.

@@ -1,6 +1,7 @@
 //! Whole models: chunks of all stages on every tensor-parallel rank, handing activations and gradients over by hand.
 
 use super::ranks::Matrix;
+use crate::common::models;
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, Groups, threads};
 use trireme::device::cpu::Cpu;
@@ -21,25 +22,7 @@ pub const SEED: u64 = 17;
 
 /// 37 pieces in 64 rows: with four ranks the third has some padding and the fourth nothing else.
 pub fn nemotron() -> ModelConfig {
-    ModelConfig {
-        n_layers: 4,
-        hidden: 24,
-        n_heads: 8,
-        n_kv_heads: 4,
-        head_dim: 6,
-        ffn_hidden: 40,
-        vocab_size: 37,
-        vocab_divisor: 64,
-        max_tokens: 32,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.67,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.2,
-    }
+    ModelConfig { vocab_divisor: 64, rotary_fraction: 0.67, init_std: 0.2, ..models::nemotron([4, 24, 8, 4, 6, 40, 37], 32) }
 }
 
 pub fn llama_tied() -> ModelConfig {
@@ -68,6 +51,8 @@ pub fn micro_batch(lengths: &[usize], seed: u64) -> MicroBatch {
         weights: Tensor::from_f32(&[n], &(0..n).map(weight).collect::<Vec<_>>()),
         sequence_starts,
         ratings: Some(Ratings { labels: (0..lengths.len() * 5).map(rating).collect(), weight: 1.0 / 13.0 }),
+        shared: None,
+        asked: None,
         first_sample: 0,
     }
 }

@@ -2,10 +2,11 @@
 //! tensors by their slices. Several test programs use it, none all of it.
 #![allow(dead_code)]
 
+use crate::common::models;
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, Groups, threads};
+use trireme::device::Scratch;
 use trireme::device::cpu::{Cpu, Isa};
-use trireme::device::{Activation, NormKind, Scratch};
 use trireme::error::Result;
 use trireme::exact::ExactSum;
 use trireme::model::chunk::{MicroBatch, Ratings};
@@ -26,25 +27,7 @@ use trireme::train::state::TrainState;
 
 /// Odd pieces everywhere: A D / 8 = 6, F / 8 = 5, (A + 2G) D / 8 = 12, and samples of 12 tokens in 8 pieces.
 pub fn model() -> ModelConfig {
-    ModelConfig {
-        n_layers: 8,
-        hidden: 24,
-        n_heads: 8,
-        n_kv_heads: 4,
-        head_dim: 6,
-        ffn_hidden: 40,
-        vocab_size: 37,
-        vocab_divisor: 64,
-        max_tokens: 32,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.67,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.2,
-    }
+    ModelConfig { vocab_divisor: 64, rotary_fraction: 0.67, init_std: 0.2, ..models::nemotron([8, 24, 8, 4, 6, 40, 37], 32) }
 }
 
 pub const SEQ_LEN: usize = 12;
