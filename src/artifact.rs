@@ -13,6 +13,7 @@ mod file;
 mod lines;
 mod lock;
 mod manifest;
+mod records;
 
 pub use file::{
     FileEntry, HashingFile, available_bytes, checksum, checksum_as, remove_dir_all, rename, sync_dir, verify_file, write_atomically,
@@ -20,6 +21,7 @@ pub use file::{
 pub use lines::{LineWriter, sealed_line, whole_lines};
 pub use lock::{RunLock, host_name, job_id};
 pub use manifest::{FORMAT, Input, MANIFEST, Manifest, input};
+pub use records::{RecordWriter, record_parts, scan_records};
 
 use crate::error::{Error, IoContext, Result};
 use std::collections::BTreeMap;

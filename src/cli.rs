@@ -1,27 +1,93 @@
 //! What all binaries share: the end of the program. One line for an error, the right exit code.
 
+use crate::checkpoint::{self, Stored};
 use crate::comm::nccl::{Options, Sums};
 use crate::device::Fp8Scales;
 use crate::error::{Error, Result};
+use crate::infer::choices::BeginOfSequence;
+use crate::infer::load::{check_layout, layout_for};
 use crate::infer::request::OnBad;
 use crate::model::packed::WeightFormat;
+use crate::parallel::layout::ParallelLayout;
 use crate::recipe::Mode;
 use crate::runtime::{self, CommKind, DeviceKind};
 use crate::tensor::DType;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+
+/// The model of a program that uses one: part of its arguments.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Model {
+    /// A checkpoint, or a run (its newest checkpoint)
+    #[arg(long, help_heading = "Model")]
+    pub checkpoint: PathBuf,
+    /// Storage of weights and activations: f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = parse_dtype, help_heading = "Model")]
+    pub dtype: DType,
+    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
+    /// channel, or fp8-tensor (one for each weight)
+    #[arg(long, value_parser = parse_weights, help_heading = "Model")]
+    pub weights: Option<WeightFormat>,
+}
+
+impl Model {
+    /// The checkpoint and its layout over the ranks of the job. Err: one does not fit the other, or it cannot be read.
+    pub fn open(&self, layout: Layout, n_ranks: usize) -> Result<(Stored, ParallelLayout)> {
+        let layout = layout_for(n_ranks, layout.tp, layout.pp)?;
+        let stored = checkpoint::open(&self.checkpoint)?;
+        check_layout(&stored.meta().model, &layout)?;
+        Ok((stored, layout))
+    }
+}
+
+/// How a model lies over the ranks that the launcher started; what is left are replicas.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Layout {
+    /// Tensor-parallel ranks
+    #[arg(long, default_value_t = 1, help_heading = RANKS)]
+    pub tp: usize,
+    /// Pipeline stages
+    #[arg(long, default_value_t = 1, help_heading = RANKS)]
+    pub pp: usize,
+}
+
+const RANKS: &str = "Ranks and devices";
+
+/// How given sequences are scored.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Scoring {
+    /// Tokens in one forward pass over given text; what sequences begin with alike counts once, and they are never cut
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = parse_count)]
+    pub batch_tokens: usize,
+    /// Order of sums in log-probabilities: reproducible, or fast; left out, reproducible where it can be had
+    #[arg(long, value_parser = parse_numerics)]
+    pub numerics: Option<Mode>,
+    /// Before which contexts and prompts the beginning-of-sequence token stands: empty ones, always, or auto, as the model's
+    /// tokenizer.json asks for (lm-evaluation-harness's add_bos_token: False, True, and left out)
+    #[arg(long, value_name = "auto|empty|always", default_value = "auto")]
+    pub bos: BeginOfSequence,
+}
+
+/// Responses under way: part of the arguments of programs that generate.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct UnderWay {
+    /// Responses under way at one time on a replica
+    #[arg(long, default_value_t = 16, value_parser = parse_count)]
+    pub batch: usize,
+}
 
 /// Where a program computes and how its ranks talk: part of the arguments of each that computes.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Place {
     /// Where to compute: cpu or cuda (one GPU a rank)
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", help_heading = RANKS)]
     pub device: DeviceKind,
     /// Between GPUs: auto (NCCL, or MPI through host memory where NCCL cannot be used), nccl, or mpi
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", help_heading = RANKS)]
     pub comm: CommKind,
     /// Seconds after which an operation between GPUs that is not done ends the job
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..), help_heading = RANKS)]
     pub comm_timeout: u64,
 }
 

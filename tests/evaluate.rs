@@ -72,22 +72,27 @@ fn check_scores(ours: &Value, theirs: &Value) -> usize {
 }
 
 /// Every run of the harness through the binary: contexts, continuations, tokens, few-shot draws, log-likelihoods, generated texts, what
-/// the filters find, metrics of each item, scores of leaves and groups and their standard errors. Breaks with any change of a prompt,
+/// the filters find, metrics of each item, with and without a beginning of sequence before every text, scores of leaves and groups and their standard errors. Breaks with any change of a prompt,
 /// of how text is cut into tokens, of a metric, or of the order in which examples are drawn.
 #[test]
 fn every_item_has_the_harness_s_numbers() {
     let (golden, place) = (Golden::read(), Place::new());
     golden.write_files(&place.path("data"));
-    let model = checkpoint(&place);
+    let (plain, beginning) = (checkpoint(&place), golden.beginning_checkpoint(&place));
     let (mut worst, mut n_items, mut n_cut, mut n_right, mut n_scores) = (0f64, 0, 0, 0, 0);
     for (i, run) in golden.runs().iter().enumerate() {
         let tasks: Vec<&str> = run["tasks"].as_array().unwrap().iter().map(|task| task.as_str().unwrap()).collect();
         let mut args: Vec<String> = tasks.iter().flat_map(|task| ["--task".to_string(), task.to_string()]).collect();
         if let Some(n) = run["n_shots"].as_u64() {
-            args.extend(tasks.iter().flat_map(|task| ["--shots".to_string(), format!("{task}={n}")]));
+            let benchmark = |task: &str| if task.starts_with("mmlu") { "mmlu" } else { task }.to_string();
+            args.extend(tasks.iter().flat_map(|task| ["--shots".to_string(), format!("{}={n}", benchmark(task))]));
         }
+        let model = run["bos"].as_str().map_or(&plain, |bos| {
+            args.extend(["--bos".to_string(), bos.to_string()]);
+            &beginning
+        });
         let out = place.path(&format!("run-{i}"));
-        let output = evaluate(&model, &place.path("data"), &out, &args);
+        let output = evaluate(model, &place.path("data"), &out, &args);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let evidence: Vec<Value> = tasks.iter().flat_map(|task| golden_evaluations::lines(&out.join(format!("{task}.jsonl")))).collect();
         for (leaf, theirs) in run["samples"].as_object().unwrap() {

@@ -198,7 +198,7 @@ fn changed_inputs_are_refused() {
     let mut score = Command::new(env!("CARGO_BIN_EXE_trireme-score"));
     score.arg("logprobs").arg("--checkpoint").arg(place.path("run")).arg("--input").arg(place.path("sequences.jsonl"));
     let scored = score.arg("--out").arg(place.path("out")).output().unwrap();
-    assert!(scored.status.code() == Some(3) && text(&scored).contains("can be continued"), "{}", text(&scored));
+    assert!(scored.status.code() == Some(3) && text(&scored).contains("left unfinished responses there"), "{}", text(&scored));
     assert_eq!(std::fs::read(part(&place.unfinished("out").unwrap())).unwrap(), left);
     let end = place.run("out", 1, &[], "");
     assert!(end.status.success() && text(&end).contains("are made already"), "{}", text(&end));

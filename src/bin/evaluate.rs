@@ -2,10 +2,10 @@
 
 use clap::{Parser, Subcommand};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use trireme::artifact::{self, ArtifactWriter, Begin, HashingFile};
-use trireme::checkpoint::{self, Stored, hf};
+use trireme::checkpoint::{Stored, hf};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
@@ -16,18 +16,19 @@ use trireme::eval::evidence::{self, Evidence};
 use trireme::eval::item::Leaf;
 use trireme::eval::scores::{self, Scores};
 use trireme::eval::task::{self, Asked, Shots, Task};
-use trireme::infer::choices::{self, BeginOfSequence, Start};
+use trireme::infer::choices::{self, Likelihood, Pair, Start};
 use trireme::infer::generate::{Batching, Generator};
+use trireme::infer::journal;
 use trireme::infer::kv_memory::Room;
-use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::load::load_chunk;
+use trireme::infer::samples::Done;
 use trireme::infer::score_files::write_lines;
-use trireme::infer::scorer::{self, Scorer};
+use trireme::infer::score_journal;
+use trireme::infer::scorer::{self, Scorer, TokenScores};
 use trireme::model::config::HeadKind;
 use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::ParallelLayout;
-use trireme::recipe::Mode;
 use trireme::runtime::Runtime;
-use trireme::tensor::DType;
 use trireme::text::Tokenizer;
 
 /// Benchmarks of a checkpoint, from local files, with the prompts and numbers of lm-evaluation-harness.
@@ -62,6 +63,9 @@ enum What {
     /// Written are OUT/TASK.jsonl, the evidence of every item (prompt, tokens, log-probabilities or generated text, what was right),
     /// and OUT/scores.json, which is also printed: values with standard errors. There is a score only when every item of every file
     /// is complete. With --limit there is OUT/scores.partial.json instead, and the exit code is 1.
+    ///
+    /// A job that is killed or stopped (exit code 75) keeps its answers in OUT.tmp-JOB/journal. The same command goes on from there, with
+    /// any number of ranks, --tp, --pp, --batch or --batch-tokens; with another checkpoint, other items or other settings it refuses.
     #[command(verbatim_doc_comment)]
     Run(Box<EvaluateArgs>),
     /// The differences between two evaluations of the same items, B - A, with a paired bootstrap.
@@ -84,9 +88,6 @@ struct CompareArgs {
 
 #[derive(clap::Args)]
 struct EvaluateArgs {
-    /// A checkpoint, or a run (its newest checkpoint)
-    #[arg(long)]
-    checkpoint: PathBuf,
     /// What to evaluate on: NAME, or NAME=PATH; any number of times
     #[arg(long = "task", required = true, value_name = "NAME[=PATH]")]
     tasks: Vec<Asked>,
@@ -102,31 +103,14 @@ struct EvaluateArgs {
     /// Only the first items of each leaf task: no score, to try things out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: Option<u32>,
-    /// Before which prompts the beginning-of-sequence token stands: empty ones, or always
-    #[arg(long, default_value = "empty")]
-    bos: BeginOfSequence,
-    /// Tensor-parallel ranks
-    #[arg(long, default_value_t = 1)]
-    tp: usize,
-    /// Pipeline stages
-    #[arg(long, default_value_t = 1)]
-    pp: usize,
-    /// Tokens in one forward pass over choices
-    #[arg(long, default_value_t = 2048)]
-    batch_tokens: usize,
-    /// Answers under way at one time on a replica
-    #[arg(long, default_value_t = 16)]
-    batch: usize,
-    /// Storage of weights and activations: f32 or bf16
-    #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
-    dtype: DType,
-    /// Order of sums in likelihoods: reproducible, or fast; left out, reproducible where it can be had
-    #[arg(long, value_parser = cli::parse_numerics)]
-    numerics: Option<Mode>,
-    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
-    /// channel, or fp8-tensor (one for each weight)
-    #[arg(long, value_parser = cli::parse_weights)]
-    weights: Option<WeightFormat>,
+    #[command(flatten)]
+    scoring: cli::Scoring,
+    #[command(flatten)]
+    under_way: cli::UnderWay,
+    #[command(flatten)]
+    model: cli::Model,
+    #[command(flatten)]
+    layout: cli::Layout,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -153,6 +137,7 @@ struct Prepared {
     tokenizer: Tokenizer,
     layout: ParallelLayout,
     tasks: Vec<Task>,
+    start: Start,
     questions: Questions,
 }
 
@@ -166,36 +151,54 @@ fn evaluate(args: &EvaluateArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let prepared = agree(world, prepare(args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(args, &prepared))? else { return complete(args) };
+    let dir = begun.journal_dir(world);
+    answer(args, runtime, &prepared, &dir)?;
+    let mut scores = None;
+    agree(world, begun.commit_with(|writer| write(args, &prepared, writer).map(|written| scores = Some(written))))?;
+    if let Some(scores) = scores {
+        let n_items: usize = prepared.leaves().map(|leaf| leaf.items.len()).sum();
+        println!("{}\n{}: {n_items} items", scores.table(), args.out.join(scores.file_name()).display());
+    }
+    complete(args)
+}
+
+/// Makes the answers that the journal in `dir` does not have. Collective; all ranks leave with the same result.
+fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Path) -> Result<()> {
+    let (world, Prepared { stored, tokenizer, questions, .. }) = (runtime.world(), prepared);
     let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
-    let numerics = agree(&*groups.world, scorer::numerics(args.numerics, device, prepared.layout, args.weights))?;
-    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, &groups, args.dtype))?;
-    agree(&*groups.world, args.weights.map_or(Ok(()), |format| chunk.pack(device, &*groups.tp, format)))?;
+    let weights = args.model.weights;
+    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, prepared.layout, weights))?;
+    let made = score_journal::resume(world, dir, numerics, questions.pairs.len())?;
+    let mut done = Done::nothing(&questions.requests);
+    journal::resume(world, dir, &mut done)?;
+    if made.iter().all(|made| *made) && done.n_made() == done.n_samples() {
+        return Ok(());
+    }
+    let mut chunks = [agree(world, load_chunk(device, stored, &groups, args.model.dtype))?];
+    agree(world, weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
     let stop = || runtime.stop_requested();
-    let scorer = Scorer { device, groups: &groups, batch_tokens: args.batch_tokens, numerics, stop: &stop };
-    let mut chunks = [chunk];
-    let likelihoods = agree(&*groups.world, choices::likelihoods(&scorer, &mut chunks, &prepared.questions.pairs))?;
-    if args.weights.is_none() && !prepared.questions.requests.is_empty() {
-        agree(&*groups.world, chunks[0].pack(device, &*groups.tp, WeightFormat::Stored))?;
+    let scorer = Scorer { device, groups: &groups, batch_tokens: args.scoring.batch_tokens, numerics, stop: &stop };
+    let joined: Vec<Vec<u32>> = questions.pairs.iter().map(Pair::joined).collect();
+    let wanted = choices::wanted(&questions.pairs, &joined);
+    score_journal::keep(&groups, dir, numerics, |sink| scorer.tokens_into(&mut chunks, &wanted, &made, sink))?;
+    if done.n_made() == done.n_samples() {
+        return Ok(());
+    }
+    if weights.is_none() {
+        agree(world, chunks[0].pack(device, &*groups.tp, WeightFormat::Stored))?;
     }
     let kv_memory = runtime.free_bytes().map_or(Room::Unknown, Room::Free);
     let generator = Generator {
         device,
         groups: &groups,
         chunk: &chunks[0],
-        eos_ids: agree(&*groups.world, hf::eos_ids(&prepared.stored))?,
-        tokenizer: Some(&prepared.tokenizer),
-        batching: Batching { n_sequences: args.batch, kv_memory, ..Batching::default() },
+        eos_ids: agree(world, hf::eos_ids(stored))?,
+        tokenizer: Some(tokenizer),
+        batching: Batching { n_sequences: args.under_way.batch, kv_memory, ..Batching::default() },
         stop: &stop,
     };
-    let responses = generator.responses(&prepared.questions.requests)?;
-    let evidence = prepared.questions.evidence(prepared.leaves(), &likelihoods, &responses, &prepared.tokenizer);
-    let scores = score(args, &prepared.tasks, &evidence);
-    agree(&*groups.world, begun.commit_with(|writer| write(writer, &scores, &prepared.tasks, &evidence)))?;
-    if runtime.is_first() {
-        println!("{}\n{}: {} items", scores.table(), args.out.join(scores.file_name()).display(), evidence.len());
-    }
-    complete(args)
+    journal::keep(&generator, &questions.requests, &done, dir).map(drop)
 }
 
 /// Whether what was asked for is a score.
@@ -207,36 +210,35 @@ fn complete(args: &EvaluateArgs) -> Result<()> {
 }
 
 fn prepare(args: &EvaluateArgs, n_ranks: usize) -> Result<Prepared> {
-    let layout = layout_for(n_ranks, args.tp, args.pp)?;
     if let Some(twice) = args.tasks.iter().enumerate().find_map(|(i, task)| args.tasks[..i].iter().find(|one| one.name == task.name)) {
         return Err(Error::recipe(format!("--task {} stands twice", twice.name)).remedy("name each task once"));
     }
-    let stored = checkpoint::open(&args.checkpoint)?;
+    let (stored, layout) = args.model.open(args.layout, n_ranks)?;
     let model = &stored.meta().model;
-    check_layout(model, &layout)?;
     if let HeadKind::Reward(n) = model.head {
         let wrong = format!("a reward model of {n} attributes has no likelihoods");
-        return Err(Error::file(&args.checkpoint, wrong).remedy("use the checkpoint of a language model"));
+        return Err(Error::file(&args.model.checkpoint, wrong).remedy("use the checkpoint of a language model"));
     }
     let tokenizer = stored.tokenizer()?.ok_or_else(|| {
-        Error::file(&args.checkpoint, "has no tokenizer").remedy("use a checkpoint that was trained or imported with its tokenizer")
+        Error::file(&args.model.checkpoint, "has no tokenizer").remedy("use a checkpoint that was trained or imported with its tokenizer")
     })?;
     let load = |asked: &Asked| task::load(asked, args.data.as_deref(), &args.shots, args.limit.map(|limit| limit as usize));
     let tasks = args.tasks.iter().map(load).collect::<Result<Vec<Task>>>()?;
-    let start = Start::of(&stored, args.bos)?;
+    let start = Start::of(&stored, args.scoring.bos)?;
     let limits = Limits { tokenizer: &tokenizer, vocab_size: model.vocab_size, max_tokens: model.max_tokens, start };
     let questions = answers::questions(tasks.iter().flat_map(|task| &task.leaves), limits)?;
-    Ok(Prepared { stored, tokenizer, layout, tasks, questions })
+    Ok(Prepared { stored, tokenizer, layout, tasks, start, questions })
 }
 
 fn begin(args: &EvaluateArgs, prepared: &Prepared) -> Result<Begin> {
     let named = |task: &Task| (task.name.clone(), evidence::fingerprint_of_leaves(&task.leaves));
     let asked: BTreeMap<String, String> = prepared.tasks.iter().map(named).collect();
     let recipe = serde_json::json!({
-        "asked": asked, "limit": args.limit, "bos": if args.bos == BeginOfSequence::Always { "always" } else { "empty" },
-        "dtype": args.dtype.name(), "numerics": cli::numerics_name(args.numerics), "weights": cli::weights_name(args.weights),
+        "asked": asked, "limit": args.limit, "bos": if prepared.start.always.is_some() { "always" } else { "empty" },
+        "dtype": args.model.dtype.name(), "numerics": cli::numerics_name(args.scoring.numerics),
+        "weights": cli::weights_name(args.model.weights),
     });
-    ArtifactWriter::begin(&args.out, ARTIFACT_KIND, recipe, vec![artifact::input("checkpoint", prepared.stored.dir())?])
+    ArtifactWriter::begin_or_continue(&args.out, ARTIFACT_KIND, recipe, vec![artifact::input("checkpoint", prepared.stored.dir())?])
 }
 
 /// The evidence of each task, in order.
@@ -258,13 +260,20 @@ fn score(args: &EvaluateArgs, tasks: &[Task], evidence: &[Evidence]) -> Scores {
     Scores { limit: args.limit.map(|limit| limit as usize), tasks: tasks.iter().zip(by_task(tasks, evidence)).map(of_task).collect() }
 }
 
-fn write(mut writer: ArtifactWriter, scores: &Scores, tasks: &[Task], evidence: &[Evidence]) -> Result<()> {
-    for (task, items) in tasks.iter().zip(by_task(tasks, evidence)) {
+/// Writes and commits what the journal has.
+fn write(args: &EvaluateArgs, prepared: &Prepared, mut writer: ArtifactWriter) -> Result<Scores> {
+    let Prepared { tasks, questions, tokenizer, .. } = prepared;
+    let found: Vec<TokenScores> = score_journal::read(&writer.journal_dir(), questions.pairs.len(), |_| true)?;
+    let likelihoods: Vec<Likelihood> = found.into_iter().map(Likelihood::from).collect();
+    let responses = journal::responses(&writer.journal_dir(), &questions.requests)?;
+    let evidence = questions.evidence(prepared.leaves(), &likelihoods, &responses, tokenizer);
+    let scores = score(args, tasks, &evidence);
+    for (task, items) in tasks.iter().zip(by_task(tasks, &evidence)) {
         write_lines(&mut writer, &format!("{}.jsonl", task.name), items)?;
     }
     let mut file = HashingFile::create(writer.dir(), scores.file_name())?;
-    file.append(&serde_json::to_vec_pretty(scores).expect("scores are plain data"))?;
+    file.append(&serde_json::to_vec_pretty(&scores).expect("scores are plain data"))?;
     writer.add(file.close()?);
     writer.count("items", evidence.len());
-    writer.commit().map(|_| ())
+    writer.commit().map(|_| scores)
 }

@@ -11,15 +11,14 @@ use trireme::comm::{Groups, agree};
 use trireme::device::Device;
 use trireme::error::{Error, Result};
 use trireme::infer::generate::{Batching, Generator};
-use trireme::infer::journal::{self, Journal, Merged};
+use trireme::infer::journal::{self, Merged};
 use trireme::infer::kv_memory::Room;
-use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::load::load_chunk;
 use trireme::infer::request::{Limits, OnBad, RequestFile, read_requests};
 use trireme::infer::samples::Done;
 use trireme::model::config::HeadKind;
 use trireme::model::packed::WeightFormat;
 use trireme::runtime::Runtime;
-use trireme::tensor::DType;
 use trireme::text::Tokenizer;
 use trireme::text::chat::NEMOTRON_TURN;
 
@@ -70,24 +69,14 @@ use trireme::text::chat::NEMOTRON_TURN;
 #[derive(Parser)]
 #[command(name = "trireme-generate", version, verbatim_doc_comment)]
 struct Args {
-    /// A checkpoint, or a run (its newest checkpoint)
-    #[arg(long)]
-    checkpoint: PathBuf,
     /// Requests, one JSON object a line
     #[arg(long)]
     requests: PathBuf,
     /// Directory to write
     #[arg(long)]
     out: PathBuf,
-    /// Tensor-parallel ranks
-    #[arg(long, default_value_t = 1)]
-    tp: usize,
-    /// Pipeline stages
-    #[arg(long, default_value_t = 1)]
-    pp: usize,
-    /// Responses under way at one time on a replica
-    #[arg(long, default_value_t = 16, value_parser = cli::parse_count)]
-    batch: usize,
+    #[command(flatten)]
+    under_way: cli::UnderWay,
     /// Most tokens of one pass over the model: a long prompt is taken in pieces, beside a token of each response under way
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = cli::parse_count)]
     pass_tokens: usize,
@@ -102,13 +91,10 @@ struct Args {
     /// "error" and "error": what was wrong; all others are made, the exit code is 0)
     #[arg(long, default_value = "refuse", value_name = "refuse|record", value_parser = cli::parse_on_bad)]
     on_bad_request: OnBad,
-    /// Storage of weights and activations: f32 or bf16
-    #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
-    dtype: DType,
-    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
-    /// channel, or fp8-tensor (one for each weight)
-    #[arg(long, value_parser = cli::parse_weights)]
-    weights: Option<WeightFormat>,
+    #[command(flatten)]
+    model: cli::Model,
+    #[command(flatten)]
+    layout: cli::Layout,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -131,9 +117,6 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let dir = begun.journal_dir(world);
     let mut done = Done::nothing(&prepared.file.requests);
     journal::resume(world, &dir, &mut done)?;
-    if runtime.is_first() && done.n_made() > 0 {
-        log::info!("{}: {} of {} responses are made already", dir.display(), done.n_made(), done.n_samples());
-    }
     if done.n_made() < done.n_samples() {
         let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
         make(args, runtime, &prepared, (&*device, &groups), (&done, &dir))?;
@@ -158,12 +141,17 @@ fn make(
     (device, groups): (&dyn Device, &Groups),
     (done, dir): (&Done, &PathBuf),
 ) -> Result<()> {
-    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, groups, args.dtype))?;
-    agree(&*groups.world, chunk.pack(device, &*groups.tp, args.weights.unwrap_or(WeightFormat::Stored)))?;
+    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, groups, args.model.dtype))?;
+    agree(&*groups.world, chunk.pack(device, &*groups.tp, args.model.weights.unwrap_or(WeightFormat::Stored)))?;
     let free = || runtime.free_bytes().map_or(Room::Unknown, Room::Free);
     let kv_memory = args.kv_memory.map_or_else(free, |bytes| Room::Asked(bytes as usize));
-    let batching =
-        Batching { n_sequences: args.batch, pass_tokens: args.pass_tokens, draft_tokens: args.draft, kv_memory, ..Batching::default() };
+    let batching = Batching {
+        n_sequences: args.under_way.batch,
+        pass_tokens: args.pass_tokens,
+        draft_tokens: args.draft,
+        kv_memory,
+        ..Batching::default()
+    };
     let generator = Generator {
         device,
         groups,
@@ -173,13 +161,7 @@ fn make(
         batching,
         stop: &|| runtime.stop_requested(),
     };
-    let speaks = groups.at.tp == 0 && groups.at.pp == 0;
-    let mut journal = agree(&*groups.world, speaks.then(|| Journal::open(dir, groups.at.dp)).transpose())?;
-    let made = generator.run(&prepared.file.requests, done, &mut |sample, response| {
-        journal.as_mut().expect("who speaks has one").append(sample, &response)
-    });
-    // Also what was made before an error is kept.
-    let counts = agree(&*groups.world, journal.map_or(Ok(()), Journal::close).and(made))?;
+    let counts = journal::keep(&generator, &prepared.file.requests, done, dir)?;
     log::info!("replica 0: {counts}");
     Ok(())
 }
@@ -194,13 +176,11 @@ struct Prepared {
 }
 
 fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
-    let layout = layout_for(n_ranks, args.tp, args.pp)?;
-    let stored = checkpoint::open(&args.checkpoint)?;
+    let (stored, layout) = args.model.open(args.layout, n_ranks)?;
     let model = &stored.meta().model;
-    check_layout(model, &layout)?;
     if let HeadKind::Reward(n) = model.head {
         let wrong = format!("a reward model of {n} attributes generates no text");
-        return Err(Error::file(&args.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
+        return Err(Error::file(&args.model.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
     }
     let tokenizer = stored.tokenizer()?;
     let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
@@ -215,7 +195,8 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
     let on_bad = cli::on_bad_name(args.on_bad_request);
-    let recipe = serde_json::json!({ "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights), "on_bad_request": on_bad });
+    let recipe =
+        serde_json::json!({ "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights), "on_bad_request": on_bad });
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin_or_continue(&args.out, "responses", recipe, inputs)
 }

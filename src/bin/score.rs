@@ -2,31 +2,33 @@
 //! `infer::score` and `infer::choices`.
 
 use clap::{Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use trireme::artifact::{self, ArtifactWriter, Begin};
-use trireme::checkpoint::{self, Stored};
+use trireme::checkpoint::Stored;
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::error::{Error, Result};
-use trireme::infer::choices::{self, BeginOfSequence, Limits, Question, Start, read_questions};
-use trireme::infer::load::{check_layout, layout_for, load_chunk};
+use trireme::infer::choices::{self, Likelihood, Limits, Pair, Question, Start, read_questions};
+use trireme::infer::load::load_chunk;
 use trireme::infer::score::{self, Sequence, read_sequences};
 use trireme::infer::score_files::{self, Format};
-use trireme::infer::scorer::{self, Scorer};
+use trireme::infer::score_journal;
+use trireme::infer::scorer::{self, Scorer, TokenScores, Wanted};
+use trireme::model::chunk::Chunk;
 use trireme::model::config::HeadKind;
-use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::ParallelLayout;
-use trireme::recipe::Mode;
 use trireme::runtime::Runtime;
-use trireme::tensor::DType;
 
 /// Score given text with a checkpoint.
 ///
 /// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (on the CPU, with tp 1, 2, 4 or
 /// 8, without FP8), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
 /// in reproducible mode: a policy scored against itself gives a log-ratio of exactly 0.
+///
+/// A job that is killed or stopped (exit code 75) keeps what it has scored in OUT.tmp-JOB/journal. The same command goes on from there,
+/// with any number of ranks, --tp, --pp or --batch-tokens; with another checkpoint, input or numerics it refuses.
 #[derive(Parser)]
 #[command(name = "trireme-score", version, verbatim_doc_comment)]
 struct Args {
@@ -77,9 +79,6 @@ enum What {
 
 #[derive(clap::Args)]
 struct ScoreArgs {
-    /// A checkpoint, or a run (its newest checkpoint)
-    #[arg(long)]
-    checkpoint: PathBuf,
     /// What to score, one JSON object a line
     #[arg(long)]
     input: PathBuf,
@@ -89,28 +88,12 @@ struct ScoreArgs {
     /// Files to write: jsonl, hdf5 or both
     #[arg(long, value_enum, default_value_t = Files::Both)]
     format: Files,
-    /// Tensor-parallel ranks
-    #[arg(long, default_value_t = 1)]
-    tp: usize,
-    /// Pipeline stages
-    #[arg(long, default_value_t = 1)]
-    pp: usize,
-    /// Tokens in one forward pass (sequences are never cut)
-    #[arg(long, default_value_t = 2048)]
-    batch_tokens: usize,
-    /// Storage of weights and activations: f32 or bf16
-    #[arg(long, default_value = "f32", value_parser = cli::parse_dtype)]
-    dtype: DType,
-    /// Order of sums: reproducible, or fast; left out, reproducible where it can be had
-    #[arg(long, value_parser = cli::parse_numerics)]
-    numerics: Option<Mode>,
-    /// Keep the weights of linear layers in 8 bits: int8 (CPU, the output layer's too) or fp8 (E4M3), with a scale for each output
-    /// channel, or fp8-tensor (one for each weight)
-    #[arg(long, value_parser = cli::parse_weights)]
-    weights: Option<WeightFormat>,
-    /// For choices, before which contexts the beginning-of-sequence token stands: empty ones, or always
-    #[arg(long, default_value = "empty")]
-    bos: BeginOfSequence,
+    #[command(flatten)]
+    scoring: cli::Scoring,
+    #[command(flatten)]
+    model: cli::Model,
+    #[command(flatten)]
+    layout: cli::Layout,
     #[command(flatten)]
     place: cli::Place,
 }
@@ -134,8 +117,12 @@ impl Files {
 
 /// What was read to be scored.
 enum Input {
-    Sequences(Vec<Sequence>),
-    Questions(Vec<Question>),
+    /// For the log-probabilities of their tokens.
+    Texts(Vec<Sequence>),
+    /// For the likelihoods of their choices, which follow, with what begins a sequence.
+    Questions(Vec<Question>, Vec<Pair>, Start),
+    /// For their attributes.
+    Answers(Vec<Sequence>),
 }
 
 fn main() -> ExitCode {
@@ -162,51 +149,95 @@ impl What {
 fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
     let (stored, input, layout) = agree(world, prepare(what, args, world.size()))?;
-    let Some(begun) = runtime.begin(&args.out, || begin(what, args, &stored))? else { return Ok(()) };
+    let Some(begun) = runtime.begin(&args.out, || begin(what, args, &stored, &input))? else { return Ok(()) };
+    let dir = begun.journal_dir(world);
     let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
     let device = &*device;
-    let numerics = agree(&*groups.world, scorer::numerics(args.numerics, device, layout, args.weights))?;
-    let mut chunks = [agree(&*groups.world, load_chunk(device, &stored, &groups, args.dtype))?];
-    agree(&*groups.world, args.weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
-    let stop = || runtime.stop_requested();
-    let scorer = Scorer { device, groups: &groups, batch_tokens: args.batch_tokens, numerics, stop: &stop };
-    let formats = args.format.formats();
-    let n = match &input {
-        Input::Questions(questions) => {
-            let scored = agree(&*groups.world, choices::choices(&scorer, &mut chunks, questions))?;
-            agree(&*groups.world, begun.commit_with(|writer| score_files::write_choices(writer, formats, &scored)))?;
-            questions.len()
-        }
-        Input::Sequences(sequences) if matches!(what, What::Rewards(_)) => {
-            let rated = agree(&*groups.world, score::rewards(&scorer, &mut chunks, sequences))?;
-            agree(&*groups.world, begun.commit_with(|writer| score_files::write_rewards(writer, formats, &rated)))?;
-            sequences.len()
-        }
-        Input::Sequences(sequences) => {
-            let scored = agree(&*groups.world, score::logprobs(&scorer, &mut chunks, sequences))?;
-            agree(&*groups.world, begun.commit_with(|writer| score_files::write_logprobs(writer, formats, &scored)))?;
-            sequences.len()
-        }
-    };
+    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, layout, args.model.weights))?;
+    let made = score_journal::resume(world, &dir, numerics, input.n())?;
+    if !made.iter().all(|made| *made) {
+        let mut chunks = [agree(world, load_chunk(device, &stored, &groups, args.model.dtype))?];
+        agree(world, args.model.weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
+        let stop = || runtime.stop_requested();
+        let scorer = Scorer { device, groups: &groups, batch_tokens: args.scoring.batch_tokens, numerics, stop: &stop };
+        input.score(&scorer, &mut chunks, &made, &dir)?;
+    }
+    agree(world, begun.commit_with(|writer| input.write(writer, args.format.formats())))?;
     if runtime.is_first() {
-        println!("{}: {n} {}", args.out.display(), if matches!(input, Input::Questions(_)) { "questions" } else { "sequences" });
+        println!("{}: {}", args.out.display(), input.counted());
     }
     Ok(())
 }
 
+impl Input {
+    /// How many sequences have scores.
+    fn n(&self) -> usize {
+        match self {
+            Input::Texts(sequences) | Input::Answers(sequences) => sequences.len(),
+            Input::Questions(_, pairs, _) => pairs.len(),
+        }
+    }
+
+    /// What it is, for people.
+    fn counted(&self) -> String {
+        match self {
+            Input::Texts(sequences) | Input::Answers(sequences) => format!("{} sequences", sequences.len()),
+            Input::Questions(questions, ..) => format!("{} questions", questions.len()),
+        }
+    }
+
+    /// Makes the scores that are missing and keeps them in the journal in `dir`. Collective; all ranks leave with the same result.
+    fn score(&self, scorer: &Scorer, chunks: &mut [Chunk], made: &[bool], dir: &Path) -> Result<()> {
+        let (groups, numerics) = (scorer.groups, scorer.numerics);
+        let mut tokens =
+            |wanted: &[Wanted]| score_journal::keep(groups, dir, numerics, |sink| scorer.tokens_into(chunks, wanted, made, sink));
+        match self {
+            Input::Texts(sequences) => tokens(&score::wanted(sequences)),
+            Input::Questions(_, pairs, _) => tokens(&choices::wanted(pairs, &pairs.iter().map(Pair::joined).collect::<Vec<_>>())),
+            Input::Answers(sequences) => {
+                let tokens = score::tokens(sequences);
+                score_journal::keep(groups, dir, numerics, |sink| scorer.attributes_into(chunks, &tokens, made, sink))
+            }
+        }
+    }
+
+    /// Writes and commits what the journal has.
+    fn write(&self, writer: ArtifactWriter, formats: &[Format]) -> Result<()> {
+        let (dir, n) = (writer.journal_dir(), self.n());
+        match self {
+            Input::Texts(sequences) => {
+                // Of a single token nothing is known.
+                let scores: Vec<TokenScores> = score_journal::read(&dir, n, |number| sequences[number].tokens.len() > 1)?;
+                score_files::write_logprobs(writer, formats, &score::scored(sequences, &scores))
+            }
+            Input::Questions(questions, ..) => {
+                let scores: Vec<TokenScores> = score_journal::read(&dir, n, |_| true)?;
+                let likelihoods = scores.into_iter().map(Likelihood::from).collect();
+                score_files::write_choices(writer, formats, &choices::scored(questions, likelihoods))
+            }
+            Input::Answers(sequences) => {
+                let attributes = score_journal::read(&dir, n, |_| true)?;
+                score_files::write_rewards(writer, formats, &score::rated(sequences, attributes))
+            }
+        }
+    }
+}
+
 fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Input, ParallelLayout)> {
-    let layout = layout_for(n_ranks, args.tp, args.pp)?;
-    let stored = checkpoint::open(&args.checkpoint)?;
+    let (stored, layout) = args.model.open(args.layout, n_ranks)?;
     let model = &stored.meta().model;
-    check_layout(model, &layout)?;
     match (what, model.head) {
         (What::Logprobs(_) | What::Choices(_), HeadKind::Reward(n)) => {
             let wrong = format!("a reward model of {n} attributes has no log-probabilities");
-            return Err(Error::file(&args.checkpoint, wrong).remedy("use trireme-score rewards, or the checkpoint of a language model"));
+            return Err(
+                Error::file(&args.model.checkpoint, wrong).remedy("use trireme-score rewards, or the checkpoint of a language model")
+            );
         }
         (What::Rewards(_), HeadKind::Vocabulary) => {
             let wrong = "a language model has no reward attributes";
-            return Err(Error::file(&args.checkpoint, wrong).remedy("use trireme-score logprobs, or the checkpoint of a reward model"));
+            return Err(
+                Error::file(&args.model.checkpoint, wrong).remedy("use trireme-score logprobs, or the checkpoint of a reward model")
+            );
         }
         _ => {}
     }
@@ -214,25 +245,28 @@ fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Inp
     let (vocab_size, max_tokens) = (model.vocab_size, model.max_tokens);
     let input = match what {
         // The last token is a target only.
-        What::Logprobs(_) => Input::Sequences(read_sequences(&args.input, vocab_size, max_tokens + 1, tokenizer.as_ref())?),
-        What::Rewards(_) => Input::Sequences(read_sequences(&args.input, vocab_size, max_tokens, tokenizer.as_ref())?),
+        What::Logprobs(_) => Input::Texts(read_sequences(&args.input, vocab_size, max_tokens + 1, tokenizer.as_ref())?),
+        What::Rewards(_) => Input::Answers(read_sequences(&args.input, vocab_size, max_tokens, tokenizer.as_ref())?),
         What::Choices(_) => {
-            let start = Start::of(&stored, args.bos)?;
-            Input::Questions(read_questions(&args.input, Limits { vocab_size, max_tokens, tokenizer: tokenizer.as_ref(), start })?)
+            let start = Start::of(&stored, args.scoring.bos)?;
+            let limits = Limits { vocab_size, max_tokens, tokenizer: tokenizer.as_ref(), start };
+            let questions = read_questions(&args.input, limits)?;
+            let pairs = choices::pairs(&questions);
+            Input::Questions(questions, pairs, start)
         }
     };
     Ok((stored, input, layout))
 }
 
-fn begin(what: &What, args: &ScoreArgs, stored: &Stored) -> Result<Begin> {
+fn begin(what: &What, args: &ScoreArgs, stored: &Stored, input: &Input) -> Result<Begin> {
     let formats: Vec<&str> = args.format.formats().iter().map(|format| format.name()).collect();
     let mut recipe = serde_json::json!({
-        "what": what.name(), "dtype": args.dtype.name(), "weights": cli::weights_name(args.weights), "formats": formats,
-        "numerics": cli::numerics_name(args.numerics),
+        "what": what.name(), "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights), "formats": formats,
+        "numerics": cli::numerics_name(args.scoring.numerics),
     });
-    if let (What::Choices(_), BeginOfSequence::Always) = (what, args.bos) {
+    if let Input::Questions(_, _, Start { always: Some(_), .. }) = input {
         recipe["bos"] = "always".into();
     }
     let inputs = vec![artifact::input("checkpoint", stored.dir())?, artifact::input("sequences", &args.input)?];
-    ArtifactWriter::begin(&args.out, "scores", recipe, inputs)
+    ArtifactWriter::begin_or_continue(&args.out, "scores", recipe, inputs)
 }

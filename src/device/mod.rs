@@ -412,6 +412,11 @@ pub trait Device: Send + Sync {
     /// the backward. Scale 1/sqrt(D). `sequence_starts` = [0, .., T], ascending: sequence i is rows s[i]..s[i+1].
     /// Online softmax in tiles, never a T x T matrix.
     fn attention(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], heads: Heads);
+    /// As `attention`, of sequences whose first wanted[i] rows nobody asks for: theirs of out and lse are unspecified, the others have
+    /// the bits that `attention` gives them.
+    fn attention_from(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], _wanted: &[usize], heads: Heads) {
+        self.attention(out, lse, qkv, sequence_starts, heads);
+    }
     /// dqkv[T, (A+2G)D] float assigned from dout[T, A*D].
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(

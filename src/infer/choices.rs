@@ -30,12 +30,13 @@ pub struct Start {
 }
 
 impl Start {
-    /// Of a model; with `Always`, its beginning-of-sequence token stands before every context. Err: it has none.
+    /// Of a model. Err: `Always` of a model without a beginning-of-sequence token.
     pub fn of(stored: &Stored, when: BeginOfSequence) -> Result<Start> {
         let bos = hf::bos_id(stored)?;
         let empty = bos.or(hf::eos_ids(stored)?.first().copied());
         match (when, bos) {
-            (BeginOfSequence::WhenEmpty, _) => Ok(Start { empty, always: None }),
+            (BeginOfSequence::Auto, Some(bos)) if hf::adds_first(stored, bos)? => Ok(Start { empty, always: Some(bos) }),
+            (BeginOfSequence::WhenEmpty | BeginOfSequence::Auto, _) => Ok(Start { empty, always: None }),
             (BeginOfSequence::Always, Some(bos)) => Ok(Start { empty, always: Some(bos) }),
             (BeginOfSequence::Always, None) => {
                 Err(Error::recipe("--bos always: the model has no beginning-of-sequence token").remedy("use --bos empty"))
@@ -47,6 +48,8 @@ impl Start {
 /// Before which contexts the beginning-of-sequence token stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BeginOfSequence {
+    /// As the tokenizer that the model came with asks for; where it asks for nothing, those without any text.
+    Auto,
     /// Those without any text.
     WhenEmpty,
     /// All.
@@ -57,9 +60,10 @@ impl std::str::FromStr for BeginOfSequence {
     type Err = String;
     fn from_str(text: &str) -> std::result::Result<BeginOfSequence, String> {
         match text {
+            "auto" => Ok(BeginOfSequence::Auto),
             "empty" => Ok(BeginOfSequence::WhenEmpty),
             "always" => Ok(BeginOfSequence::Always),
-            other => Err(format!("{other:?} is neither empty nor always")),
+            other => Err(format!("{other:?} is none of auto, empty and always")),
         }
     }
 }
@@ -99,6 +103,11 @@ impl Pair {
         }
     }
 
+    /// Context and continuation in one.
+    pub fn joined(&self) -> Vec<u32> {
+        [&self.context[..], &self.continuation].concat()
+    }
+
     /// What a model of this longest sequence sees: the context loses tokens from its left. How many. Err: the continuation alone is too
     /// long.
     pub fn cut(&mut self, max_tokens: usize) -> std::result::Result<usize, String> {
@@ -134,14 +143,20 @@ pub struct Likelihood {
 
 /// The likelihoods of all continuations after their contexts, in order, on every rank. Collective.
 pub fn likelihoods(scorer: &Scorer, chunks: &mut [Chunk], pairs: &[Pair]) -> Result<Vec<Likelihood>> {
-    let tokens: Vec<Vec<u32>> = pairs.iter().map(|pair| [&pair.context[..], &pair.continuation].concat()).collect();
-    let wanted: Vec<Wanted> = pairs.iter().zip(&tokens).map(|(pair, tokens)| Wanted { tokens, first: pair.context.len() }).collect();
-    let of = |TokenScores { logprobs, is_greedy }| Likelihood {
-        sum: logprobs.iter().map(|&x: &f32| f64::from(x)).sum(),
-        logprobs,
-        is_greedy: is_greedy.into_iter().all(|is| is),
-    };
-    Ok(scorer.tokens(chunks, &wanted)?.into_iter().map(of).collect())
+    let joined: Vec<Vec<u32>> = pairs.iter().map(Pair::joined).collect();
+    Ok(scorer.tokens(chunks, &wanted(pairs, &joined))?.into_iter().map(Likelihood::from).collect())
+}
+
+/// The continuations, of pairs that are joined.
+pub fn wanted<'t>(pairs: &[Pair], joined: &'t [Vec<u32>]) -> Vec<Wanted<'t>> {
+    pairs.iter().zip(joined).map(|(pair, tokens)| Wanted { tokens, first: pair.context.len() }).collect()
+}
+
+impl From<TokenScores> for Likelihood {
+    fn from(TokenScores { logprobs, is_greedy }: TokenScores) -> Likelihood {
+        let sum = logprobs.iter().map(|&x| f64::from(x)).sum();
+        Likelihood { sum, logprobs, is_greedy: is_greedy.into_iter().all(|is| is) }
+    }
 }
 
 /// Index of the largest value; the first of equal ones.
@@ -288,8 +303,17 @@ pub struct ScoredQuestion {
 
 /// Scores all questions; the result is in their order and the same on every rank. Collective.
 pub fn choices(scorer: &Scorer, chunks: &mut [Chunk], questions: &[Question]) -> Result<Vec<ScoredQuestion>> {
-    let pairs: Vec<Pair> = questions.iter().flat_map(|question| question.choices.iter().map(|choice| choice.pair.clone())).collect();
-    let mut likelihoods = likelihoods(scorer, chunks, &pairs)?.into_iter();
+    Ok(scored(questions, likelihoods(scorer, chunks, &pairs(questions))?))
+}
+
+/// Every choice of every question, in order.
+pub fn pairs(questions: &[Question]) -> Vec<Pair> {
+    questions.iter().flat_map(|question| question.choices.iter().map(|choice| choice.pair.clone())).collect()
+}
+
+/// The questions with the likelihoods of their `pairs`.
+pub fn scored(questions: &[Question], likelihoods: Vec<Likelihood>) -> Vec<ScoredQuestion> {
+    let mut likelihoods = likelihoods.into_iter();
     let scored = |question: &Question| {
         let one = |choice: &Choice| ScoredChoice {
             tokens: choice.pair.continuation.clone(),
@@ -300,7 +324,7 @@ pub fn choices(scorer: &Scorer, chunks: &mut [Chunk], questions: &[Question]) ->
         };
         scored_question(question.id.clone(), question.choices.iter().map(one).collect())
     };
-    Ok(questions.iter().map(scored).collect())
+    questions.iter().map(scored).collect()
 }
 
 fn scored_question(id: String, choices: Vec<ScoredChoice>) -> ScoredQuestion {

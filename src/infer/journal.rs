@@ -1,121 +1,77 @@
 //! Finished responses on disk while a job still makes others: what a job that was killed made is not made again, whatever number of
 //! ranks, layout or batch the next one has.
 //!
+//! Records (see `artifact`) of kind `part`, one a replica:
+//!
 //! ```text
-//! journal/part-00000.lines    of the first replica, in the order in which its responses ended; part-00001.lines of the second, ..
-//! 9f86d081884c7d65 12 0 34 {"id":"a","index":0,..}
-//! |                |  | |  the line of the response file
-//! |                |  | tokens of the response
-//! |                |  which sample
-//! |                which request of the file, from 0
-//! xxh3-64 of all that follows the space
+//! 12 0 34 {"id":"a","index":0,..}
+//! |  | |  the line of the response file
+//! |  | tokens of the response
+//! |  which sample
+//! which request of the file, from 0
 //! ```
 //!
-//! A line that a kill cut off, or that a disk damaged, does not count: its response is made again. At the end the first rank puts the
-//! lines in order, with the places of all of them in memory and the text of one.
+//! A damaged line's response is made again. At the end the first rank puts the lines in order, with the places of all of them in memory
+//! and the text of one.
 
-use super::request::{RequestFile, Response};
+use super::generate::Generator;
+use super::request::{Request, RequestFile, Response};
 use super::samples::{Done, Sample};
-use crate::artifact::{HashingFile, LineWriter};
+use super::schedule::Counts;
+use crate::artifact::{HashingFile, RecordWriter, record_parts, scan_records};
 use crate::comm::{Communicator, agree};
 use crate::error::{Error, IoContext, Result};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-use xxhash_rust::xxh3::xxh3_64;
+use std::path::Path;
 
-/// What a power cut can cost: responses that ended in so long a time. A killed process loses none.
-const SYNC_EVERY: Duration = Duration::from_secs(10);
+const KIND: &str = "part";
 
 /// One replica's part of a journal, open to append.
-pub struct Journal {
-    lines: LineWriter,
-    synced: Instant,
-}
+pub struct Journal(RecordWriter);
 
 impl Journal {
     /// Opens part `replica` of the journal in `dir`, or begins it.
     pub fn open(dir: &Path, replica: usize) -> Result<Journal> {
-        let lines = LineWriter::open(&dir.join(format!("part-{replica:05}.lines")))?;
-        Ok(Journal { lines, synced: Instant::now() })
+        RecordWriter::open(dir, KIND, replica).map(Journal)
     }
 
     /// Appends a finished response.
     pub fn append(&mut self, sample: Sample, response: &Response) -> Result<()> {
         let json = serde_json::to_string(response).expect("a response is plain data");
-        let rest = format!("{} {} {} {json}", sample.request_idx, sample.index, response.tokens.len());
-        self.lines.append(&format!("{:016x} {rest}", xxh3_64(rest.as_bytes())))?;
-        if self.synced.elapsed() >= SYNC_EVERY {
-            self.lines.sync()?;
-            self.synced = Instant::now();
-        }
-        Ok(())
+        self.0.append(&format!("{} {} {} {json}", sample.request_idx, sample.index, response.tokens.len()))
     }
 
     /// Everything is on the disk.
     pub fn close(self) -> Result<()> {
-        self.lines.sync()
+        self.0.close()
     }
 }
 
-/// A whole line.
-struct Record {
+/// A finished response.
+struct Record<'r> {
     sample: Sample,
     n_tokens: u64,
-    /// Where its response begins in the line, and how long it is.
-    json: std::ops::Range<usize>,
+    json: &'r str,
 }
 
-impl Record {
-    /// None for a line that is not as it was written.
-    fn parse(line: &[u8]) -> Option<Record> {
-        let line = std::str::from_utf8(line).ok()?;
-        let (sum, rest) = line.split_once(' ')?;
-        if sum.len() != 16 || u64::from_str_radix(sum, 16).ok()? != xxh3_64(rest.as_bytes()) {
-            return None;
-        }
-        let mut words = rest.splitn(4, ' ');
+impl Record<'_> {
+    fn parse(record: &str) -> Option<Record<'_>> {
+        let mut words = record.splitn(4, ' ');
         let mut number = || words.next()?.parse::<u64>().ok();
         let (request_idx, index, n_tokens) = (number()? as usize, number()? as usize, number()?);
-        let start = line.len() - words.next()?.len();
-        Some(Record { sample: Sample { request_idx, index }, n_tokens, json: start..line.len() })
+        Some(Record { sample: Sample { request_idx, index }, n_tokens, json: words.next()? })
     }
 }
 
 /// Calls `found` for each whole line of a part with the place of its response in the file; how many lines were damaged.
 fn scan(part: &Path, mut found: impl FnMut(Record, u64)) -> Result<usize> {
-    let mut file = BufReader::with_capacity(1 << 20, File::open(part).at(part)?);
-    let (mut line, mut at, mut n_damaged) = (Vec::new(), 0u64, 0);
-    loop {
-        line.clear();
-        let n_bytes = file.read_until(b'\n', &mut line).at(part)?;
-        if line.last() != Some(&b'\n') {
-            return Ok(n_damaged); // the end, or a line that was cut off
-        }
-        match Record::parse(&line[..n_bytes - 1]) {
-            Some(record) => {
-                let place = at + record.json.start as u64;
-                found(record, place);
-            }
-            None => n_damaged += 1,
-        }
-        at += n_bytes as u64;
-    }
-}
-
-/// The parts of a journal, in order.
-fn parts(dir: &Path) -> Result<Vec<PathBuf>> {
-    let mut parts = Vec::new();
-    for entry in std::fs::read_dir(dir).at(dir)? {
-        let path = entry.at(dir)?.path();
-        if path.extension().is_some_and(|extension| extension == "lines") {
-            parts.push(path);
-        }
-    }
-    parts.sort();
-    Ok(parts)
+    scan_records(part, |text, at| {
+        let Some(record) = Record::parse(text) else { return false };
+        let place = at + (text.len() - record.json.len()) as u64;
+        found(record, place);
+        true
+    })
 }
 
 /// Notes in `done`, which is empty on all ranks, the samples that the journal in `dir` has. The first rank reads it. Collective.
@@ -125,11 +81,14 @@ pub fn resume(world: &dyn Communicator, dir: &Path, done: &mut Done) -> Result<(
     if done.n_samples() > 0 {
         world.broadcast_bytes(done.bits_mut(), 0);
     }
+    if world.rank() == 0 && done.n_made() > 0 {
+        log::info!("{}: {} of {} responses are made already", dir.display(), done.n_made(), done.n_samples());
+    }
     Ok(())
 }
 
 fn read_done(dir: &Path, done: &mut Done) -> Result<()> {
-    for part in parts(dir)? {
+    for part in record_parts(dir, KIND)? {
         let mut foreign = None;
         let n_damaged = scan(&part, |record, _| match done.number(record.sample) {
             Some(_) => done.set(record.sample),
@@ -144,6 +103,17 @@ fn read_done(dir: &Path, done: &mut Done) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes the responses that are missing in `done` and keeps each in this replica's part of the journal in `dir`; what was made before an
+/// error is kept too. -> what the replica did. All ranks leave with the same result. Collective.
+pub fn keep(generator: &Generator, requests: &[Request], done: &Done, dir: &Path) -> Result<Counts> {
+    let groups = generator.groups;
+    let speaks = groups.at.tp == 0 && groups.at.pp == 0;
+    let mut journal = agree(&*groups.world, speaks.then(|| Journal::open(dir, groups.at.dp)).transpose())?;
+    let made =
+        generator.run(requests, done, &mut |sample, response| journal.as_mut().expect("who speaks has one").append(sample, &response));
+    agree(&*groups.world, journal.map_or(Ok(()), Journal::close).and(made))
 }
 
 /// What a response file holds.
@@ -169,7 +139,7 @@ struct Place {
 pub fn merge(dir: &Path, requests: &RequestFile, out: &mut HashingFile) -> Result<Merged> {
     let all = Done::nothing(&requests.requests);
     let mut places = vec![Place::default(); all.n_samples()];
-    let (parts, mut merged) = (parts(dir)?, Merged::default());
+    let (parts, mut merged) = (record_parts(dir, KIND)?, Merged::default());
     let mut files = Vec::new();
     for (idx, part) in parts.iter().enumerate() {
         scan(part, |record, at| {
@@ -184,8 +154,7 @@ pub fn merge(dir: &Path, requests: &RequestFile, out: &mut HashingFile) -> Resul
         files.push(File::open(part).at(part)?);
     }
     if merged.n_responses < places.len() {
-        let wrong = format!("{} of {} responses are not in it", places.len() - merged.n_responses, places.len());
-        return Err(Error::file(dir, wrong).remedy("run the same command again"));
+        return Err(incomplete(dir, places.len() - merged.n_responses, places.len(), "responses"));
     }
     let mut refused = requests.refused.iter().peekable();
     let (mut line, mut next) = (Vec::new(), 0);
@@ -206,4 +175,27 @@ pub fn merge(dir: &Path, requests: &RequestFile, out: &mut HashingFile) -> Resul
         }
     }
     Ok(merged)
+}
+
+/// The responses that the journal in `dir` has for all samples of `requests`, in their order. Err when one is missing.
+pub fn responses(dir: &Path, requests: &[Request]) -> Result<Vec<Response>> {
+    let all = Done::nothing(requests);
+    let mut found: Vec<Option<Response>> = vec![None; all.n_samples()];
+    for part in record_parts(dir, KIND)? {
+        scan(&part, |record, _| {
+            if let (Some(number), Ok(response)) = (all.number(record.sample), serde_json::from_str(record.json)) {
+                found[number].get_or_insert(response);
+            }
+        })?;
+    }
+    let n_missing = found.iter().filter(|response| response.is_none()).count();
+    if n_missing > 0 {
+        return Err(incomplete(dir, n_missing, found.len(), "responses"));
+    }
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// A journal that should have everything has not.
+pub(super) fn incomplete(dir: &Path, n_missing: usize, n: usize, what: &str) -> Error {
+    Error::file(dir, format!("{n_missing} of {n} {what} are not in it")).remedy("run the same command again")
 }

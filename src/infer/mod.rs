@@ -19,6 +19,8 @@ pub mod sampling;
 pub mod schedule;
 pub mod score;
 pub mod score_files;
+pub mod score_journal;
+pub mod score_passes;
 pub mod scorer;
 pub mod share;
 pub mod verify;

@@ -1,6 +1,6 @@
 //! Log-probabilities of given text, and reward attributes; the forward passes are those of `scorer`.
 
-use super::scorer::{Scorer, Wanted};
+use super::scorer::{Scorer, TokenScores, Wanted};
 use crate::error::{Error, IoContext, Result};
 use crate::model::chunk::Chunk;
 use crate::text::Tokenizer;
@@ -85,19 +85,35 @@ pub fn read_sequences(path: &Path, vocab_size: usize, longest: usize, tokenizer:
 
 /// Scores all sequences; the result is in their order and the same on every rank. Collective.
 pub fn logprobs(scorer: &Scorer, chunks: &mut [Chunk], sequences: &[Sequence]) -> Result<Vec<Scored>> {
-    let wanted: Vec<Wanted> = sequences.iter().map(|one| Wanted { tokens: &one.tokens, first: 1 }).collect();
-    let scores = scorer.tokens(chunks, &wanted)?;
-    Ok(sequences.iter().zip(scores).map(|(sequence, scores)| scored(sequence, &scores.logprobs)).collect())
+    Ok(scored(sequences, &scorer.tokens(chunks, &wanted(sequences))?))
 }
 
 /// The same for a reward model: the attributes of all sequences. Collective.
 pub fn rewards(scorer: &Scorer, chunks: &mut [Chunk], sequences: &[Sequence]) -> Result<Vec<Rated>> {
-    let tokens: Vec<&[u32]> = sequences.iter().map(|one| one.tokens.as_slice()).collect();
-    let attributes = scorer.attributes(chunks, &tokens)?;
-    Ok(sequences.iter().zip(attributes).map(|(sequence, attributes)| Rated { id: sequence.id.clone(), attributes }).collect())
+    Ok(rated(sequences, scorer.attributes(chunks, &tokens(sequences))?))
 }
 
-fn scored(sequence: &Sequence, logprobs: &[f32]) -> Scored {
+/// All tokens but the first of each sequence.
+pub fn wanted(sequences: &[Sequence]) -> Vec<Wanted<'_>> {
+    sequences.iter().map(|one| Wanted { tokens: &one.tokens, first: 1 }).collect()
+}
+
+/// The tokens of each sequence.
+pub fn tokens(sequences: &[Sequence]) -> Vec<&[u32]> {
+    sequences.iter().map(|one| one.tokens.as_slice()).collect()
+}
+
+/// The sequences with the scores of `wanted`.
+pub fn scored(sequences: &[Sequence], scores: &[TokenScores]) -> Vec<Scored> {
+    sequences.iter().zip(scores).map(|(sequence, scores)| scored_one(sequence, &scores.logprobs)).collect()
+}
+
+/// The sequences with their attributes.
+pub fn rated(sequences: &[Sequence], attributes: Vec<Vec<f32>>) -> Vec<Rated> {
+    sequences.iter().zip(attributes).map(|(sequence, attributes)| Rated { id: sequence.id.clone(), attributes }).collect()
+}
+
+fn scored_one(sequence: &Sequence, logprobs: &[f32]) -> Scored {
     assert_eq!(logprobs.len() + 1, sequence.tokens.len());
     let sum = logprobs.iter().map(|&x| f64::from(x)).sum::<f64>();
     let logprobs = std::iter::once(None).chain(logprobs.iter().map(|&x| Some(x))).collect();

@@ -3,6 +3,7 @@
 use super::chunk::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
+use super::shared;
 use crate::device::{CacheSpan, Direction, Heads, KvCache, Rope, ScratchTensor};
 use crate::tensor::{DType, Tensor};
 
@@ -42,7 +43,13 @@ impl Attention {
         let mut qkv = self.qkv.forward(ctx, x);
         // Rows are gathered by now, so positions are those of all T tokens, whatever the sequence parallelism.
         ctx.device.rope(&mut qkv, &batch.positions, self.heads, self.rope);
-        let saved = self.mix(ctx, batch, qkv);
+        let saved = match &batch.shared {
+            None => self.mix(ctx, batch, qkv),
+            Some(sequences) => {
+                let mixed = shared::attention(ctx, sequences, &qkv, self.heads);
+                AttentionSaved { qkv, mixed, lse: ctx.take(&[1], DType::F32) } // there is no backward
+            }
+        };
         let y = self.out.forward(ctx, &saved.mixed);
         (y, saved)
     }

@@ -17,6 +17,7 @@ pub use super::param::Purpose;
 use super::param::{self, Param, Uses};
 pub use super::reward::Ratings;
 use super::reward::RewardHead;
+use super::shared::{Asked, SharedSequence};
 use crate::comm::ReduceOp;
 use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, PAGE_TOKENS, Rope, ScratchTensor};
 use crate::error::Result;
@@ -40,6 +41,10 @@ pub struct MicroBatch {
     pub sequence_starts: Vec<usize>,
     /// What a reward model is trained on; it reads neither targets nor weights.
     pub ratings: Option<Ratings>,
+    /// For scoring: sequences that share rows, in place of those of `sequence_starts`. Such a micro-batch has no backward.
+    pub shared: Option<Vec<SharedSequence>>,
+    /// For scoring: the questions that get token losses, in place of one target of each row. Such a micro-batch has no backward.
+    pub asked: Option<Asked>,
     /// Samples of this replica's share of the step that come before; what canonical sums go by.
     pub first_sample: usize,
 }
@@ -64,6 +69,8 @@ impl MicroBatch {
             weights: upload(bytemuck::cast_slice(weights), DType::F32)?,
             sequence_starts,
             ratings: None,
+            shared: None,
+            asked: None,
             first_sample: 0,
         })
     }
@@ -313,11 +320,13 @@ impl Chunk {
         self.blocks.iter_mut().flat_map(linear_params_of)
     }
 
-    /// The same, and the output layer over the vocabulary: the head's own or the embedding.
+    /// The same, and the output layer over the vocabulary: the head's own or the embedding, also where the head is another chunk's.
     pub(super) fn product_params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
         let output = match &mut self.head {
             Some(Head::Vocabulary(head)) => head.weight.as_mut().or(self.embedding.as_mut().map(|embedding| &mut embedding.weight)),
-            Some(Head::Reward(_)) | None => None,
+            Some(Head::Reward(_)) => None,
+            // Its copy is the output layer of the last chunk: what is looked up is the same under every layout.
+            None => self.embedding.as_mut().filter(|_| self.config.ties_embeddings()).map(|embedding| &mut embedding.weight),
         };
         self.blocks.iter_mut().flat_map(linear_params_of).chain(output)
     }
@@ -405,6 +414,10 @@ impl Chunk {
                 }
             });
         };
+        if let Some(asked) = &batch.asked {
+            assert!(saved.is_none(), "a micro-batch of questions has no backward");
+            return Output::TokenLosses(head.answers(ctx, residual, asked, self.tied_weight()));
+        }
         let (output, head_saved) = head.forward(ctx, residual, batch, self.tied_weight());
         if let Some(saved) = saved {
             saved.head = Some(head_saved);

@@ -7,6 +7,7 @@ use super::linear::{column_backward, column_backward_input, column_backward_weig
 use super::norm::{Norm, NormSaved, Residual};
 use super::numerics::Numerics;
 use super::param::Param;
+use super::shared::Asked;
 use crate::comm::ReduceOp;
 use crate::device::ScratchTensor;
 use crate::parallel::pieces::TP_PIECES;
@@ -66,30 +67,31 @@ impl OutputHead {
     /// residual[T', H] -> the loss of each token.
     pub fn forward(&self, ctx: &Ctx, residual: Residual, batch: &MicroBatch, tied: Option<&Param>) -> (TokenLosses, HeadSaved) {
         let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
-        let Part { first_row, n_valid } = self.part(weight);
+        let part = self.part(weight);
         let (normed, norm) = self.norm.forward(ctx, residual);
         let logits = column_forward(ctx, weight, &normed);
-        let n_tokens = logits.n_rows();
-        let [mut max, mut sum, mut target] = [(); 3].map(|()| ctx.take(&[n_tokens], DType::F32));
-        ctx.device.cross_entropy_max(&mut max, &logits, n_valid);
-        ctx.tp.all_reduce(&mut max, ReduceOp::Max); // tp: over the vocabulary
-        match ctx.numerics {
-            Numerics::Fast => ctx.device.cross_entropy_sum(&mut sum, &mut target, &logits, &max, &batch.targets, first_row, n_valid),
-            Numerics::Reproducible(canonical) => {
-                let (columns, n_pieces) = ((first_row, n_valid), TP_PIECES / ctx.tp.size());
-                canonical.sums.cross_entropy_sum_in_pairs(&mut sum, &mut target, &logits, &max, &batch.targets, columns, n_pieces);
+        let max = max_of(ctx, &logits, &part);
+        let (of_tokens, sum) = losses(ctx, (&logits, &part), &max, &batch.targets);
+        (of_tokens, HeadSaved { norm, normed, logits, max, sum })
+    }
+
+    /// The loss of each question, in their order; rows that are asked nothing have no logits, and rows that are asked several things
+    /// have them once. The bits are those of `forward`.
+    pub fn answers(&self, ctx: &Ctx, residual: Residual, asked: &Asked, tied: Option<&Param>) -> TokenLosses {
+        assert!(!ctx.is_sharded(), "questions are of rows that every rank has");
+        let part = self.part(self.weight.as_ref().or(tied).expect("an output layer, its own or tied"));
+        let logits = self.logits(ctx, residual, &asked.rows, tied);
+        let max = max_of(ctx, &logits, &part);
+        let mut answers = TokenLosses { losses: vec![0.0; asked.numbers.len()], is_greedy: vec![false; asked.numbers.len()] };
+        let mut numbers = asked.numbers.iter();
+        for targets in &asked.targets {
+            let n = targets.n_rows();
+            let (found, _) = losses(ctx, (&logits.rows(0..n), &part), &max.rows(0..n), targets);
+            for ((loss, is_greedy), number) in found.losses.into_iter().zip(found.is_greedy).zip(&mut numbers) {
+                (answers.losses[*number], answers.is_greedy[*number]) = (loss, is_greedy);
             }
         }
-        ctx.tp.all_reduce(&mut sum, ctx.sum_op()); // tp: over the vocabulary
-        ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
-        let [max_host, sum_host, target_host] = [&max, &sum, &target].map(|x| download(ctx, x));
-        // The terms may be large and nearly cancel: one rounding, at the end.
-        let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
-        let of_tokens = TokenLosses {
-            losses: (0..n_tokens).map(loss).collect(),
-            is_greedy: target_host.iter().zip(&max_host).map(|(target, max)| target == max).collect(),
-        };
-        (of_tokens, HeadSaved { norm, normed, logits, max, sum })
+        answers
     }
 
     /// dx[T', H] assigned; weight gradients accumulated. The loss is sum over tokens of weights[t] * loss[t].
@@ -148,11 +150,42 @@ impl OutputHead {
             return column_forward(ctx, weight, &normed); // a decode step wants them all
         }
         let mut wanted = ctx.take(&[rows.len(), normed.row_len()], normed.dtype());
-        for (to, &from) in rows.iter().enumerate() {
-            ctx.device.copy(&mut wanted.rows_mut(to..to + 1), &normed.rows(from..from + 1));
+        let mut to = 0;
+        for run in rows.chunk_by(|a, b| a + 1 == *b) {
+            ctx.device.copy(&mut wanted.rows_mut(to..to + run.len()), &normed.rows(run[0]..run[0] + run.len()));
+            to += run.len();
         }
         column_forward(ctx, weight, &wanted)
     }
+}
+
+/// The largest logit of each row over the whole vocabulary, [T] f32.
+fn max_of(ctx: &Ctx, logits: &Tensor, part: &Part) -> ScratchTensor {
+    let mut max = ctx.take(&[logits.n_rows()], DType::F32);
+    ctx.device.cross_entropy_max(&mut max, logits, part.n_valid);
+    ctx.tp.all_reduce(&mut max, ReduceOp::Max); // tp: over the vocabulary
+    max
+}
+
+/// logits[T, V/tp], max[T], targets[T] -> the loss of each target, and the sums of exponentials [T] f32.
+fn losses(ctx: &Ctx, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &Tensor) -> (TokenLosses, ScratchTensor) {
+    let Part { first_row, n_valid } = *part;
+    let n_tokens = logits.n_rows();
+    let [mut sum, mut target] = [(); 2].map(|()| ctx.take(&[n_tokens], DType::F32));
+    match ctx.numerics {
+        Numerics::Fast => ctx.device.cross_entropy_sum(&mut sum, &mut target, logits, max, targets, first_row, n_valid),
+        Numerics::Reproducible(canonical) => {
+            let (columns, n_pieces) = ((first_row, n_valid), TP_PIECES / ctx.tp.size());
+            canonical.sums.cross_entropy_sum_in_pairs(&mut sum, &mut target, logits, max, targets, columns, n_pieces);
+        }
+    }
+    ctx.tp.all_reduce(&mut sum, ctx.sum_op()); // tp: over the vocabulary
+    ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
+    let [max_host, sum_host, target_host] = [max, &*sum, &*target].map(|x| download(ctx, x));
+    // The terms may be large and nearly cancel: one rounding, at the end.
+    let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
+    let is_greedy = target_host.iter().zip(&max_host).map(|(target, max)| target == max).collect();
+    (TokenLosses { losses: (0..n_tokens).map(loss).collect(), is_greedy }, sum)
 }
 
 fn download(ctx: &Ctx, x: &Tensor) -> Vec<f32> {

@@ -2,10 +2,11 @@
 
 use super::chunk::{MicroBatch, Output};
 use super::ctx::Ctx;
-use super::head::{HeadDeferred as VocabularyDeferred, HeadSaved as VocabularySaved, OutputHead};
+use super::head::{HeadDeferred as VocabularyDeferred, HeadSaved as VocabularySaved, OutputHead, TokenLosses};
 use super::norm::Residual;
 use super::param::Param;
 use super::reward::{RewardDeferred, RewardHead, RewardSaved};
+use super::shared::Asked;
 use crate::device::ScratchTensor;
 
 /// One of the two.
@@ -47,6 +48,14 @@ impl Head {
                 let (attributes, saved) = head.forward(ctx, residual, batch);
                 (Output::Attributes(attributes), HeadSaved::Reward(saved))
             }
+        }
+    }
+
+    /// The loss of each question that is asked of a language model, in their order.
+    pub fn answers(&self, ctx: &Ctx, residual: Residual, asked: &Asked, tied: Option<&Param>) -> TokenLosses {
+        match self {
+            Head::Vocabulary(head) => head.answers(ctx, residual, asked, tied),
+            Head::Reward(_) => panic!("a reward model has no token losses"),
         }
     }
 

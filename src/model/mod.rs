@@ -20,3 +20,4 @@ pub mod numerics;
 pub mod packed;
 pub mod param;
 pub mod reward;
+pub mod shared;

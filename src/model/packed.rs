@@ -1,7 +1,7 @@
 //! The weights of linear layers in the form that the device multiplies best by, made once after loading, for inference. Which weights:
-//! those of the four linear layers of each block, and the output layer. A tied embedding that is the output layer of its chunk is packed
-//! too, and its rows are looked up in the packed form; an embedding that is only looked up, norms and the head of a reward model stay
-//! as they are.
+//! those of the four linear layers of each block, and the output layer. A tied embedding is packed too, in the first chunk also where the
+//! output layer is another chunk's copy, and its rows are looked up in the packed form; an embedding of its own, norms and the head of a
+//! reward model stay as they are.
 //!
 //! On the CPU every element of a product is then a sum in the canonical order of `numerics.mode = "reproducible"`: a row's bits depend on
 //! neither the other rows nor, under those numerics, on tp. On a device without a form of its own nothing changes.

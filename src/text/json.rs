@@ -49,6 +49,11 @@ impl JsonTokenizer {
         }
     }
 
+    /// The first of the tokens that the file itself puts around a text.
+    pub fn first_added(&self) -> Option<u32> {
+        self.tokenizer.encode_fast("", true).ok()?.get_ids().first().copied()
+    }
+
     /// The text of ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, true).unwrap_or_default()

@@ -72,6 +72,14 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// The token that a `tokenizer.json` asks to be put before every text; none of what is encoded here has it.
+    pub fn first_added(&self) -> Option<u32> {
+        match &self.sort {
+            Sort::SentencePiece(_) => None,
+            Sort::Json(tokenizer) => tokenizer.first_added(),
+        }
+    }
+
     /// Opens a SentencePiece `.model`, a `tokenizer.json`, or a tokenizer artifact (whose checksum is then compared). Errors: no
     /// such file, neither of the two, damaged, or of a sort that is not supported (unigram `.model`, ..).
     pub fn open(path: &Path) -> Result<Tokenizer> {

@@ -36,6 +36,20 @@ impl Golden {
         self.0["runs"].as_array().unwrap()
     }
 
+    /// The golden model with a tokenizer that asks for a beginning of sequence before every text, imported.
+    pub fn beginning_checkpoint(&self, place: &Place) -> PathBuf {
+        let (from, hf_dir, out) = (goldens().join("model"), place.path("beginning-hf"), place.path("beginning"));
+        std::fs::create_dir(&hf_dir).unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(from.join(name), hf_dir.join(name)).unwrap();
+        }
+        let mut tokenizer = json(&from.join("tokenizer.json"));
+        tokenizer["post_processor"] = self.0["post_processor"].clone();
+        std::fs::write(hf_dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        import_from(&hf_dir, &out);
+        out
+    }
+
     /// The rows of all benchmarks, each file under its published name.
     pub fn write_files(&self, dir: &Path) {
         for (name, text) in self.0["files"].as_object().unwrap() {
@@ -49,10 +63,19 @@ impl Golden {
 /// The golden model, imported.
 pub fn checkpoint(place: &Place) -> PathBuf {
     let out = place.path("model");
-    let mut import = Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint"));
-    let output = import.arg("import").arg(goldens().join("model")).arg("--out").arg(&out).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    import("evaluate/model", &out);
     out
+}
+
+/// A model of the golden files, imported.
+pub fn import(name: &str, out: &Path) {
+    import_from(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name), out);
+}
+
+fn import_from(from: &Path, out: &Path) {
+    let mut import = Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint"));
+    let output = import.arg("import").arg(from).arg("--out").arg(out).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// trireme-evaluate.

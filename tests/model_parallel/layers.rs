@@ -33,6 +33,8 @@ fn batch(tokens: &[u32], targets: &[u32], positions: &[u32], weights: &[f32]) ->
         weights: Tensor::from_f32(&[T], weights),
         sequence_starts: STARTS.to_vec(),
         ratings: None,
+        shared: None,
+        asked: None,
         first_sample: 0,
     }
 }

@@ -102,6 +102,17 @@ pub fn bos_id(stored: &Stored) -> Result<Option<u32>> {
     }
 }
 
+/// Whether transformers puts this token before every text of the model: when its tokenizer.json asks for it, or, where there is none, when
+/// its tokenizer_config.json does.
+pub fn adds_first(stored: &Stored, id: u32) -> Result<bool> {
+    let companion = stored.meta().companions.get(text::JSON_FILE);
+    let json = companion.or(stored.meta().tokenizer.as_ref()).filter(|bytes| text::file_name(bytes) == text::JSON_FILE);
+    match json {
+        Some(bytes) => Ok(Tokenizer::from_bytes(bytes.clone(), &stored.dir().join(text::JSON_FILE))?.first_added() == Some(id)),
+        None => Ok(value(stored, TOKENIZER_CONFIG)["add_bos_token"] == true),
+    }
+}
+
 /// The tokens that end what the model says: as transformers has it, by the generation_config.json that it came with, else by its
 /// config.json, else by its tokenizer; none when nobody knows.
 pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {

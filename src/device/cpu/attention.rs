@@ -63,16 +63,18 @@ struct Outputs<'a, E> {
     lse: Option<(Shared<'a, f32>, usize)>,
 }
 
-/// See `Device::attention`.
-pub fn attention<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], lse: &mut [f32], qkv: &[E], (starts, heads): (&[usize], Heads)) {
+/// See `Device::attention_from`; `sequences` are its starts, the first rows that are wanted of each, and the heads. Blocks without a wanted
+/// row are left out, the others are those of `attention`.
+pub fn attention<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], lse: &mut [f32], qkv: &[E], sequences: (&[usize], &[usize], Heads)) {
+    let (starts, wanted, heads) = sequences;
     let (columns, per_kv) = (heads.qkv_columns(), heads.queries_per_kv());
     let n_tokens = qkv.len() / columns;
     let outputs = Outputs { out: Shared::new(out), lse: Some((Shared::new(lse), n_tokens)) };
     let mut tasks: Vec<(Range<usize>, usize, Range<usize>)> = Vec::new();
-    for ends in starts.windows(2) {
+    for (ends, first) in starts.windows(2).zip(wanted) {
         let rows = (ends[1] - ends[0]) * per_kv;
         // The longest first, so that the threads end together.
-        for block in (0..rows.div_ceil(ROWS)).rev() {
+        for block in (first * per_kv / ROWS..rows.div_ceil(ROWS)).rev() {
             tasks.extend((0..heads.kv).map(|group| (ends[0]..ends[1], group, block * ROWS..((block + 1) * ROWS).min(rows))));
         }
     }

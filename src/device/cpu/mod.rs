@@ -370,13 +370,18 @@ impl Device for Cpu {
     }
 
     fn attention(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], heads: Heads) {
+        self.attention_from(out, lse, qkv, sequence_starts, &vec![0; sequence_starts.len().saturating_sub(1)], heads);
+    }
+
+    fn attention_from(&self, out: &mut Tensor, lse: &mut Tensor, qkv: &Tensor, sequence_starts: &[usize], wanted: &[usize], heads: Heads) {
         assert_rows("attention", &[qkv], qkv.n_rows(), heads.qkv_columns());
         assert_rows("attention", &[out], qkv.n_rows(), heads.query * heads.dim);
         assert_sequences("attention", sequence_starts, qkv.n_rows());
         assert_eq!(lse.n_elements(), heads.query * qkv.n_rows(), "attention: {lse:?} for {heads:?}");
+        assert_eq!(wanted.len() + 1, sequence_starts.len(), "attention: {wanted:?} of {sequence_starts:?}");
         float!(qkv.dtype(), E => {
             let (out, lse, qkv) = (elements_mut::<E>(out), lse.f32_mut(), elements::<E>(qkv));
-            attention::attention(self.isa, &self.pool, out, lse, qkv, (sequence_starts, heads));
+            attention::attention(self.isa, &self.pool, out, lse, qkv, (sequence_starts, wanted, heads));
         });
     }
 

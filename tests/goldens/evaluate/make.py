@@ -19,7 +19,7 @@ import sys
 
 import datasets
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rows
@@ -186,7 +186,7 @@ def sample(model, task, found):
     }
 
 
-def run(model, tasks, n_shots):
+def run(model, tasks, n_shots, bos=None):
     results = lm_eval.simple_evaluate(model=model, tasks=tasks, num_fewshot=n_shots, log_samples=True, batch_size=1)
     samples = {}
     for task, found in results["samples"].items():
@@ -202,7 +202,7 @@ def run(model, tasks, n_shots):
     wanted = lambda key: "," in key and not key.endswith("_stderr")
     scores = {task: {key: value for key, value in found.items() if wanted(key)} for task, found in results["results"].items()}
     scores.update({name: {key: value for key, value in found.items() if wanted(key)} for name, found in results.get("groups", {}).items()})
-    return {"tasks": tasks, "n_shots": n_shots, "samples": samples, "scores": scores}
+    return {"tasks": tasks, "n_shots": n_shots, "bos": bos, "samples": samples, "scores": scores}
 
 
 def main():
@@ -215,19 +215,30 @@ def main():
         tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOS, bos_token=EOS, pad_token=EOS)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    model = Recording(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    weights, plain = model, tokenizer
+    model = Recording(pretrained=weights, tokenizer=plain, batch_size=1)
+    # The same with a beginning of sequence before every text, as Llama's tokenizer.json asks for; and what add_bos_token makes of it.
+    begun = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begun.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
+    begun = PreTrainedTokenizerFast(tokenizer_object=begun, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+    with_bos = lambda add: Recording(pretrained=weights, tokenizer=begun, batch_size=1, add_bos_token=add)
+    few = ["arc_challenge", "winogrande", "bbh_cot_fewshot_snarks"]
     runs = [
         run(model, ["arc_challenge", "winogrande", "hellaswag"], None),
         run(model, ["arc_challenge"], 3),
         run(model, ["winogrande", "hellaswag"], 2),
         run(model, ["mmlu"], 5),
         run(model, ["gsm8k", "bbh"], None),
+        run(with_bos(True), few, None, "always"),
+        run(with_bos(True), ["mmlu_anatomy"], 5, "always"),
+        run(with_bos(False), few[:2], None, "empty"),
+        run(with_bos(None), few[:2], None, "auto"),
     ]
     answers = [one for r in runs for items in r["samples"].values() for one in items if "margin" in one]
     print(f"smallest margin of {len(answers)} greedy answers: {min(one['margin'] for one in answers):.2e}", file=sys.stderr)
     for r in runs:
         print(json.dumps({k: v for k, v in r["scores"].items() if not k.startswith(("mmlu_", "bbh_cot"))}, default=str), file=sys.stderr)
-    golden = {"files": FILES, "runs": runs}
+    golden = {"files": FILES, "runs": runs, "post_processor": json.loads(begun.backend_tokenizer.to_str())["post_processor"]}
     (HERE / "golden.json.gz").write_bytes(gzip.compress(json.dumps(golden, ensure_ascii=False, default=str).encode(), mtime=0))
 
 
