@@ -7,7 +7,9 @@
 # - a wrong recipe ends a job with 2, a damaged shard with 3, and the job that depends on it never runs;
 # - when one rank of two is killed, the job ends instead of waiting for ever;
 # - a job whose environment does not say when its time is up asks squeue, and leaves with 75 before;
-# - a proof of the recipe on both nodes against one rank ends well.
+# - a proof of the recipe on both nodes against one rank ends well;
+# - scores of given text are made on both nodes; an evaluation that gets USR1 leaves with 75, is requeued, goes on with what it had and
+#   ends in the bytes of one that nobody disturbed.
 #
 # Needs root on Debian (and namespaces; without, the nodes share the machine's network); else says so and leaves with 77.
 set -euo pipefail
@@ -18,7 +20,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "skipped: a SLURM cluster on one machine takes root on Debian (this is $(id -un) on $(uname -sr))"
   exit 77
 fi
-for name in train-tokenizer tokenize pretrain generate checkpoint prove; do
+for name in train-tokenizer tokenize pretrain generate checkpoint prove score evaluate; do
   [ -x "$TRIREME_BIN/trireme-$name" ] || { echo "no $TRIREME_BIN/trireme-$name: run cargo build --release first" >&2; exit 1; }
 done
 
@@ -262,6 +264,46 @@ prove_end() {
   check "and says what it compared" contains "$WORK/prove.log" "tp 1 x pp 1 x dp 2, vp 1, against one rank: 1 layers, 3 steps"
 }
 
+score_begin() {
+  printf '{"id": "%s", "text": "fn main() { return %s; }"}\n' 1 1 2 22 3 333 >"$WORK/texts.jsonl"
+  # shellcheck disable=SC2086
+  scored=$(CHECKPOINT=$WORK/chain/run INPUT=$WORK/texts.jsonl OUT=$WORK/scores sbatch --parsable $SPREAD --time=10 \
+    --output="$WORK/scores.log" slurm/score.sbatch)
+}
+
+score_end() {
+  wait_for 60 is_over "$scored" || scancel "$scored"
+  check "scoring succeeds" ended_as "$scored" "COMPLETED 0:0"
+  check "the scores are an artifact" is_artifact "$WORK/scores" scores
+  check "each text has its log-probabilities" is "$(rows "$WORK/scores/logprobs.jsonl")" 3
+}
+
+# Enough items that the signal comes in the middle: 8000 choices, one a pass.
+evaluate_begin() {
+  mkdir -p "$WORK/benchmarks/winogrande"
+  seq 4000 | sed 's/.*/{"qID": "&", "sentence": "fn a& and b: the _ is &", "option1": "fn", "option2": "let", "answer": "1"}/' \
+    >"$WORK/benchmarks/winogrande/dev.jsonl"
+  # shellcheck disable=SC2086
+  evaluated=$(CHECKPOINT=$WORK/chain/run DATA=$WORK/benchmarks TASKS=winogrande OUT=$WORK/evaluated ARGS="--batch-tokens 1" \
+    sbatch --parsable $SPREAD --time=10 --output="$WORK/evaluated.log" slurm/evaluate.sbatch)
+  wait_for 30 has_answers 200 || true
+  scancel --signal=USR1 "$evaluated"
+}
+
+has_answers() { [ "$(cat "$WORK"/evaluated.tmp-*/journal/*.lines 2>/dev/null | wc -l)" -ge "$1" ]; }
+
+evaluate_end() {
+  check "an evaluation that gets USR1 is requeued and starts again" wait_for 60 restarted "$evaluated"
+  wait_for 60 is_over "$evaluated" || scancel "$evaluated"
+  check "and finishes" ended_as "$evaluated" "COMPLETED 0:0"
+  check "having left with 75" contains "$WORK/evaluated.log" "saved and requeued (restart 1)"
+  check "and gone on with what it had" contains "$WORK/evaluated.log" "[0-9]* of 8000 sequences are scored already"
+  "$TRIREME_BIN/trireme-evaluate" run --checkpoint "$WORK/chain/run" --data "$WORK/benchmarks" --task winogrande \
+    --out "$WORK/undisturbed" >"$WORK/undisturbed.log" 2>&1 || true
+  check "its scores are those of an undisturbed one" cmp "$WORK/evaluated/scores.json" "$WORK/undisturbed/scores.json"
+  check "and so is its evidence" cmp "$WORK/evaluated/winogrande.jsonl" "$WORK/undisturbed/winogrande.jsonl"
+}
+
 trap clean_up EXIT
 started=$SECONDS
 if bash slurm/dev-cluster.sh is-up; then was_up=1; fi
@@ -273,11 +315,15 @@ printf '%s\n' '{"id": "a", "prompt": "fn ", "max_new_tokens": 8}' '{"id": "b", "
 chain
 squeue_begin
 requeue_begin
+evaluate_begin
+score_begin
 wrong_input
 prove_begin
 rank_killed
 prove_end
+score_end
 requeue_end
+evaluate_end
 chain_again
 squeue_end
 echo "SLURM: $((SECONDS - started)) s"
