@@ -23,13 +23,13 @@ use crate::device::packed::{PackedForm, PackedProducts, PackedWeight};
 use crate::error::Result;
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
-use int8::RowPanel;
+use int8::RowScales;
 use tiles::{Job, Out, Scales};
 
 /// Output channels of a panel.
 const LANES: usize = 32;
-/// Bytes of the panels that a task keeps in the second-level cache while rows pass by.
-const BLOCK_BYTES: usize = 384 * 1024;
+/// Bytes of the panels that a task keeps in the second-level cache while rows pass by, and fetches for the next one.
+const BLOCK_BYTES: usize = 256 * 1024;
 /// Most pieces that are added in pairs.
 const MOST_PIECES: usize = 8;
 /// Most terms of a piece of integers: sums of as many products of 8 bits fit 32.
@@ -172,11 +172,13 @@ impl PackedProducts for Cpu {
         };
         let job = Job { word, x: &packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
         let n_panels = n.div_ceil(LANES);
-        // As many panels as the cache holds, but enough tasks that the threads end together.
-        let fair = n_panels.div_ceil(4 * rayon::current_num_threads());
-        let in_task = (BLOCK_BYTES / (4 * words * LANES).max(1)).clamp(1, fair);
-        for_tasks(n_panels.div_ceil(in_task), m * n * words / 16, |task| {
-            tiles::tiles(self.isa, &job, task * in_task..((task + 1) * in_task).min(n_panels));
+        // As many panels as the cache holds, but as much for each thread, in enough tasks that they end together; in pairs for one row.
+        let (n_threads, unit) = (rayon::current_num_threads(), if m == 1 { 2 } else { 1 });
+        let (n_units, n_blocks) = (n_panels.div_ceil(unit), (4 * n_panels * words * LANES).div_ceil(BLOCK_BYTES));
+        let n_tasks = n_blocks.max(4 * n_threads).next_multiple_of(n_threads).min(n_units);
+        for_tasks(n_tasks, m * n * words / 16, |task| {
+            let [first, end] = [task, task + 1].map(|task| (unit * (task * n_units / n_tasks)).min(n_panels));
+            tiles::tiles(self.isa, &job, first..end);
         });
     }
 
@@ -228,22 +230,24 @@ impl Cpu {
 
     /// Rows of x, so many a panel, as integers: (words, scales, what sums begin with). Rows past the last one have all 0.
     fn pack_bytes(&self, to: (&mut [f32], &mut [f32], &mut [f32]), (x, width): (&Tensor, usize), order: &Order) {
-        let (m, k, size, n_scales) = (x.n_rows(), x.row_len(), width * order.words(), width * order.n_runs.len());
+        let (m, k, n_words, n_scales) = (x.n_rows(), x.row_len(), order.words(), width * order.n_runs.len());
         let (words, scales, begin) = (Shared::new(to.0), Shared::new(to.1), Shared::new(to.2));
         for_tasks(m.div_ceil(width), m * k, |panel| {
             let of_scales = panel * n_scales..(panel + 1) * n_scales;
             // SAFETY: each panel is packed by one task.
             let (scales, begin) = unsafe { (scales.part(of_scales.clone()), begin.part(of_scales)) };
             // SAFETY: as above.
-            let mut to = RowPanel { words: unsafe { words.part(panel * size..(panel + 1) * size) }, scales, begin };
-            let mut wide = self.pool.take(k);
+            let words = unsafe { words.part(panel * width * n_words..(panel + 1) * width * n_words) };
+            let (mut wide, mut rows, mut to) = (self.pool.take(k), self.pool.take(width * n_words), RowScales { scales, begin });
             for row in 0..width {
                 match panel * width + row {
                     at if at < m => float!(x.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(x)[at * k..][..k])),
                     _ => wide.fill(0.0),
                 }
-                to.set_row(self.isa, (row, width), &wide, order);
+                to.set_row(self.isa, &mut rows[row * n_words..][..n_words], (row, width), &wide, order);
             }
+            let side = Side { data: &rows[..], len: width, k: n_words, k_contiguous: true, width };
+            panels::pack(self.isa, words, side, 0..1, &[Piece { terms: 0..n_words, words: 0..n_words }]);
         });
     }
 }

@@ -25,6 +25,9 @@ kernel! {
     }
 }
 
+/// Added to a number up to 2^22 in size, it rounds it to the nearest integer, ties to even, and leaves that in the low bits.
+const TO_INTEGER: f32 = 12_582_912.0; // 1.5 * 2^23
+
 kernel! {
     /// to[i] = x[i] by this scale; returns their sum.
     pub fn integers over V [] (to: &mut [i8], x: &[f32], scale: f32) -> i32 {
@@ -34,7 +37,7 @@ kernel! {
         }
         let mut sum = 0;
         for (to, x) in to.iter_mut().zip(x) {
-            let integer = (x / scale).round_ties_even().clamp(-LARGEST, LARGEST) as i32;
+            let integer = ((x / scale).clamp(-LARGEST, LARGEST) + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits()) as i32;
             *to = integer as i8;
             sum += integer;
         }
@@ -42,30 +45,27 @@ kernel! {
     }
 }
 
-/// A panel of x: words [words][rows], scales [pieces][rows], and what each sum begins with, [pieces][rows]: the weights' offset taken
-/// off, as it comes in with every term.
-pub struct RowPanel<'a> {
-    /// Four integers each.
-    pub words: &'a mut [f32],
+/// Of a panel of rows of x: scales [pieces][rows], and what each sum begins with, [pieces][rows]: the weights' offset taken off, as it
+/// comes in with every term.
+pub struct RowScales<'a> {
     /// The scales.
     pub scales: &'a mut [f32],
     /// 32-bit integers.
     pub begin: &'a mut [f32],
 }
 
-impl RowPanel<'_> {
-    /// Row `row` of so many.
-    pub fn set_row(&mut self, isa: super::Isa, (row, rows): (usize, usize), x: &[f32], order: &Order) {
-        let mut integers = vec![0i8; 4 * order.words()];
+impl RowScales<'_> {
+    /// Row `row` of so many: words of four integers each, and its scales.
+    pub fn set_row(&mut self, isa: super::Isa, words: &mut [f32], (row, rows): (usize, usize), x: &[f32], order: &Order) {
+        let integers: &mut [i8] = bytemuck::cast_slice_mut(words);
         for (piece, run) in order.runs.iter().enumerate() {
-            let x = &x[run.terms.clone()];
+            let (x, to) = (&x[run.terms.clone()], &mut integers[4 * run.words.start..4 * run.words.end]);
             let scale = scale_of(size(isa, x));
-            let sum = self::integers(isa, &mut integers[4 * run.words.start..][..x.len()], x, scale);
+            let (to, behind) = to.split_at_mut(x.len());
+            let sum = self::integers(isa, to, x, scale);
+            behind.fill(0);
             self.scales[piece * rows + row] = scale;
             self.begin[piece * rows + row] = f32::from_bits((-OFFSET * sum) as u32);
-        }
-        for (to, word) in self.words[row..].iter_mut().step_by(rows).zip(integers.chunks_exact(4)) {
-            *to = f32::from_bits(u32::from_le_bytes([word[0] as u8, word[1] as u8, word[2] as u8, word[3] as u8]));
         }
     }
 }

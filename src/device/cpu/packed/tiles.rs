@@ -1,7 +1,7 @@
 //! Tiles of products with packed weights: all rows of a panel of x with all lanes of a panel of W, in registers for all of k.
 
 use super::{LANES, Order, Word};
-use crate::device::cpu::lanes::{Isa, Vector, kernel, load, store};
+use crate::device::cpu::lanes::{Isa, Vector, kernel, load, prefetch, store};
 use crate::device::cpu::parallel::Shared;
 use half::bf16;
 use std::mem::MaybeUninit;
@@ -113,20 +113,31 @@ unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
     sums
 }
 
+/// The sums to where they wait, a register at a time: as one move they would go through memory twice.
 #[inline(always)]
-fn add<V: Vector, const R: usize, const P: usize>(to: &mut Sums<V, R, P>, more: &Sums<V, R, P>) {
-    for (to, more) in to.iter_mut().zip(more) {
-        for (to, more) in to.iter_mut().zip(more) {
-            *to = [to[0].add(more[0]), to[1].add(more[1])];
-        }
+fn keep<V: Vector, const R: usize, const P: usize>(place: &mut MaybeUninit<Sums<V, R, P>>, sums: &Sums<V, R, P>) {
+    let to = place.as_mut_ptr().cast::<f32>();
+    for (i, sum) in sums.as_flattened().as_flattened().iter().enumerate() {
+        // SAFETY: a place has the size of all sums, V::N floats each.
+        unsafe { sum.store(to.add(i * V::N)) };
+    }
+}
+
+/// sums += those that wait. SAFETY: they were kept.
+#[inline(always)]
+unsafe fn add<V: Vector, const R: usize, const P: usize>(sums: &mut Sums<V, R, P>, kept: &MaybeUninit<Sums<V, R, P>>) {
+    let from = kept.as_ptr().cast::<f32>();
+    for (i, sum) in sums.as_flattened_mut().as_flattened_mut().iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *sum = sum.add(unsafe { V::load(from.add(i * V::N)) });
     }
 }
 
 /// What the sum of a piece begins with.
 #[inline(always)]
-fn begin<V: Vector, const R: usize, const P: usize>(job: &Job, (row_panel, piece): (usize, usize)) -> Sums<V, R, P> {
+fn begin<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, (row_panel, piece): (usize, usize)) -> Sums<V, R, P> {
     let mut sums = [[[V::zero(); 2]; P]; R];
-    if let Some(scales) = &job.scales {
+    if let (BYTES, Some(scales)) = (WORD, &job.scales) {
         let begin = &scales.begin[(row_panel * job.order.n_runs.len() + piece) * R..][..R];
         for (sums, begin) in sums.iter_mut().zip(begin) {
             *sums = [[V::splat(*begin); 2]; P];
@@ -166,33 +177,32 @@ fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, ro
         *w = job.weight[(panel + p) * words * LANES..][..words * LANES].as_ptr().wrapping_add(lane);
     }
     // Which sums wait is the binary number of the pieces done.
-    let mut waiting = [MaybeUninit::<Sums<V, R, P>>::uninit(); N_WAITING];
-    let mut next_run = 0;
+    let mut waiting = [const { MaybeUninit::<Sums<V, R, P>>::uninit() }; N_WAITING];
+    let mut runs = job.order.runs.iter();
     for (done, n_runs) in job.order.n_runs.iter().enumerate() {
-        let mut sums = begin(job, (row_panel, done));
-        for (i, run) in job.order.runs[next_run..][..*n_runs].iter().enumerate() {
-            if i == 0 {
-                // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
-                sums = unsafe { chain::<V, WORD, R, P>(sums, &mut x, &mut w, run.words.len()) };
-            } else {
-                // SAFETY: as above.
-                let more = unsafe { chain::<V, WORD, R, P>([[[V::zero(); 2]; P]; R], &mut x, &mut w, run.words.len()) };
-                add(&mut sums, &more);
+        let words = runs.next().map_or(0, |run| run.words.len());
+        // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
+        let mut sums = unsafe { chain::<V, WORD, R, P>(begin::<V, WORD, R, P>(job, (row_panel, done)), &mut x, &mut w, words) };
+        for run in runs.by_ref().take(n_runs - 1) {
+            let mut total = MaybeUninit::uninit();
+            keep(&mut total, &sums);
+            // SAFETY: as above; the total was just kept.
+            unsafe {
+                sums = chain::<V, WORD, R, P>([[[V::zero(); 2]; P]; R], &mut x, &mut w, run.words.len());
+                add(&mut sums, &total);
             }
         }
-        next_run += n_runs;
         if let (BYTES, Some(scales)) = (WORD, &job.scales) {
             scale(&mut sums, (job, scales), (row_panel, done), panel * LANES + lane);
         }
         let n_full = done.trailing_ones() as usize;
         for earlier in &waiting[..n_full] {
             // SAFETY: it was written when as many pieces were done as make it wait.
-            add(&mut sums, unsafe { earlier.assume_init_ref() });
+            unsafe { add(&mut sums, earlier) };
         }
-        if done + 1 < n_pieces {
-            waiting[n_full].write(sums);
-        } else {
-            store_sums(job, (row_panel * R, panel * LANES + lane), &sums);
+        match waiting.get_mut(n_full).filter(|_| done + 1 < n_pieces) {
+            Some(place) => keep(place, &sums),
+            None => store_sums(job, (row_panel * R, panel * LANES + lane), &sums),
         }
     }
 }
@@ -220,13 +230,23 @@ fn store_sums<V: Vector, const R: usize, const P: usize>(job: &Job, (row, column
     }
 }
 
+/// Tiles of so many row panels leave the memory time to bring what comes after them.
+const LEAST_ROW_PANELS: usize = 4;
+
 /// All tiles of these panels of W. One row alone takes two panels at a time: a chain waits for its own last addition.
 #[inline(always)]
 fn rows_by_panels<V: Vector, const WORD: u8, const R: usize>(job: &Job, panels: Range<usize>) {
-    for row_panel in 0..job.size.0.div_ceil(R) {
+    let (size, n_row_panels) = (job.order.words() * LANES, job.size.0.div_ceil(R));
+    // While the rows pass by, as many panels that come next are fetched, a share at each tile.
+    let next = &job.weight[(panels.end * size).min(job.weight.len())..];
+    let next = if n_row_panels < LEAST_ROW_PANELS { &[] } else { &next[..next.len().min(panels.len() * size)] };
+    let (mut n_tiles, share) = (0, next.len().div_ceil(n_row_panels * panels.len().max(1)).next_multiple_of(16));
+    for row_panel in 0..n_row_panels {
         let mut panel = panels.start;
         while panel < panels.end {
             let pair = R == 1 && panel + 2 <= panels.end;
+            prefetch(&next[(n_tiles * share).min(next.len())..((n_tiles + 1) * share).min(next.len())]);
+            n_tiles += 1;
             for lane in (0..LANES).step_by(2 * V::N) {
                 if pair {
                     tile::<V, WORD, R, 2>(job, row_panel, panel, lane);
