@@ -380,6 +380,17 @@ impl Tensor {
         TensorViewMut { tensor: self.alias(rows), of: PhantomData }
     }
 
+    /// The same memory as another number of rows. Panics when host memory has not so many.
+    pub fn with_rows(self, n_rows: usize) -> Tensor {
+        let mut dims = self.shape.dims().to_vec();
+        dims[0] = n_rows;
+        let tensor = Tensor { shape: Shape::new(&dims), ..self };
+        if let Storage::Host(buffer) = &tensor.shared.storage {
+            assert!(tensor.offset_bytes + tensor.n_bytes() <= buffer.layout.size(), "{n_rows} rows of {:?}", self.shape);
+        }
+        tensor
+    }
+
     /// The same elements under another shape of equal size.
     pub fn reshaped(&self, dims: &[usize]) -> TensorView<'_> {
         let mut tensor = self.alias(0..self.n_rows());

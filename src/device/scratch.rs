@@ -13,6 +13,17 @@ type Shelf = Mutex<HashMap<(Vec<usize>, DType), Vec<Tensor>>>;
 #[derive(Clone, Default)]
 pub struct Scratch {
     shelf: Arc<Shelf>,
+    rows: Rows,
+}
+
+/// For how many rows memory is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Rows {
+    /// Those that were asked for.
+    #[default]
+    Exact,
+    /// The next power of two.
+    Rounded,
 }
 
 impl Scratch {
@@ -21,19 +32,31 @@ impl Scratch {
         Scratch::default()
     }
 
+    /// An empty pool for temporaries of ever other numbers of rows: up to twice the memory, but in few sizes.
+    pub fn of_any_rows() -> Self {
+        Scratch { rows: Rows::Rounded, ..Scratch::default() }
+    }
+
     /// A tensor of this shape with unspecified contents. Panics when the device has no memory left: at this depth nobody
     /// can repair it.
     pub fn take(&self, device: &dyn Device, shape: &[usize], dtype: DType) -> ScratchTensor {
-        let key = (shape.to_vec(), dtype);
+        let mut whole = shape.to_vec();
+        if self.rows == Rows::Rounded {
+            whole[0] = whole[0].next_power_of_two();
+        }
+        let n_rows = whole[0];
+        let key = (whole, dtype);
         let kept = self.shelf.lock().expect("no panic while holding the shelf").get_mut(&key).and_then(Vec::pop);
-        let tensor = kept.unwrap_or_else(|| device.alloc(shape, dtype).unwrap_or_else(|error| panic!("{error}")));
-        ScratchTensor { tensor: Some(tensor), shelf: Arc::clone(&self.shelf) }
+        let tensor = kept.unwrap_or_else(|| device.alloc(&key.0, dtype).unwrap_or_else(|error| panic!("{error}")));
+        ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf: Arc::clone(&self.shelf) }
     }
 }
 
 /// A temporary. Dereferences to [`Tensor`]; goes back to its pool when dropped.
 pub struct ScratchTensor {
     tensor: Option<Tensor>,
+    /// Rows that its memory was taken for.
+    n_rows: usize,
     shelf: Arc<Shelf>,
 }
 
@@ -53,7 +76,33 @@ impl DerefMut for ScratchTensor {
 impl Drop for ScratchTensor {
     fn drop(&mut self) {
         if let (Some(tensor), Ok(mut shelf)) = (self.tensor.take(), self.shelf.lock()) {
+            let tensor = tensor.with_rows(self.n_rows);
             shelf.entry((tensor.dims().to_vec(), tensor.dtype())).or_default().push(tensor);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    /// Temporaries of many numbers of rows are made of the memory of a few, never two of one at a time, and none reaches past what it
+    /// was taken for.
+    #[test]
+    fn rows_of_any_number_share_memory() {
+        let (cpu, scratch) = (Cpu::new(), Scratch::of_any_rows());
+        let taken = |n| scratch.take(&cpu, &[n, 7], DType::F32);
+        for n in (1..=64).rev().chain(1..=64) {
+            let (mut first, mut second) = (taken(n), taken(n));
+            assert_eq!((first.dims(), first.f32().len()), (&[n, 7][..], 7 * n));
+            first.f32_mut().fill(n as f32);
+            second.f32_mut().fill(-1.0);
+            assert!(first.f32().iter().all(|x| *x == n as f32));
+        }
+        assert_eq!(cpu.memory().n_allocations, 2 * 7, "1, 2, 4, .. 64 rows, twice each");
+        let exact = Scratch::new();
+        (1..=8).for_each(|n| drop(exact.take(&cpu, &[n, 7], DType::F32)));
+        assert_eq!(cpu.memory().n_allocations, 2 * 7 + 8);
     }
 }

@@ -35,14 +35,9 @@ pub struct Passes<'a> {
     chunk: &'a Chunk,
     caches: Vec<KvCache>,
     decoder: Decoder,
-    /// Temporaries of passes all of whose rows are wanted: they come in few sizes.
-    decode: Scratch,
-    /// Temporaries of the last other pass, for others of its size: prompts in chunks fill passes to the same size.
-    prompts: (Size, Scratch),
+    /// Temporaries of other passes, which have ever other numbers of rows.
+    scratch: Scratch,
 }
-
-/// Rows of a pass, and those that are wanted.
-type Size = (usize, usize);
 
 /// A pass under way.
 pub struct UnderWay<'a> {
@@ -80,8 +75,7 @@ impl<'a> Passes<'a> {
     /// With a cache of so many pages. Err: out of memory.
     pub fn new(device: &'a dyn Device, groups: &'a Groups, chunk: &'a Chunk, n_pages: usize) -> Result<Passes<'a>> {
         let caches = chunk.new_caches(device, n_pages)?;
-        let (decoder, decode, prompts) = (Decoder::default(), Scratch::new(), ((0, 0), Scratch::new()));
-        Ok(Passes { device, groups, chunk, caches, decoder, decode, prompts })
+        Ok(Passes { device, groups, chunk, caches, decoder: Decoder::default(), scratch: Scratch::of_any_rows() })
     }
 
     /// How many passes may be under way at one time, so that every stage has work.
@@ -97,23 +91,20 @@ impl<'a> Passes<'a> {
         let asked = if mine == Signal::Stop { 1.0 } else { 0.0 };
         let mut signal = if groups.tp.sum_f64(asked) > 0.0 { Signal::Stop } else { Signal::GoOn };
         let rows = Rows::of(parts);
-        let size = (rows.tokens.len(), rows.wanted.len());
-        if size.0 != size.1 && self.prompts.0 != size {
-            self.prompts = (size, Scratch::new());
-        }
-        let scratch = if size.0 == size.1 { &self.decode } else { &self.prompts.1 };
         let numerics = Numerics::of_inference(self.device, groups.layout.tp);
-        let ctx = Ctx { device: self.device, tp: &*groups.tp, scratch, sequence: SequenceMode::Replicated, numerics };
+        let ctx = Ctx { device: self.device, tp: &*groups.tp, scratch: &self.scratch, sequence: SequenceMode::Replicated, numerics };
         let is_decode = rows.spans.iter().all(|span| span.rows.len() == 1);
         let mut under_way = UnderWay { signal, choices: Vec::new(), hidden: None, told: None };
-        let choose = |logits: &Tensor| sampling::choose_rows(self.device, &*groups.tp, logits, self.chunk.config().vocab_size, drawings);
-        if is_decode && size.0 == size.1 && groups.layout.tp * groups.layout.pp == 1 {
+        let (device, n_valid) = (self.device, self.chunk.config().vocab_size);
+        let choose = |logits: &Tensor| sampling::choose_rows(device, &*groups.tp, logits, n_valid, drawings);
+        if is_decode && rows.wanted.len() == rows.tokens.len() && groups.layout.tp * groups.layout.pp == 1 {
             let new = NewTokens { tokens: &rows.tokens, positions: &rows.positions, spans: &rows.spans };
-            under_way.choices = choose(self.decoder.logits(&ctx, self.chunk, &new, &mut self.caches));
+            let (chunk, decoder, caches) = (self.chunk, &mut self.decoder, &mut self.caches);
+            self.device.run_together(&mut || under_way.choices = choose(decoder.logits(&ctx, chunk, &new, caches)));
             return under_way;
         }
         let [tokens, positions] = [&rows.tokens, &rows.positions].map(|values| upload(&ctx, values));
-        let received = (at.pp > 0).then(|| self.receive_hidden(&ctx, size.0));
+        let received = (at.pp > 0).then(|| self.receive_hidden(&ctx, rows.tokens.len()));
         if let Some((_, Signal::Stop)) = received {
             signal = Signal::Stop;
         }
@@ -125,7 +116,11 @@ impl<'a> Passes<'a> {
         let (mut input, mut output) = (Some(input), None);
         let mut forward = || {
             let input = input.take().expect("it runs once");
-            output = Some(chunk.forward_cached(&ctx, input, &positions, &rows.spans, caches, &rows.wanted));
+            let of_pass = chunk.forward_cached(&ctx, input, &positions, &rows.spans, caches, &rows.wanted);
+            if let CachedOutput::Logits(logits) = &of_pass {
+                under_way.choices = choose(logits);
+            }
+            output = Some(of_pass);
         };
         // Between tensor-parallel ranks a forward waits for others.
         if groups.layout.tp == 1 {
@@ -138,8 +133,7 @@ impl<'a> Passes<'a> {
         under_way.signal = signal;
         match output {
             CachedOutput::Hidden(hidden) if !is_last => under_way.hidden = Some(self.send_hidden(hidden, signal)),
-            CachedOutput::Hidden(_) => {} // no row is wanted
-            CachedOutput::Logits(logits) => under_way.choices = choose(&logits),
+            CachedOutput::Hidden(_) | CachedOutput::Logits(_) => {} // no row is wanted, or all were chosen
         }
         if is_last && groups.layout.pp > 1 {
             under_way.told = Some(self.tell(&under_way.choices, signal));

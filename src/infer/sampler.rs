@@ -5,7 +5,7 @@
 //! in ties they differ: top-k keeps exactly k tokens, of equal logits those with the lowest ids.
 //!
 //! A vocabulary has hundreds of thousands of tokens of which a draw looks at few: a histogram over the distance from the largest
-//! logit says how far down the order it goes, and only the tokens up to there are sorted.
+//! logit says in which of its bins the draw ends, and only the tokens of that one are sorted.
 
 use crate::device::Draw;
 use crate::device::cpu::exponentials::{self, BINS};
@@ -70,18 +70,25 @@ pub struct Choice {
 
 /// Chooses from logits[V] (the tokenizer's pieces, no padding). Ties go to the lowest token id.
 pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
-    let top = f64::from(largest(logits));
-    let log_sum = top + exponentials::sum(exponentials::isa(), logits, top).ln();
-    let logprob = |token: usize| f64::from(logits[token]) - log_sum;
+    let top = largest(logits);
     let how = drawing.sampling;
     let penalised = (how.repetition_penalty != 1.0).then(|| penalise(logits, drawing));
-    let scores = penalised.as_deref().unwrap_or(logits);
-    let token = match how.temperature {
-        0.0 => first_of(scores, largest(scores)),
-        _ => draw(scores, how, drawing.uniform),
+    let (scores, top_score) = penalised.as_deref().map_or((logits, top), |scores| (scores, largest(scores)));
+    let sum = || exponentials::sum(exponentials::isa(), logits, f64::from(top));
+    let (token, sum) = if how.temperature == 0.0 {
+        (first_of(scores, top_score), sum())
+    } else {
+        let mut order = Descending::new(scores, f64::from(top_score), how.temperature);
+        let token = draw(&mut order, how, drawing.uniform);
+        // The weights of the model's own distribution were just summed, if it is drawn from.
+        (token, if how.temperature == 1.0 && penalised.is_none() { order.total } else { sum() })
     };
+    let top = f64::from(top);
+    let log_sum = top + sum.ln();
+    let logprob = |token: usize| f64::from(logits[token]) - log_sum;
     let n_top = drawing.n_top.min(logits.len());
-    let top = if n_top == 0 { Vec::new() } else { first(logits, n_top).into_iter().map(|token| (token as u32, logprob(token))).collect() };
+    let top =
+        if n_top == 0 { Vec::new() } else { first(logits, top, n_top).into_iter().map(|token| (token as u32, logprob(token))).collect() };
     Choice { token: token as u32, logprob: logprob(token), top }
 }
 
@@ -107,144 +114,138 @@ fn penalise(logits: &[f32], drawing: &Drawing) -> Vec<f32> {
 /// Elements that are weighed together.
 const BLOCK: usize = 1024;
 
-/// The tokens of a row, most likely first, as far as they were asked for.
+/// The tokens of a row, most likely first: by bins, and inside of a bin by sorting the few that are in it. How much comes before a bin is
+/// known without looking at its tokens.
 struct Descending<'a> {
     logits: &'a [f32],
     top: f64,
     temperature: f64,
-    /// A prefix of the order: keys that sort as it does.
-    keys: Vec<u64>,
-    /// Their probabilities relative to the largest.
-    weights: Vec<f64>,
-    /// All tokens up to this bin were taken.
-    last_bin: usize,
+    /// The bin of each token.
+    bins: Vec<u16>,
+    /// Tokens of each bin.
+    counts: Vec<u32>,
+    /// The sum of their weights: probabilities relative to the largest.
+    masses: Vec<f64>,
+    /// All weights.
+    total: f64,
+    /// The tokens and weights of the bin that was looked into last, in order.
+    sorted: (usize, Vec<(u32, f64)>),
+}
+
+/// Where a walk down the order ends.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    /// Behind so many tokens ..
+    n_most: usize,
+    /// .. or the first that brings the weight of all before it to this ..
+    need: f64,
+    /// .. or before the first, but the most likely, whose weight is below this.
+    min_weight: f64,
+}
+
+impl End {
+    const NOWHERE: End = End { n_most: usize::MAX, need: f64::INFINITY, min_weight: 0.0 };
+}
+
+/// What a walk went through.
+#[derive(Clone, Copy, Debug)]
+struct Walked {
+    n: usize,
+    weight: f64,
+    /// The last token.
+    last: usize,
 }
 
 impl<'a> Descending<'a> {
-    fn new(logits: &'a [f32], temperature: f64) -> Descending<'a> {
-        let top = f64::from(largest(logits));
-        Descending { logits, top, temperature, keys: Vec::new(), weights: Vec::new(), last_bin: 0 }
-    }
-
-    /// Calls `see` for all tokens with the weight (the probability relative to the largest) and bin of each.
-    fn weigh(&self, mut see: impl FnMut(usize, f64, usize)) {
-        let (mut weights, mut bins, isa) = ([0.0; BLOCK], [0; BLOCK], exponentials::isa());
-        for (block, logits) in self.logits.chunks(BLOCK).enumerate() {
-            let n = logits.len();
-            exponentials::weigh(isa, logits, self.top, self.temperature, &mut weights[..n], &mut bins[..n]);
-            for i in 0..n {
-                see(block * BLOCK + i, weights[i], bins[i] as usize);
+    fn new(logits: &'a [f32], top: f64, temperature: f64) -> Descending<'a> {
+        let (mut weights, mut sums, isa) = ([0.0; BLOCK], [0.0; exponentials::LANES], exponentials::isa());
+        let mut bins = vec![0; logits.len()];
+        let (mut counts, mut masses) = (vec![0; BINS], vec![0.0; BINS]);
+        for (logits, bins) in logits.chunks(BLOCK).zip(bins.chunks_mut(BLOCK)) {
+            let weights = &mut weights[..logits.len()];
+            exponentials::weigh(isa, logits, top, temperature, weights, bins, &mut sums);
+            for (weight, bin) in weights.iter().zip(bins) {
+                counts[usize::from(*bin)] += 1;
+                masses[usize::from(*bin)] += weight;
             }
         }
+        let (total, sorted) = (sums.iter().sum(), (BINS, Vec::new()));
+        Descending { logits, top, temperature, bins, counts, masses, total, sorted }
     }
 
-    /// Takes all tokens of the bins up to this one.
-    fn take(&mut self, last_bin: usize) {
-        let mut taken = Vec::new();
-        self.weigh(|token, weight, bin| {
-            if bin <= last_bin {
-                taken.push((key(self.logits[token], token), weight));
+    /// The tokens of a bin with their weights, in order.
+    fn bin(&mut self, bin: usize) -> &[(u32, f64)] {
+        if self.sorted.0 != bin {
+            let mut tokens = Vec::with_capacity(self.counts[bin] as usize);
+            exponentials::places_of(exponentials::isa(), &self.bins, bin as u16, &mut tokens);
+            tokens.sort_unstable_by_key(|token| key(self.logits[*token as usize], *token));
+            let logits: Vec<f32> = tokens.iter().map(|token| self.logits[*token as usize]).collect();
+            let (mut weights, mut bins) = (vec![0.0; logits.len()], vec![0; logits.len()]);
+            let sums = &mut [0.0; exponentials::LANES];
+            exponentials::weigh(exponentials::isa(), &logits, self.top, self.temperature, &mut weights, &mut bins, sums);
+            self.sorted = (bin, tokens.into_iter().zip(weights).collect());
+        }
+        &self.sorted.1
+    }
+
+    /// Down from the most likely token: at least that one.
+    fn walk(&mut self, end: End) -> Walked {
+        // Behind it every weight is below `min_weight`, whatever the rounding; before it, none is.
+        let least = if end.min_weight > 0.0 { exponentials::bin(-end.min_weight.ln()) } else { BINS + 1 };
+        let mut walked = Walked { n: 0, weight: 0.0, last: 0 };
+        for bin in 0..BINS {
+            let (count, mass) = (self.counts[bin] as usize, self.masses[bin]);
+            let has_end = walked.n + count >= end.n_most || walked.weight + mass >= end.need || bin + 1 >= least;
+            if count == 0 || !has_end {
+                (walked.n, walked.weight) = (walked.n + count, walked.weight + mass);
+                continue;
             }
-        });
-        taken.sort_unstable_by_key(|(key, _)| *key);
-        (self.keys, self.weights) = taken.into_iter().unzip();
-        self.last_bin = last_bin;
-    }
-
-    fn token(&self, place: usize) -> usize {
-        token_of(self.keys[place])
+            for &(token, weight) in self.bin(bin) {
+                if walked.n > 0 && (walked.n == end.n_most || walked.weight >= end.need || weight < end.min_weight) {
+                    return walked;
+                }
+                walked = Walked { n: walked.n + 1, weight: walked.weight + weight, last: token as usize };
+            }
+        }
+        walked
     }
 }
 
 /// Sorts as descending logits, -0 behind 0, equal ones as tokens.
-fn key(logit: f32, token: usize) -> u64 {
+fn key(logit: f32, token: u32) -> u64 {
     let bits = logit.to_bits();
     let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-    u64::from(!ascending) << 32 | token as u64
-}
-
-fn token_of(key: u64) -> usize {
-    key as u32 as usize
-}
-
-/// The first bin with which the bins together have `need`; the last if they never do.
-fn bin_reaching<T: Copy + Default + std::ops::AddAssign + PartialOrd>(bins: &[T], need: T) -> usize {
-    let mut sum = T::default();
-    let reached = |&of_bin: &T| {
-        sum += of_bin;
-        sum >= need
-    };
-    bins.iter().position(reached).unwrap_or(BINS - 1)
+    u64::from(!ascending) << 32 | u64::from(token)
 }
 
 /// The `n` most likely tokens, in order.
-fn first(logits: &[f32], n: usize) -> Vec<usize> {
-    let mut order = Descending::new(logits, 1.0);
-    let mut counts = [0usize; BINS];
-    order.weigh(|_, _, bin| counts[bin] += 1);
-    order.take(bin_reaching(&counts, n));
-    (0..n).map(|place| order.token(place)).collect()
+fn first(logits: &[f32], top: f64, n: usize) -> Vec<usize> {
+    let mut order = Descending::new(logits, top, 1.0);
+    let mut tokens = Vec::with_capacity(n);
+    for bin in 0..BINS {
+        if tokens.len() < n && order.counts[bin] > 0 {
+            let left = n - tokens.len();
+            tokens.extend(order.bin(bin).iter().take(left).map(|(token, _)| *token as usize));
+        }
+    }
+    tokens
 }
 
 /// Inverse transform on the truncated distribution, most likely first.
-fn draw(logits: &[f32], how: Sampling, uniform: f64) -> usize {
-    let mut order = Descending::new(logits, how.temperature);
-    let (mut counts, mut masses) = ([0usize; BINS], [0.0f64; BINS]);
-    order.weigh(|_, weight, bin| {
-        counts[bin] += 1;
-        masses[bin] += weight;
-    });
-    let n_most = if how.top_k == 0 { logits.len() } else { how.top_k.min(logits.len()) };
-    let total = if n_most < logits.len() {
-        order.take(bin_reaching(&counts, n_most));
-        order.weights[..n_most].iter().sum()
-    } else {
-        let total: f64 = masses.iter().sum();
-        // Where min-p alone cuts, what is kept is known only at its end.
-        let share = match how {
-            _ if how.top_p < 1.0 => how.top_p,
-            _ if how.min_p > 0.0 => f64::INFINITY,
-            _ => uniform,
-        };
-        order.take(bin_reaching(&masses, share * total).min(bin_behind(how.min_p)));
-        total
-    };
-    choose_of(&order, how, uniform, (n_most, total)).unwrap_or_else(|| {
-        // Sums of the bins round otherwise than those in order: what was taken may be some tokens short.
-        order.take(BINS - 1);
-        choose_of(&order, how, uniform, (n_most, total)).expect("nothing is left to look at")
-    })
-}
-
-/// A bin behind which every token's relative probability is below `min_p`, whatever the rounding.
-fn bin_behind(min_p: f64) -> usize {
-    (exponentials::bin(-min_p.ln()) + 1).min(BINS - 1)
-}
-
-/// The token at which the running weight exceeds the noise; None when it may lie behind the tokens that were taken.
-fn choose_of(order: &Descending, how: Sampling, uniform: f64, (n_most, total): (usize, f64)) -> Option<usize> {
-    let n_taken = order.keys.len().min(n_most);
-    let (mut kept, mut n_kept) = (total, n_most);
+fn draw(order: &mut Descending, how: Sampling, uniform: f64) -> usize {
+    let n = order.logits.len();
+    let n_most = if how.top_k == 0 { n } else { how.top_k.min(n) };
+    let mut kept = Walked { n, weight: order.total, last: 0 };
+    if n_most < n {
+        kept = order.walk(End { n_most, ..End::NOWHERE });
+    }
     if how.top_p < 1.0 || how.min_p > 0.0 {
-        let need = if how.top_p < 1.0 { how.top_p * total } else { f64::INFINITY };
-        (kept, n_kept) = (order.weights[0], 1);
-        while n_kept < n_taken && kept < need && order.weights[n_kept] >= how.min_p {
-            kept += order.weights[n_kept];
-            n_kept += 1;
-        }
-        let is_end = n_taken == n_most || (how.min_p > 0.0 && order.last_bin >= bin_behind(how.min_p));
-        if n_kept == n_taken && kept < need && !is_end {
-            return None;
-        }
+        let need = if how.top_p < 1.0 { how.top_p * kept.weight } else { f64::INFINITY };
+        kept = order.walk(End { n_most, need, min_weight: how.min_p });
     }
-    let (target, mut sum) = (uniform * kept, 0.0);
-    for (place, weight) in order.weights[..n_kept.min(n_taken)].iter().enumerate() {
-        sum += weight;
-        if target < sum {
-            return Some(order.token(place));
-        }
-    }
-    (n_kept <= n_taken).then(|| order.token(n_kept - 1))
+    // The first token with which the running weight exceeds the noise; the last that is kept, if rounding leaves it below.
+    let target = uniform * kept.weight;
+    order.walk(End { n_most: kept.n, need: target.next_up(), min_weight: 0.0 }).last
 }
 
 #[cfg(test)]

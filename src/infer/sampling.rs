@@ -3,9 +3,10 @@
 
 use super::sampler::{self, Choice, Drawing};
 use crate::comm::Communicator;
+use crate::device::cpu::for_tasks;
 use crate::device::{Device, Draw};
 use crate::tensor::{DType, Tensor};
-use rayon::prelude::*;
+use std::sync::OnceLock;
 
 /// One choice a row of logits[n, V/tp] of all tensor-parallel ranks, of the first `n_valid` columns; the same on all of them.
 pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, n_valid: usize, drawings: &[Drawing]) -> Vec<Choice> {
@@ -17,9 +18,11 @@ pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, 
         return choices.into_iter().flatten().collect();
     }
     let gathered = Gathered::new(device, tp, logits);
-    let choose =
-        |(idx, choice): (usize, Option<Choice>)| choice.unwrap_or_else(|| sampler::choose(&gathered.row(idx, n_valid), &drawings[idx]));
-    choices.into_par_iter().enumerate().map(choose).collect()
+    let choices: Vec<OnceLock<Choice>> = choices.into_iter().map(|choice| choice.map_or_else(OnceLock::new, OnceLock::from)).collect();
+    for_tasks(choices.len(), choices.len() * n_valid, |idx| {
+        choices[idx].get_or_init(|| sampler::choose(&gathered.row(idx, n_valid), &drawings[idx]));
+    });
+    choices.into_iter().map(|choice| choice.into_inner().expect("each was chosen")).collect()
 }
 
 /// Fills in the rows that the device can draw, so that their logits are not downloaded when it can draw all of them.
@@ -39,8 +42,8 @@ fn draw_on_device(device: &dyn Device, logits: &Tensor, n_valid: usize, drawings
 
 /// Logits of all tensor-parallel ranks on the host.
 struct Gathered {
-    /// [tp, n, V/tp]
-    bytes: Vec<u8>,
+    /// The bytes of [tp, n, V/tp].
+    words: Vec<u32>,
     dtype: DType,
     tp: usize,
     n: usize,
@@ -49,22 +52,29 @@ struct Gathered {
 
 impl Gathered {
     fn new(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor) -> Gathered {
-        let mut mine = vec![0u8; logits.n_bytes()];
-        device.download(logits, &mut mine);
-        let mut bytes = vec![0u8; mine.len() * tp.size()];
-        tp.start_all_gather_bytes(&mine, &mut bytes).wait();
-        Gathered { bytes, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() }
+        let mut words = vec![0u32; (logits.n_bytes() * tp.size()).div_ceil(4)];
+        let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..logits.n_bytes() * tp.size()];
+        if tp.size() == 1 {
+            device.download(logits, bytes);
+        } else {
+            let mut mine = vec![0u8; logits.n_bytes()];
+            device.download(logits, &mut mine);
+            tp.start_all_gather_bytes(&mine, bytes).wait();
+        }
+        Gathered { words, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() }
     }
 
     /// The first `n_valid` logits of a row.
     fn row(&self, idx: usize, n_valid: usize) -> Vec<f32> {
-        let row_bytes = self.columns * self.dtype.bytes();
         let mut row = Vec::with_capacity(self.columns * self.tp);
         for part in 0..self.tp {
-            let bytes = &self.bytes[(part * self.n + idx) * row_bytes..][..row_bytes];
+            let first = (part * self.n + idx) * self.columns;
             match self.dtype {
-                DType::F32 => row.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))),
-                DType::BF16 => row.extend(bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
+                DType::F32 => row.extend_from_slice(&bytemuck::cast_slice(&self.words)[first..][..self.columns]),
+                DType::BF16 => {
+                    let halves: &[u16] = &bytemuck::cast_slice(&self.words)[first..][..self.columns];
+                    row.extend(halves.iter().map(|half| f32::from_bits(u32::from(*half) << 16)));
+                }
                 DType::U32 | DType::F8E4M3 => unreachable!("logits are floats"),
             }
         }

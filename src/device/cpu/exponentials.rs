@@ -9,7 +9,7 @@ pub const BINS: usize = 2048;
 pub const BINS_A_NAT: f64 = 32.0;
 
 /// Lanes of a sum.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 /// Below it exp is 0: e^-700 of the largest counts for nothing.
 const EXP_ZERO: f64 = -700.0;
 /// Added to a number up to 2^51, it leaves the nearest integer in the low bits.
@@ -59,12 +59,25 @@ fn bin_of(depth: f64) -> u32 {
 }
 
 kernel! {
-    /// weights = exp((logit - top) / temperature), bins = the bins of (top - logit) / temperature; all of one length.
-    pub fn weigh over V [] (logits: &[f32], top: f64, temperature: f64, weights: &mut [f64], bins: &mut [u32]) {
-        for ((&logit, weight), bin) in logits.iter().zip(weights).zip(bins) {
-            let depth = (top - f64::from(logit)) / temperature;
-            *weight = exp(-depth);
-            *bin = bin_of(depth);
+    /// weights = exp((logit - top) / temperature), bins = the bins of (top - logit) / temperature; all of one length. sums += the weights,
+    /// the i-th to the i-th sum in turn: what `sum` gives when the temperature is 1.
+    pub fn weigh over V [] (logits: &[f32], top: f64, temperature: f64, weights: &mut [f64], bins: &mut [u16], sums: &mut [f64; LANES]) {
+        let (blocks, rest) = logits.as_chunks::<LANES>();
+        let (weights, last_weights) = weights.as_chunks_mut::<LANES>();
+        let (bins, last_bins) = bins.as_chunks_mut::<LANES>();
+        for ((logits, weights), bins) in blocks.iter().zip(weights).zip(bins) {
+            for i in 0..LANES {
+                let depth = (top - f64::from(logits[i])) / temperature;
+                weights[i] = exp(-depth);
+                bins[i] = bin_of(depth) as u16;
+                sums[i] += weights[i];
+            }
+        }
+        for (i, logit) in rest.iter().enumerate() {
+            let depth = (top - f64::from(*logit)) / temperature;
+            last_weights[i] = exp(-depth);
+            last_bins[i] = bin_of(depth) as u16;
+            sums[i] += last_weights[i];
         }
     }
 }
@@ -83,6 +96,18 @@ kernel! {
             *sum += exp(f64::from(logit) - top);
         }
         sums.iter().sum()
+    }
+}
+
+kernel! {
+    /// Where elements of `bins` are `bin`, added to `places` in order.
+    pub fn places_of over V [] (bins: &[u16], bin: u16, places: &mut Vec<u32>) {
+        for (block, bins) in bins.chunks(64).enumerate() {
+            // Most blocks have none: one comparison of all of it says so.
+            if bins.iter().map(|other| u16::from(*other == bin)).sum::<u16>() > 0 {
+                places.extend((0..bins.len()).filter(|i| bins[*i] == bin).map(|i| (64 * block + i) as u32));
+            }
+        }
     }
 }
 
@@ -120,8 +145,14 @@ mod tests {
     fn exponentials_are_accurate_and_the_same_everywhere() {
         let logits: Vec<f32> = (0..100_003).map(|i| -(i as f32) * 0.0071).chain([-1e30, f32::NEG_INFINITY, f32::NAN]).collect();
         let weighed = |isa: Isa, temperature: f64| {
-            let (mut weights, mut bins) = (vec![0.0; logits.len()], vec![0; logits.len()]);
-            weigh(isa, &logits, 0.0, temperature, &mut weights, &mut bins);
+            let (mut weights, mut bins, mut sums) = (vec![0.0; logits.len()], vec![0; logits.len()], [0.0; LANES]);
+            weigh(isa, &logits, 0.0, temperature, &mut weights, &mut bins, &mut sums);
+            let places = |bin: u16| -> Vec<u32> { (0..bins.len() as u32).filter(|i| bins[*i as usize] == bin).collect() };
+            for bin in [0, 1, 777, BINS as u16 - 1] {
+                let mut found = Vec::new();
+                places_of(isa, &bins, bin, &mut found);
+                assert_eq!(found, places(bin), "{isa:?}");
+            }
             (weights, bins)
         };
         for temperature in [0.3, 1.0, 1.7] {
@@ -140,6 +171,9 @@ mod tests {
                 let (others, other_bins) = weighed(isa, temperature);
                 assert!(bits(&others[..finite.len()]) == bits(&weights[..finite.len()]) && other_bins == bins, "{isa:?}");
                 assert_eq!(sum(isa, finite, 0.0).to_bits(), sum(Isa::Portable, finite, 0.0).to_bits(), "{isa:?}");
+                let (mut weights, mut bins, mut sums) = (vec![0.0; finite.len()], vec![0; finite.len()], [0.0; LANES]);
+                weigh(isa, finite, 0.0, 1.0, &mut weights, &mut bins, &mut sums);
+                assert_eq!(sums.iter().sum::<f64>().to_bits(), sum(isa, finite, 0.0).to_bits(), "{isa:?}");
                 assert_eq!(largest(isa, &logits), 0.0);
             }
         }

@@ -29,11 +29,12 @@ use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Scales, Gemm, H
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use lanes::{Element, elements, elements_mut};
-use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows, for_tasks};
+use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use lanes::Isa;
+pub use parallel::for_tasks;
 
 /// Runs the expression with `$E` the Rust type of a dtype.
 macro_rules! float {
