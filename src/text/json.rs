@@ -37,7 +37,7 @@ impl JsonTokenizer {
         if vocab_size == 0 {
             return Err(wrong(&"its vocabulary is empty"));
         }
-        let decodes_locally = tokenizer.get_decoder().is_some_and(decodes_locally);
+        let decodes_locally = tokenizer.get_decoder().is_none_or(decodes_locally);
         Ok(JsonTokenizer { tokenizer, vocab_size, decodes_locally })
     }
 
@@ -90,11 +90,11 @@ impl JsonTokenizer {
     }
 }
 
-/// Whether a decoder looks at one token at a time, but for the first token and for runs of bytes: so do byte-level BPE and what
-/// SentencePiece's models are converted to.
+/// Whether a decoder looks at one token at a time, but for the first token and for runs of bytes: so do byte-level BPE, WordPiece and
+/// what SentencePiece's models are converted to. Without a decoder tokens stand apart by a space.
 fn decodes_locally(decoder: &DecoderWrapper) -> bool {
     match decoder {
-        DecoderWrapper::ByteLevel(_) | DecoderWrapper::Metaspace(_) => true,
+        DecoderWrapper::ByteLevel(_) | DecoderWrapper::Metaspace(_) | DecoderWrapper::WordPiece(_) => true,
         DecoderWrapper::Sequence(sequence) => {
             let decoders = sequence.get_decoders();
             let fuse = decoders.iter().position(|decoder| matches!(decoder, DecoderWrapper::Fuse(_))).unwrap_or(decoders.len());
