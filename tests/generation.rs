@@ -33,7 +33,9 @@ const N_PIECES: usize = 2 + 26 + 20;
 
 fn model() -> ModelConfig {
     // Weights this large make a model with an opinion out of random ones: it repeats itself where the most likely token is taken.
-    ModelConfig { n_layers: 4, hidden: 32, ffn_hidden: 64, vocab_size: N_PIECES, max_tokens: MAX_TOKENS, init_std: 0.3, ..tiny_model() }
+    let (n_heads, n_kv_heads) = (16, 8);
+    let sizes = ModelConfig { n_layers: 4, hidden: 32, n_heads, n_kv_heads, ffn_hidden: 64, ..tiny_model() };
+    ModelConfig { vocab_size: N_PIECES, max_tokens: MAX_TOKENS, init_std: 0.3, ..sizes }
 }
 
 fn tokenizer() -> Tokenizer {
@@ -207,7 +209,7 @@ fn layouts_change_no_byte() {
     let requests = requests();
     for storage in [F32, BF16, INT8] {
         let expected = generate(&requests, alone(), storage).0;
-        for (n, shape) in [(2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 3), (1, 4, 2)].into_iter().enumerate() {
+        for (n, shape) in [(2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 3), (1, 4, 2)].into_iter().enumerate() {
             for (n_sequences, pass_tokens, draft_tokens, sharing) in
                 [(16, 512, 4, Sharing::Shared), (3, 64, 0, Sharing::Separate), (5, 37, 4, Sharing::Shared)]
             {
