@@ -3,9 +3,12 @@
 //! and the keys and values of every token before; a prompt of T tokens multiplies T rows with every weight of the blocks.
 //!
 //!     cargo bench --bench decode [-- 30m|120m f32|bf16|int8 1|8|16|32|prompts]    Llama-shaped models on the CPU
+//!     cargo bench --bench decode -- 30m bf16 parts       where the time of its prompts goes, by operation
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
 //!
 //! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
+
+mod parts;
 
 use std::time::Instant;
 use trireme::comm::solo::Solo;
@@ -171,11 +174,15 @@ impl<'a> Subject<'a> {
         };
         let (tokens, positions) = (upload((0..n_tokens as u32).collect()), upload((0..n_tokens as u32).collect()));
         let spans = [CacheSpan { rows: 0..n_tokens, past: 0, pages: self.pages(0) }];
+        let (chunk, caches) = (&self.chunk, &mut self.caches);
         let started = Instant::now();
-        let input = CachedInput::Tokens(&tokens);
-        let CachedOutput::Logits(_) = self.chunk.forward_cached(&ctx, input, &positions, &spans, &mut self.caches, &[n_tokens - 1]) else {
-            unreachable!("the whole model ends in logits");
-        };
+        // As a pass does it.
+        self.device.run_together(&mut || {
+            let input = CachedInput::Tokens(&tokens);
+            let CachedOutput::Logits(_) = chunk.forward_cached(&ctx, input, &positions, &spans, caches, &[n_tokens - 1]) else {
+                unreachable!("the whole model ends in logits");
+            };
+        });
         self.device.finish();
         started.elapsed().as_secs_f64()
     }
@@ -220,7 +227,7 @@ fn main() {
     };
     let (sizes, weights, batches) =
         if on_gpu { (&CUDA_SIZES, &CUDA_WEIGHTS[..], &[1, 8, 32][..]) } else { (&CPU_SIZES, &CPU_WEIGHTS[..], &[1, 8, 16, 32][..]) };
-    let numbers: Vec<String> = batches.iter().map(|n| n.to_string()).chain(["prompts".into()]).collect();
+    let numbers: Vec<String> = batches.iter().map(|n| n.to_string()).chain(["prompts".into(), "parts".into()]).collect();
     let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
     let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
     println!("{}\n", device.name());
@@ -239,6 +246,11 @@ fn main() {
             }
             for n_tokens in PROMPTS.into_iter().filter(|_| is_wanted("prompts", &numbers)) {
                 prompt(&mut subject, (size, name, *dtype), n_tokens);
+            }
+            for n_tokens in PROMPTS.into_iter().filter(|_| wanted.iter().any(|word| word == "parts")) {
+                let (pass_s, gemm) = prompt_s(&mut subject, *dtype, n_tokens);
+                let (pages, Subject { chunk, caches, .. }) = (subject.pages(0), &mut subject);
+                parts::Prompt { device: &*device, chunk, caches, pages, n_tokens }.table(pass_s, gemm);
             }
         }
     }
@@ -261,13 +273,19 @@ fn steps(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n:
 
 /// One line of the table: a prompt.
 fn prompt(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n_tokens: usize) {
+    let (best_s, gemm) = prompt_s(subject, dtype, n_tokens);
+    let share = subject.flops(n_tokens, 1, (n_tokens + 1) as f64 / 2.0) / best_s / gemm;
+    let (name, ms, tokens_per_s) = (size.name, 1e3 * best_s, n_tokens as f64 / best_s);
+    println!("| {name} | {weights} | prompt of {n_tokens} | {ms:.2} | {tokens_per_s:.0} | - | - | {share:.2} |");
+}
+
+/// Least seconds of a prompt, and the rate of a large product.
+fn prompt_s(subject: &mut Subject, dtype: DType, n_tokens: usize) -> (f64, f64) {
     subject.prompt_s(n_tokens);
     let (mut best_s, mut gemm) = (f64::INFINITY, 0.0f64);
     for _ in 0..REPETITIONS {
         gemm = gemm.max(ceiling::measure(subject.device, dtype).gemm_flops_per_s);
         best_s = (0..3).map(|_| subject.prompt_s(n_tokens)).fold(best_s, f64::min);
     }
-    let share = subject.flops(n_tokens, 1, (n_tokens + 1) as f64 / 2.0) / best_s / gemm;
-    let (name, ms, tokens_per_s) = (size.name, 1e3 * best_s, n_tokens as f64 / best_s);
-    println!("| {name} | {weights} | prompt of {n_tokens} | {ms:.2} | {tokens_per_s:.0} | - | - | {share:.2} |");
+    (best_s, gemm)
 }
