@@ -70,7 +70,7 @@ impl Prompt<'_> {
         line("rope", 0.0, &mut || (0..config.n_layers).for_each(|_| device.rope(&mut qkv, &positions, heads, rope)));
         let (mut x, delta, mut normed, mut stats) =
             (random(config.hidden), random(config.hidden), random(config.hidden), new(t, 2, DType::F32));
-        let (gain, how) = (new(1, config.hidden, dtype), Norm { kind: config.norm, eps: config.norm_eps as f32 });
+        let (gain, how) = (new(1, config.hidden, dtype), Norm { kind: config.norm, eps: config.norm_eps });
         line("residual + norm", 0.0, &mut || {
             (0..2 * config.n_layers).for_each(|_| device.add_norm(&mut x, &delta, &mut normed, &mut stats, &gain, None, how));
         });

@@ -58,6 +58,13 @@ fn bin_of(depth: f64) -> u32 {
     (bins - 0.5 + TO_INTEGER).to_bits() as u32 & (BINS as u32 - 1)
 }
 
+/// Weight and bin of a logit.
+#[inline(always)]
+fn weighed(logit: f32, top: f64, temperature: f64) -> (f64, u16) {
+    let depth = (top - f64::from(logit)) / temperature;
+    (exp(-depth), bin_of(depth) as u16)
+}
+
 kernel! {
     /// weights = exp((logit - top) / temperature), bins = the bins of (top - logit) / temperature; all of one length. sums += the weights,
     /// the i-th to the i-th sum in turn: what `sum` gives when the temperature is 1.
@@ -66,18 +73,14 @@ kernel! {
         let (weights, last_weights) = weights.as_chunks_mut::<LANES>();
         let (bins, last_bins) = bins.as_chunks_mut::<LANES>();
         for ((logits, weights), bins) in blocks.iter().zip(weights).zip(bins) {
-            for i in 0..LANES {
-                let depth = (top - f64::from(logits[i])) / temperature;
-                weights[i] = exp(-depth);
-                bins[i] = bin_of(depth) as u16;
-                sums[i] += weights[i];
+            for (((logit, weight), bin), sum) in logits.iter().zip(weights).zip(bins).zip(&mut *sums) {
+                (*weight, *bin) = weighed(*logit, top, temperature);
+                *sum += *weight;
             }
         }
-        for (i, logit) in rest.iter().enumerate() {
-            let depth = (top - f64::from(*logit)) / temperature;
-            last_weights[i] = exp(-depth);
-            last_bins[i] = bin_of(depth) as u16;
-            sums[i] += last_weights[i];
+        for (((logit, weight), bin), sum) in rest.iter().zip(last_weights).zip(last_bins).zip(sums) {
+            (*weight, *bin) = weighed(*logit, top, temperature);
+            *sum += *weight;
         }
     }
 }

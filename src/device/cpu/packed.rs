@@ -238,14 +238,19 @@ impl Cpu {
             let (scales, begin) = unsafe { (scales.part(of_scales.clone()), begin.part(of_scales)) };
             // SAFETY: as above.
             let words = unsafe { words.part(panel * width * n_words..(panel + 1) * width * n_words) };
-            let (mut wide, mut rows, mut to) = (self.pool.take(k), self.pool.take(width * n_words), RowScales { scales, begin });
-            for row in 0..width {
+            let (mut wide, mut to) = (self.pool.take(k), RowScales { scales, begin });
+            let mut set_row = |words: &mut [f32], row: usize| {
                 match panel * width + row {
                     at if at < m => float!(x.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(x)[at * k..][..k])),
                     _ => wide.fill(0.0),
                 }
-                to.set_row(self.isa, &mut rows[row * n_words..][..n_words], (row, width), &wide, order);
+                to.set_row(self.isa, words, (row, width), &wide, order);
+            };
+            if width == 1 {
+                return set_row(words, 0);
             }
+            let mut rows = self.pool.take(width * n_words);
+            (0..width).for_each(|row| set_row(&mut rows[row * n_words..][..n_words], row));
             let side = Side { data: &rows[..], len: width, k: n_words, k_contiguous: true, width };
             panels::pack(self.isa, words, side, 0..1, &[Piece { terms: 0..n_words, words: 0..n_words }]);
         });
