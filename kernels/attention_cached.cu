@@ -1,7 +1,9 @@
 // Attention over a KV cache (Device::attention_cached), three launches: the new keys and values go to the cache; each item
-// attends over its share of the keys (split-K, so that a decode fills the machine); shares are combined in order.
+// attends over its share of the keys (split-K, so that a decode fills the machine); shares are combined in order. Where shares end
+// depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
+// bits whatever rows it was computed with.
 // append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads. combine: grid (n_rows, G), 32 threads.
-// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 141, d128 194, d192 212,
+// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 145, d128 186, d192 223,
 // fma 96; append 32, combine f32 54, bf16 50, no shared memory. A decode fills only per_kv of the 64 rows of a tile.
 #include "attention_tile.cuh"
 

@@ -68,7 +68,7 @@ template <class T> __device__ __forceinline__ void put(const Attend<T>& how, con
     int head = blockIdx.y * how.per_kv + row % how.per_kv;
     size_t token = item.first_token + row / how.per_kv;
     if (item.partial_row < 0)
-        store(how.out + (token * how.n_groups * how.per_kv + head) * dim + i, x);
+        store(how.out + (token * how.n_groups * how.per_kv + head) * dim + i, x + 0.0f); // no -0, as where shares are combined
     else
         how.partial[((size_t)blockIdx.y * how.n_partial + item.partial_row + row - item.first_row) * dim + i] = x;
 }
@@ -140,7 +140,8 @@ template <int D> __device__ __forceinline__ void attend_mma(const Attend<bf16>& 
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
             float base = top == MINUS_INFINITY ? 0.0f : top * factor;
-            float keep = exp2f(most[h] * factor - base);
+            // 1 exactly where nothing larger came: a tile that a row does not see leaves no trace in it.
+            float keep = most[h] == top ? 1.0f : exp2f(most[h] * factor - base);
             most[h] = top;
             sum[h] *= keep;
 #pragma unroll

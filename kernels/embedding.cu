@@ -13,13 +13,14 @@ __device__ __forceinline__ int row_of(unsigned token, int first_row, int n_rows)
     return row >= 0 && row < n_rows ? (int)row : -1;
 }
 
-// out[T, columns] = table[token - first_row], or 0
+// out[T, columns] = table[token - first_row], or -0 for rows of other ranks, whose sum with the rank that has the row is that row
 template <class T>
 __device__ __forceinline__ void embed(T* out, const unsigned* tokens, const T* table, int columns, int first_row, int n_rows) {
     int row = row_of(tokens[blockIdx.x], first_row, n_rows);
     T* to = out + (long long)blockIdx.x * columns;
     for_row_chunks(columns, [&](int at, int left) {
-        float value[CHUNK] = {};
+        float value[CHUNK];
+        for (int i = 0; i < CHUNK; i++) value[i] = -0.0f; // x + -0 is x, whatever the sign of its zero
         if (row >= 0) load_chunk(value, table + (long long)row * columns + at, left);
         store_chunk(to + at, value, left);
     });

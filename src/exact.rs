@@ -28,6 +28,19 @@ impl ExactSum {
     /// Bytes of [`ExactSum::to_bytes`].
     pub const N_BYTES: usize = 8 * (N_LIMBS + 1);
 
+    /// Limbs of 32 bits, the lowest first: limb i counts units of 2^(32 i - 1088). One may hold more than 32 bits, below 2^63.
+    pub const N_LIMBS: usize = N_LIMBS;
+
+    /// A sum that somebody else added up, in its limbs; `not_finite` is the sum of the terms that had none. Panics when there are not
+    /// [`ExactSum::N_LIMBS`].
+    pub fn from_limbs(limbs: &[u64], not_finite: f64) -> ExactSum {
+        let mut sum = ExactSum { not_finite, ..ExactSum::default() };
+        assert_eq!(limbs.len(), N_LIMBS, "limbs of an exact sum");
+        sum.limbs.iter_mut().zip(limbs).for_each(|(to, limb)| *to = i64::try_from(*limb).expect("a limb is below 2^63"));
+        sum.pass_carries();
+        sum
+    }
+
     /// self += x
     pub fn add(&mut self, x: f64) {
         let bits = x.to_bits();

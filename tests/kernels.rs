@@ -2,6 +2,9 @@
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[path = "kernels/canonical.rs"]
+mod canonical;
+mod canonical_cases;
 #[allow(dead_code)] // the bench reads more of it
 #[path = "operations/cases.rs"]
 mod cases;

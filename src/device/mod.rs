@@ -305,8 +305,8 @@ pub struct MemoryUse {
 /// Operations recorded by [`Device::record`], on the tensors they were recorded with, all of which must live as long as it.
 pub trait Recording: Send {
     /// Asks for them again, on what the tensors hold now. The caches are used at `spans`: as many as at the recording, each of one new
-    /// token in the same row, in any pages and of any length that fits.
-    fn replay(&self, spans: &[CacheSpan]);
+    /// token in the same row, in any pages. False, and nothing is done, when one has outgrown the recording: then record anew.
+    fn replay(&self, spans: &[CacheSpan]) -> bool;
 }
 
 /// The operations. See the head of this file for letters and precision.
@@ -369,8 +369,8 @@ pub trait Device: Send + Sync {
     /// to f32 (DeepSeek-AI 2024, section 3.3.2).
     fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor));
 
-    /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else zeros (-0 where the sum over ranks must keep the
-    /// sign of a zero: the CPU). tokens[T] u32.
+    /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else -0, so that the sum over ranks keeps the sign of a
+    /// zero. tokens[T] u32.
     fn embed(&self, out: &mut Tensor, tokens: &Tensor, table: &Tensor, first_row: usize);
     /// dtable[V/tp,H] f32 += rows of dout[T,H] float, added in token order.
     fn embed_backward(&self, dtable: &mut Tensor, dout: &Tensor, tokens: &Tensor, first_row: usize);

@@ -67,6 +67,12 @@ impl Decoder {
 
 impl Step {
     fn run(&mut self, ctx: &Ctx, chunk: &Chunk, spans: &[CacheSpan], caches: &mut [KvCache]) {
+        if let How::Recorded(recording) = &self.how {
+            if recording.replay(spans) {
+                return;
+            }
+            self.how = How::First; // a sequence has outgrown it
+        }
         if let How::Again = self.how {
             self.logits = None;
             let recorded =
@@ -74,7 +80,7 @@ impl Step {
             self.how = recorded.map_or(How::Plain, How::Recorded);
         }
         match &self.how {
-            How::Recorded(recording) => recording.replay(spans),
+            How::Recorded(recording) => assert!(recording.replay(spans), "it was recorded with them"),
             How::First | How::Again | How::Plain => {
                 self.logits = None;
                 self.logits = Some(forward(ctx, chunk, (&self.tokens, &self.positions), spans, caches));

@@ -149,6 +149,27 @@ pub fn gemm(how: Gemm, (m, n, k): (usize, usize, usize), out: Kind) -> Case {
     }
 }
 
+/// The same product, its k in so many equal pieces that are added in pairs.
+pub fn gemm_in_pairs(how: Gemm, shape: (usize, usize, usize), out: Kind, n_pieces: usize) -> Case {
+    let case = gemm(how, shape, out);
+    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
+        let [out, a, b] = tensors else { unreachable!() };
+        device.canonical().expect("sums in canonical order").gemm_in_pairs(out, a, b, how, n_pieces);
+    };
+    Case { operation: "gemm_in_pairs", shape: format!("{}, {n_pieces} pieces", case.shape), run: Box::new(run), ..case }
+}
+
+/// A weight gradient, its k in pieces of unequal length that are added in turn.
+pub fn gemm_in_turn(how: Gemm, shape: (usize, usize, usize), n_pieces: usize) -> Case {
+    let case = gemm(how, shape, Kind::F32);
+    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
+        let [out, a, b] = tensors else { unreachable!() };
+        let starts: Vec<usize> = (0..=n_pieces).map(|i| i * i * shape.2 / (n_pieces * n_pieces)).collect();
+        device.canonical().expect("sums in canonical order").gemm_in_turn(out, a, b, how, &starts);
+    };
+    Case { operation: "gemm_in_turn", shape: format!("{}, {n_pieces} pieces", case.shape), run: Box::new(run), ..case }
+}
+
 /// copy, add, scale, fill_zero over n elements; `other` is the kind of the second operand.
 pub fn elementwise(operation: &'static str, n: usize, kinds: (Kind, Kind)) -> Case {
     let x = if operation == "copy" { assigned(&[n], kinds.0) } else { updated(&[n], kinds.0) };

@@ -43,6 +43,22 @@ pub fn gemm_cases() -> Vec<Case> {
     cases
 }
 
+/// Products in canonical order, of sizes for every form of the kernels: out is few rows, few tiles, many tiles; pieces that vectors cut.
+pub fn canonical_gemm_cases() -> Vec<Case> {
+    let shapes = [(1, 1, 1), (5, 7, 3), (16, 66, 264), (2, 300, 129), (61, 47, 101), (40, 72, 136), (130, 260, 72), (129, 250, 45)];
+    let mut cases = Vec::new();
+    for shape in shapes.into_iter().chain([(0, 4, 3), (4, 0, 3), (4, 3, 0)]) {
+        for (how, n_pieces) in [(Gemm::NT, 1), (Gemm::NN, 1), (Gemm::NT, 8), (Gemm::NN, 4), (Gemm::TN, 2)] {
+            cases.push(cases::gemm_in_pairs(how, shape, Kind::Float, n_pieces));
+            cases.push(cases::gemm_in_pairs(how, shape, Kind::F32, n_pieces));
+        }
+        cases.push(cases::gemm_in_turn(Gemm::TN, shape, 3));
+        cases.push(cases::gemm_in_turn(Gemm::TN.accumulate(), shape, 4));
+        cases.push(cases::gemm_in_turn(Gemm::TN.accumulate(), shape, 1));
+    }
+    cases
+}
+
 /// (query heads, kv heads, head dim).
 const HEADS: [HeadCounts; 6] = [(1, 1, 8), (4, 2, 64), (6, 2, 128), (2, 1, 192), (3, 3, 40), (5, 1, 34)];
 

@@ -1,6 +1,6 @@
 //! Attention over a cache of keys and values: which block attends to which keys. The tables are the same for every layer of a pass,
-//! so they are made and uploaded once. Where each sequence has one new token their sizes do not depend on how many tokens it has,
-//! so that a recorded pass (`recording`) is asked for again with other contents in the same memory.
+//! so they are made and uploaded once. In a recorded pass (`recording`) their sizes do not depend on how many tokens each sequence has, up
+//! to some length, so that it is asked for again with other contents in the same memory.
 
 use super::attention::{Form, Item, THREADS, blocks, int};
 use super::backend::{Arg, Grid, Kernel};
@@ -9,10 +9,9 @@ use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
-/// Keys of a tile: shares of the keys end at whole tiles.
-const KEYS: usize = 64;
-/// Fewest keys of a share: below it, combining costs more than it brings.
-const LEAST_KEYS: usize = 4 * KEYS;
+/// Keys of a share, whole tiles and pages. Shares end at multiples of it in every sequence, whatever else is computed: a row's bits follow
+/// from its keys alone. Smaller ones give a decode of few sequences more blocks to work in, larger ones leave less to combine.
+const SHARE: usize = 8 * PAGE_TOKENS;
 /// Where each table begins.
 const ALIGNMENT: usize = 256;
 
@@ -35,8 +34,7 @@ pub(super) struct Call {
     dtype: DType,
     /// Of the cache.
     n_pages: usize,
-    /// About so many blocks fill the device.
-    wanted: usize,
+    shares: Shares,
 }
 
 /// The work of a call.
@@ -53,35 +51,39 @@ struct Work {
     n_partial: usize,
 }
 
-/// How the keys of a block of rows are shared out.
-#[derive(Clone, Copy)]
+/// Into how many shares the keys of a block of rows are divided.
+#[derive(Clone, Copy, PartialEq)]
 enum Shares {
-    /// Into at most so many, as few as the keys fill.
-    AtMost(usize),
-    /// Into so many, the last ones empty while there are few keys.
+    /// As many as the keys fill.
+    Filled,
+    /// So many, the last ones empty: what is recorded has the same sizes until the sequences outgrow it.
     Exactly(usize),
 }
 
+impl Shares {
+    /// For a recording that starts with these sequences: they may grow to twice their length before they need another one.
+    fn to_record(spans: &[CacheSpan]) -> Shares {
+        Shares::Exactly(spans.iter().map(filled).max().unwrap_or(1).next_power_of_two())
+    }
+}
+
+/// Shares that the keys of a sequence fill.
+fn filled(span: &CacheSpan) -> usize {
+    span.n_tokens().div_ceil(SHARE)
+}
+
 impl Work {
-    /// Keys are shared out so that there are about `wanted` blocks, in shares of whole tiles and at least four.
     fn of(call: &Call) -> Work {
         let (heads, rows) = (call.heads, Form::of(call.dtype, call.heads).rows());
         let per_kv = heads.queries_per_kv();
         let n_blocks = |span: &CacheSpan| (span.rows.len() * per_kv).div_ceil(rows);
-        let n_whole = call.spans.iter().map(n_blocks).sum::<usize>() * heads.kv;
-        let most = call.wanted.div_ceil(n_whole.max(1));
-        let shares = if call.spans.iter().all(|span| span.rows.len() == 1) {
-            Shares::Exactly(most.min((call.n_pages * PAGE_TOKENS).div_ceil(LEAST_KEYS)))
-        } else {
-            Shares::AtMost(most)
-        };
         let mut work = Work::default();
         for span in &call.spans {
             work.tokens.extend(span.rows.clone().enumerate().map(|(i, row)| [int(row), int(span.cache_row(span.past + i))]));
             let first_page = work.pages.len();
             work.pages.extend(&span.pages[..span.n_tokens().div_ceil(PAGE_TOKENS)]);
             for block in 0..n_blocks(span) {
-                work.push_block(span, block * rows, (per_kv, rows), (first_page, shares));
+                work.push_block(span, block * rows, (per_kv, rows), (first_page, call.shares));
             }
         }
         work
@@ -90,9 +92,10 @@ impl Work {
     fn push_block(&mut self, span: &CacheSpan, first_row: usize, (per_kv, rows): (usize, usize), (first_page, shares): (usize, Shares)) {
         let n_rows = rows.min(span.rows.len() * per_kv - first_row);
         let n_keys = span.past + (first_row + n_rows - 1) / per_kv + 1;
-        let (Shares::AtMost(most) | Shares::Exactly(most)) = shares;
-        let share = n_keys.div_ceil(most).next_multiple_of(KEYS).max(LEAST_KEYS);
-        let n_shares = if matches!(shares, Shares::Exactly(_)) { most } else { n_keys.div_ceil(share) };
+        let n_shares = match shares {
+            Shares::Filled => n_keys.div_ceil(SHARE),
+            Shares::Exactly(n) => n,
+        };
         let first_token = int(span.rows.start);
         for i in 0..n_shares {
             let partial_row = if n_shares > 1 { int(self.n_partial + i * n_rows) } else { -1 };
@@ -101,8 +104,8 @@ impl Work {
                 n_tokens: int(span.rows.len()),
                 past: int(span.past),
                 first_row: int(first_row),
-                key_begin: int((i * share).min(n_keys)),
-                key_end: int(((i + 1) * share).min(n_keys)),
+                key_begin: int((i * SHARE).min(n_keys)),
+                key_end: int(((i + 1) * SHARE).min(n_keys)),
                 key_row: int(first_page),
                 partial_row,
             });
@@ -163,6 +166,12 @@ impl Tables {
         let to_grow = n_more_pages * size_of::<u32>();
         let memory = cuda.own_memory(partial_bytes(call.heads, work.n_partial).iter().sum::<usize>() + work.bytes().len() + to_grow);
         Tables { memory, sizes: work.sizes(), call }
+    }
+
+    /// Whether the tables of these sequences have room in those of the call.
+    pub(super) fn have_room_for(&self, spans: &[CacheSpan]) -> bool {
+        let Shares::Exactly(n) = self.call.shares else { return false };
+        spans.iter().all(|span| filled(span) <= n)
     }
 
     /// Uploads the tables; with `spans`, of other pages and lengths than they were made for.
@@ -228,8 +237,8 @@ impl Cuda {
         if spans.iter().all(|span| span.rows.is_empty()) {
             return;
         }
-        let wanted = 2 * self.backend.processors();
-        let tables = self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), n_pages: cache.keys.dims()[0], wanted });
+        let shares = if self.is_recording() { Shares::to_record(spans) } else { Shares::Filled };
+        let tables = self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), n_pages: cache.keys.dims()[0], shares });
         let [n_tokens, n_items, n_combined, n_partial] = tables.sizes;
         let (file, form) = ("attention_cached", Form::of(qkv.dtype(), heads));
         let [partial, partial_lse, tokens, items, rows, pages] = tables.args();
@@ -268,12 +277,18 @@ mod tests {
         let n = lengths.len();
         let pages = |i| (0..64).map(|idx| page(i, n, idx)).collect();
         let spans = lengths.iter().enumerate().map(|(i, past)| CacheSpan { rows: i..i + 1, past: *past, pages: pages(i) });
-        Call { spans: spans.collect(), heads: Heads { query: 8, kv: 2, dim: 64 }, dtype: DType::BF16, n_pages: 64 * n, wanted: 264 }
+        Call {
+            spans: spans.collect(),
+            heads: Heads { query: 8, kv: 2, dim: 64 },
+            dtype: DType::BF16,
+            n_pages: 64 * n,
+            shares: Shares::Exactly(8),
+        }
     }
 
-    /// A decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, in whole tiles, a
-    /// row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of sequences that
-    /// have grown.
+    /// A recorded decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, each from a multiple
+    /// of its size on, a row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of
+    /// sequences that have grown, or have other bits than one that is not recorded.
     #[test]
     fn decode_tables_cover_every_key_at_every_length() {
         for n in [1, 3, 40] {
@@ -287,7 +302,9 @@ mod tests {
                     let mut end = 0;
                     for item in &items {
                         assert!(
-                            item.key_begin == end && item.key_end >= end && (item.key_begin % 64 == 0 || item.key_begin == item.key_end)
+                            item.key_begin == end
+                                && item.key_end >= end
+                                && (item.key_begin % SHARE as i32 == 0 || item.key_begin == item.key_end)
                         );
                         let first_page = item.key_row as usize;
                         let pages = &work.pages[first_page..first_page + (past + 1).div_ceil(PAGE_TOKENS)];

@@ -10,6 +10,7 @@ mod attention;
 mod attention_cached;
 pub mod backend;
 mod blas;
+mod canonical;
 mod compile;
 mod cross_entropy;
 mod driver;

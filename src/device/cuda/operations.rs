@@ -2,6 +2,7 @@
 //! of their noun.
 
 use super::{Cuda, Memory};
+use crate::device::canonical::CanonicalSums;
 use crate::device::{
     Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope,
 };
@@ -12,6 +13,10 @@ use std::sync::atomic::Ordering;
 impl Device for Cuda {
     fn name(&self) -> String {
         format!("cuda, {}", self.backend.name())
+    }
+
+    fn canonical(&self) -> Option<&dyn CanonicalSums> {
+        Some(self)
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {

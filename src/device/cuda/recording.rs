@@ -25,11 +25,15 @@ struct Recorded {
 }
 
 impl Recording for Recorded {
-    fn replay(&self, spans: &[CacheSpan]) {
+    fn replay(&self, spans: &[CacheSpan]) -> bool {
         if let Some(tables) = &self.tape.tables {
+            if !tables.have_room_for(spans) {
+                return false;
+            }
             tables.fill(&self.cuda, spans);
         }
         self.cuda.backend.replay(self.graph);
+        true
     }
 }
 
