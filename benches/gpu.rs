@@ -1,7 +1,8 @@
 //! The operations of the CUDA device at the shapes of models of 1, 15 and 340 billion parameters (the last as one of eight
 //! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and
 //! a copy of 1 GiB. On a Hopper GPU attention is measured with the kernels for every GPU too ("portable"); and PyTorch's beside it,
-//! when TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Without a GPU it says so and ends, with
+//! when TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Products of the library (gemm) have those of
+//! kernels/matmul.cu, which add in a canonical order, beside them (gemm_in_pairs, gemm_in_turn). Without a GPU it says so and ends, with
 //! exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- WORD]` prints a markdown table (of the operations that contain WORD).
@@ -49,10 +50,16 @@ fn products(model: &Model) -> Vec<Case> {
     let (h, f, v) = (model.hidden, model.ffn, model.vocabulary);
     let (qkv, mixed) = (cases::heads_of(model.heads).qkv_columns(), model.heads.0 * model.heads.2);
     let mut list = Vec::new();
-    for (out, inner) in [(qkv, h), (h, mixed), (f, h), (h, f), (v, h)] {
+    // (outputs, inputs), and the pieces of a canonical sum over each: tp divides the outputs of the one and the inputs of the other.
+    for ((out, inner), (of_out, of_inner)) in
+        [((qkv, h), (8, 1)), ((h, mixed), (1, 8)), ((f, h), (8, 1)), ((h, f), (1, 8)), ((v, h), (8, 1))]
+    {
         list.push(cases::gemm(Gemm::NT, (T, out, inner), Kind::Float));
+        list.push(cases::gemm_in_pairs(Gemm::NT, (T, out, inner), Kind::Float, of_inner));
         list.push(cases::gemm(Gemm::NN, (T, inner, out), Kind::Float));
+        list.push(cases::gemm_in_pairs(Gemm::NN, (T, inner, out), Kind::Float, of_out));
         list.push(cases::gemm(Gemm::TN.accumulate(), (out, inner, T), Kind::F32));
+        list.push(cases::gemm_in_turn(Gemm::TN.accumulate(), (out, inner, T), 1));
     }
     for starts in [vec![0, T], (0..=8).map(|i| i * T / 8).collect()] {
         list.push(cases::attention(starts.clone(), model.heads));
@@ -68,6 +75,9 @@ fn passes(model: &Model) -> Vec<Case> {
     let decode: Vec<_> = (0..32).map(|_| (0, 4095, 1)).collect();
     let mut list = vec![
         cases::gemm(Gemm::NT, (1, f, h), Kind::Float),
+        cases::gemm_in_pairs(Gemm::NT, (1, f, h), Kind::Float, 1),
+        cases::gemm_in_pairs(Gemm::NT, (1, h, f), Kind::Float, 8),
+        cases::gemm_in_pairs(Gemm::NT, (32, f, h), Kind::Float, 1),
         cases::gemm(Gemm::NT, (1, model.vocabulary, h), Kind::Float),
         cases::attention_cached(&decode, model.heads),
         cases::attention_cached(&decode[..1], model.heads),

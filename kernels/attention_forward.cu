@@ -1,7 +1,7 @@
 // Causal attention, forward (Device::attention). Grid (n_items, G), 128 threads; an item is up to 64 rows (mma) or 16 (fma) of
 // one sequence, rows being (token, query head of the group). Items come longest first from the launcher.
-// Registers (sm_90a, nvcc 13.0, no spills) and shared memory: d64 141, 46080 bytes; d128 192, 87040; d192 212, 128000; fma f32
-// 127, bf16 124, (16 D + 32 (D + 1) + 32 D) * 4. By these, 3, 2 and 1 blocks an SM for d64, d128 and d192.
+// Registers (sm_90a, nvcc 13.0, no spills) and shared memory: d64 145, 46080 bytes; d128 186, 87040; d192 220, 128000; fma f32
+// 128, bf16 124, (16 D + 32 (D + 1) + 32 D) * 4. By these, 3, 2 and 1 blocks an SM for d64, d128 and d192.
 #include "attention_tile.cuh"
 
 template <class T>

@@ -1,6 +1,8 @@
-//! The CUDA device on a GPU: the whole table of operations, sums whose bits come twice, and models held to the numbers of
-//! transformers. Without a GPU each test says so and passes, unless TRIREME_NEEDS_GPU is set (tests/gpu.sh sets it).
+//! The CUDA device on a GPU: the whole table of operations, sums whose bits come twice, sums in canonical orders whose bits depend on
+//! nothing around them, training under many layouts bit by bit, and models held to the numbers of transformers. Without a GPU each
+//! test says so and passes, unless TRIREME_NEEDS_GPU is set (tests/gpu.sh sets it).
 
+mod canonical_cases;
 #[allow(dead_code)] // the bench reads more of it
 #[path = "operations/cases.rs"]
 mod cases;
@@ -10,6 +12,7 @@ mod common;
 mod decode_cases;
 #[path = "golden_runs/mod.rs"]
 mod golden_runs;
+mod numerics_runs;
 #[path = "operations/oracle.rs"]
 mod oracle;
 
@@ -168,6 +171,61 @@ mod operations {
                 for _ in 0..5 {
                     assert!(outputs(&cuda, case, dtype) == first, "{} {} {dtype:?}", case.operation, case.shape);
                 }
+            }
+        }
+    }
+}
+
+/// What tests/kernels holds over the emulator, with the rounding and the races of a GPU.
+mod canonical {
+    use crate::numerics_runs::{Run, model, train};
+    use crate::{canonical_cases as cases, check, gpu};
+    use trireme::device::Device;
+    use trireme::model::config::ModelConfig;
+    use trireme::model::ctx::SequenceMode;
+    use trireme::parallel::layout::ParallelLayout;
+    use trireme::recipe::Recompute;
+    use trireme::tensor::DType;
+
+    #[test]
+    fn sums_match_the_oracle_and_see_no_neighbours() {
+        let Some(cuda) = gpu() else { return };
+        for dtype in [DType::F32, DType::BF16] {
+            check::canonical_gemm_cases().iter().for_each(|case| check::check(&cuda, case, dtype));
+            // Of sizes that fill the GPU with each form, and parts of them that do not.
+            for (shape, n_pieces) in [((1500, 2000, 1000), 1), ((1500, 2000, 1000), 8), ((70, 75, 4001), 8), ((300, 400, 4096), 4)] {
+                cases::products_do_not_depend_on_their_surroundings(&cuda, dtype, shape, n_pieces);
+            }
+            cases::parts_of_ranks_add_up_to_the_whole(&cuda, dtype, &[8, 40, 12, 104, 3416, 16_384]);
+            for starts in [&[0, 5, 10, 15][..], &[0, 700, 1400, 2101], &[0, 0, 3, 3]] {
+                cases::products_in_turn_are_one_call_a_piece(&cuda, dtype, (21, 37), starts);
+                cases::products_in_turn_are_one_call_a_piece(&cuda, dtype, (1400, 2000), starts);
+            }
+        }
+        cases::the_vocabulary_adds_up(&cuda);
+        cases::squares_add_up(&cuda);
+        cases::groups_are_added_in_pairs_and_in_turn(&cuda);
+    }
+
+    fn cuda() -> Box<dyn Device> {
+        Box::new(gpu().expect("asked for before"))
+    }
+
+    /// Loss, gradient norm, every gradient and weight of two steps, with ranks that share the GPU.
+    #[test]
+    fn every_layout_gives_the_same_bits() {
+        if gpu().is_none() {
+            return;
+        }
+        let wide = ModelConfig { n_layers: 2, hidden: 128, n_heads: 8, n_kv_heads: 4, head_dim: 64, ffn_hidden: 256, ..model() };
+        for dtype in [DType::F32, DType::BF16] {
+            let alone = Run { global: 8, open: Some(cuda), ..Run::reference(wide.clone(), dtype) };
+            let expected = train(&alone, 2);
+            for (tp, pp, dp, micro) in [(1, 1, 1, 4), (2, 1, 1, 1), (1, 2, 1, 2), (1, 1, 2, 1), (2, 2, 2, 2), (4, 1, 2, 1)] {
+                let (layout, recompute) = (ParallelLayout { tp, pp, dp, vp: 1 }, [Recompute::None, Recompute::Full][dp - 1]);
+                let sequence = if tp == 2 { SequenceMode::Sharded } else { SequenceMode::Replicated };
+                let run = Run { layout, micro, recompute, sequence, ..alone.clone() };
+                assert_eq!(train(&run, 2).first_difference(&expected), None, "{run:?}");
             }
         }
     }

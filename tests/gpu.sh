@@ -87,11 +87,18 @@ runs() {
   for i in gpu gpu-tp2 gpu-pp2 gpu-dp2; do compare cpu $i 2e-4; done
   "${train[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --set train.precision=bf16 --device cuda --out gpu-bf16 2>&1 | tail -n 2
   compare cpu gpu-bf16 2e-2
+  # In reproducible numerics nothing may differ: one rank, and two that share the card.
+  local -a same=("${train[@]}" --set numerics.mode=reproducible --set train.precision=bf16 --device cuda)
+  "${same[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --out same 2>&1 | tail -n 2
+  "$bin/mpirun" -q -n 2 --bind-to none "${same[@]}" --out same-tp2 2>&1 | tail -n 2
+  compare same same-tp2 0
   echo '{"id": "a", "prompt": "The device", "max_new_tokens": 32}' >requests.jsonl
   "$bin/trireme-generate" --checkpoint gpu --requests requests.jsonl --device cuda --out on-gpu
   "$bin/trireme-generate" --checkpoint gpu --requests requests.jsonl --device cpu --out on-cpu
   cmp <(grep -o '"tokens": *\[[^]]*\]' on-gpu/*.jsonl) <(grep -o '"tokens": *\[[^]]*\]' on-cpu/*.jsonl)
   tail -n 1 on-gpu/*.jsonl
+  "$bin/mpirun" -q -n 2 --bind-to none "$bin/trireme-generate" --checkpoint gpu --requests requests.jsonl --tp 2 --device cuda --out on-gpu-tp2
+  cmp on-gpu/responses.jsonl on-gpu-tp2/responses.jsonl
 }
 
 operations() { "$bin/bench/gpu"; }

@@ -23,10 +23,15 @@ mod driver;
 mod emulator;
 #[path = "kernels/fp8.rs"]
 mod fp8;
+#[path = "kernels/generation.rs"]
+mod generation;
 #[path = "golden_runs/mod.rs"]
 mod golden_runs;
 #[path = "kernels/model.rs"]
 mod model;
+#[path = "kernels/numerics.rs"]
+mod numerics;
+mod numerics_runs;
 #[path = "kernels/operations.rs"]
 mod operations;
 #[path = "operations/oracle.rs"]

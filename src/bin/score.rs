@@ -23,8 +23,8 @@ use trireme::runtime::Runtime;
 
 /// Score given text with a checkpoint.
 ///
-/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (on the CPU, with tp 1, 2, 4 or
-/// 8, without FP8), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
+/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (with tp 1, 2, 4 or 8, without
+/// FP8), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
 /// in reproducible mode: a policy scored against itself gives a log-ratio of exactly 0.
 ///
 /// A job that is killed or stopped (exit code 75) keeps what it has scored in OUT.tmp-JOB/journal. The same command goes on from there,

@@ -19,7 +19,7 @@ mod watch;
 
 use super::{Communicator, Pending, Recv, ReduceOp, Send, Staging, UsePieces};
 use crate::device::cuda::streams::{CommunicationStream, UnderWay};
-use crate::device::cuda::{Cuda, Pieces, Workspace};
+use crate::device::cuda::{Cuda, MOST_PAIRED, Pieces, Workspace};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 use library::{IN_PROGRESS, Library, SUCCESS, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
@@ -242,6 +242,31 @@ impl Nccl {
     }
 }
 
+impl Nccl {
+    /// shard = this rank's piece of the sum of all `full`, which are tensors of the device at these addresses.
+    fn scatter_sum<'a>(&'a self, (from, to): (u64, u64), (full, shard): (&'a Tensor, &'a mut Tensor), op: ReduceOp) -> Pending<'a> {
+        super::ordered::check_division("reduce-scatter", self.size(), full, shard);
+        super::ordered::check_summable("reduce-scatter", (full, op), self.size());
+        let (n, dtype) = (shard.n_elements(), shard.dtype());
+        if dtype == DType::F32 && op == ReduceOp::Sum && self.options.sums == Sums::Library {
+            let call = |nccl: &Library, comm, stream| {
+                // SAFETY: as in `gather`.
+                unsafe { (nccl.reduce_scatter)(at(from), at(to), n, type_of(dtype), ncclRedOp_t::ncclSum, comm, stream) }
+            };
+            let under_way = self.start(self.operation("reduce-scatter", full.n_bytes()), &call);
+            return Pending::until(move || under_way.join());
+        }
+        let stride = n.next_multiple_of(VECTOR);
+        let (under_way, arrived) = self.exchange("reduce-scatter", from, (n, stride), dtype);
+        Pending::until(move || {
+            under_way.join();
+            let own = from + (self.rank() * n * dtype.bytes()) as u64;
+            let pieces = Pieces { own, others: &arrived, rank: self.rank(), n_ranks: self.size(), n, stride, dtype };
+            self.cuda.combine(to, &pieces, op);
+        })
+    }
+}
+
 impl Drop for Nccl {
     fn drop(&mut self) {
         if !std::thread::panicking() {
@@ -319,31 +344,19 @@ impl Communicator for Nccl {
     }
 
     fn start_reduce_scatter<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
-        super::ordered::check_division("reduce-scatter", self.size(), full, shard);
-        super::ordered::check_summable("reduce-scatter", (full, ReduceOp::Sum), self.size());
-        let Some((from, to)) = self.both(full, shard) else { return self.host.start_reduce_scatter(full, shard) };
-        let (n, dtype) = (shard.n_elements(), shard.dtype());
-        if dtype == DType::F32 && self.options.sums == Sums::Library {
-            let call = |nccl: &Library, comm, stream| {
-                // SAFETY: as in `gather`.
-                unsafe { (nccl.reduce_scatter)(at(from), at(to), n, type_of(dtype), ncclRedOp_t::ncclSum, comm, stream) }
-            };
-            let under_way = self.start(self.operation("reduce-scatter", full.n_bytes()), &call);
-            return Pending::until(move || under_way.join());
-        }
-        let stride = n.next_multiple_of(VECTOR);
-        let (under_way, arrived) = self.exchange("reduce-scatter", from, (n, stride), dtype);
-        Pending::until(move || {
-            under_way.join();
-            let own = from + (self.rank() * n * dtype.bytes()) as u64;
-            let pieces = Pieces { own, others: &arrived, rank: self.rank(), n_ranks: self.size(), n, stride, dtype };
-            self.cuda.combine(to, &pieces, ReduceOp::Sum);
-        })
+        let Some(addresses) = self.both(full, shard) else { return self.host.start_reduce_scatter(full, shard) };
+        self.scatter_sum(addresses, (full, shard), ReduceOp::Sum)
+    }
+
+    fn start_reduce_scatter_in_pairs<'a>(&'a self, full: &'a Tensor, shard: &'a mut Tensor) -> Pending<'a> {
+        let on_device = self.both(full, shard).filter(|_| self.size() <= MOST_PAIRED);
+        let Some(addresses) = on_device else { return self.host.start_reduce_scatter_in_pairs(full, shard) };
+        self.scatter_sum(addresses, (full, shard), ReduceOp::SumInPairs)
     }
 
     fn all_reduce(&self, x: &mut Tensor, op: ReduceOp) {
         super::ordered::check_summable("all-reduce", (x, op), self.size());
-        let on_device = self.cuda.address_of(x).filter(|_| op != ReduceOp::SumInPairs); // pairs go through the host
+        let on_device = self.cuda.address_of(x).filter(|_| op != ReduceOp::SumInPairs || self.size() <= MOST_PAIRED);
         let Some(address) = on_device else { return self.host.all_reduce(x, op) };
         let (n, dtype) = (x.n_elements(), x.dtype());
         if dtype != DType::F32 || op != ReduceOp::Sum || self.options.sums == Sums::Ordered {

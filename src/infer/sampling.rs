@@ -11,13 +11,20 @@ use std::sync::OnceLock;
 /// One choice a row of logits[n, V/tp] of all tensor-parallel ranks, of the first `n_valid` columns; the same on all of them.
 pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, n_valid: usize, drawings: &[Drawing]) -> Vec<Choice> {
     let mut choices: Vec<Option<Choice>> = vec![None; drawings.len()];
-    if tp.size() == 1 {
+    let gathered = if tp.size() == 1 {
         draw_on_device(device, logits, n_valid, drawings, &mut choices);
-    }
-    if choices.iter().all(Option::is_some) {
-        return choices.into_iter().flatten().collect();
-    }
-    let gathered = Gathered::new(device, tp, logits);
+        if choices.iter().all(Option::is_some) {
+            return choices.into_iter().flatten().collect();
+        }
+        Gathered::new(device, tp, logits)
+    } else {
+        let gathered = Gathered::new(device, tp, logits);
+        // Also of several ranks a device that draws draws: the host has another logarithm in its last bit.
+        if device.sample(&logits.rows(0..0), 1, &[]).is_some() {
+            draw_on_device(device, &gathered.on_device(device), n_valid, drawings, &mut choices);
+        }
+        gathered
+    };
     let choices: Vec<OnceLock<Choice>> = choices.into_iter().map(|choice| choice.map_or_else(OnceLock::new, OnceLock::from)).collect();
     for_tasks(choices.len(), choices.len() * n_valid, |idx| {
         choices[idx].get_or_init(|| sampler::choose(&gathered.row(idx, n_valid), &drawings[idx]));
@@ -62,6 +69,19 @@ impl Gathered {
             tp.start_all_gather_bytes(&mine, bytes).wait();
         }
         Gathered { words, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() }
+    }
+
+    /// Whole rows [n, V], on a device.
+    fn on_device(&self, device: &dyn Device) -> Tensor {
+        let row_bytes = self.columns * self.dtype.bytes();
+        let (bytes, mut rows) = (bytemuck::cast_slice::<u32, u8>(&self.words), Vec::with_capacity(self.n * self.tp * row_bytes));
+        for (idx, part) in (0..self.n).flat_map(|idx| (0..self.tp).map(move |part| (idx, part))) {
+            rows.extend_from_slice(&bytes[(part * self.n + idx) * row_bytes..][..row_bytes]);
+        }
+        let whole = device.alloc(&[self.n, self.columns * self.tp], self.dtype);
+        let mut whole = whole.unwrap_or_else(|error| panic!("logits of all ranks: {error}"));
+        device.upload(&rows, &mut whole);
+        whole
     }
 
     /// The first `n_valid` logits of a row.

@@ -15,6 +15,8 @@
 //! A block is 1 / n of the step's samples, which follow each other, so that the blocks of a replica are a subtree: dp divides n. It
 //! costs log2(n / dp) more gradients on each rank: sums of 1, 2, 4 .. blocks that wait for as many more.
 //!
+//! The bits are those of a kind of device: of all CPUs with the same vector instructions, or of all GPUs of one model.
+//!
 //! Everything else is made element by element, row by row or sequence by sequence, in an order of its own.
 
 use super::chunk::MicroBatch;

@@ -1,5 +1,6 @@
 //! Sums and maxima of several ranks' pieces, kernels/ordered.cu run on the CPU.
 
+use crate::canonical_cases::in_pairs;
 use crate::emulator::emulator;
 use half::bf16;
 use trireme::device::cuda::backend::{Arg, Backend, Grid, Kernel};
@@ -24,15 +25,18 @@ fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// Every element is that of a plain loop in rank order, bit for bit: with one's own piece lying elsewhere, in place, with gaps
+/// Every element is that of a plain loop in rank order, or of the pairs written down, bit for bit: with one's own piece lying elsewhere, in place, with gaps
 /// between pieces and without, for sizes that vectors do not divide; and nothing is written past the end (the emulator looks).
 #[test]
 fn pieces_are_combined_in_rank_order() {
     let Some(emulator) = emulator() else { return };
     for dtype in [DType::F32, DType::BF16] {
-        for (n_ranks, n, stride) in [(2, 1, 8), (3, 1021, 1024), (5, 6144, 6144), (4, 77, 77)] {
+        for (n_ranks, n, stride) in [(2, 1, 8), (3, 1021, 1024), (5, 6144, 6144), (4, 77, 77), (8, 33, 40), (64, 20, 24)] {
             for rank in [0, n_ranks - 1] {
-                for (operation, is_max) in [("ordered_sum", false), ("ordered_max", true)] {
+                for operation in ["ordered_sum", "ordered_pairs", "ordered_max"] {
+                    if operation == "ordered_pairs" && !usize::is_power_of_two(n_ranks) {
+                        continue;
+                    }
                     let pieces: Vec<Vec<f32>> = (0..n_ranks).map(|rank| piece(rank, n, dtype)).collect();
                     let own = emulator.alloc(n * dtype.bytes()).unwrap();
                     emulator.upload(&bytes_of(&pieces[rank], dtype), own);
@@ -53,9 +57,13 @@ fn pieces_are_combined_in_rank_order() {
                     emulator.launch(&Kernel::of("ordered", operation, dtype), Grid::line(2, 256), &args);
                     let mut found = vec![0; n * dtype.bytes()];
                     emulator.download(own, &mut found);
-                    let combine = |a: f32, b: f32| if is_max { a.max(b) } else { a + b };
-                    let expected: Vec<f32> =
-                        (0..n).map(|i| pieces[1..].iter().fold(pieces[0][i], |sum, piece| combine(sum, piece[i]))).collect();
+                    let combine = |a: f32, b: f32| if operation == "ordered_max" { a.max(b) } else { a + b };
+                    let expected: Vec<f32> = (0..n)
+                        .map(|i| match operation {
+                            "ordered_pairs" => in_pairs(&pieces.iter().map(|piece| piece[i]).collect::<Vec<f32>>()),
+                            _ => pieces[1..].iter().fold(pieces[0][i], |sum, piece| combine(sum, piece[i])),
+                        })
+                        .collect();
                     assert!(found == bytes_of(&expected, dtype), "{operation} {dtype:?}, {n} of {n_ranks} ranks, own {rank}");
                     emulator.free(own, n * dtype.bytes());
                     emulator.free(others, n_ranks * stride * dtype.bytes());

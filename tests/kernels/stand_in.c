@@ -216,7 +216,7 @@ int cuTensorMapEncodeTiled(Address* map, int type, unsigned rank, void* at, cons
 typedef struct { float* x; long long n; float factor; } Scale;
 static void scale(void* data) { Scale* s = data; for (long long i = 0; i < s->n; i++) s->x[i] *= s->factor; }
 // Values combined in rank order: what collectives need beside messages.
-typedef struct { char *out, *own, *pieces; int rank, n_pieces, is_bf16, is_max; long long stride, n; } Combine;
+typedef struct { char *out, *own, *pieces; int rank, n_pieces, is_bf16, is_max; long long stride, n; int in_pairs; } Combine;
 static float widened(const void* at, long long i, int is_bf16) {
     if (!is_bf16) return ((const float*)at)[i];
     unsigned bits = (unsigned)((const unsigned short*)at)[i] << 16;
@@ -224,14 +224,21 @@ static float widened(const void* at, long long i, int is_bf16) {
     memcpy(&x, &bits, 4);
     return x;
 }
+static float piece(Combine* c, int r, long long i) {
+    return widened(r == c->rank ? c->own : c->pieces + r * c->stride * (c->is_bf16 ? 2 : 4), i, c->is_bf16);
+}
+static float pairs(Combine* c, int first, int n, long long i) {
+    return n == 1 ? piece(c, first, i) : pairs(c, first, n / 2, i) + pairs(c, first + n / 2, n / 2, i);
+}
 static void combine(void* data) {
     Combine* c = data;
     for (long long i = 0; i < c->n; i++) {
         float sum = 0;
         for (int r = 0; r < c->n_pieces; r++) {
-            float x = widened(r == c->rank ? c->own : c->pieces + r * c->stride * (c->is_bf16 ? 2 : 4), i, c->is_bf16);
+            float x = piece(c, r, i);
             sum = r == 0 ? x : c->is_max ? (x > sum ? x : sum) : sum + x;
         }
+        if (c->in_pairs) sum = pairs(c, 0, c->n_pieces, i);
         unsigned bits;
         memcpy(&bits, &sum, 4);
         if (c->is_bf16) ((unsigned short*)c->out)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -250,7 +257,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     }
     if (!strncmp(function, "ordered_", 8)) {
         Combine c = {*(char**)args[0], *(char**)args[1], *(char**)args[2], *(int*)args[3], *(int*)args[4], strstr(function, "bf16") != 0,
-                     strstr(function, "max") != 0, *(long long*)args[5], *(long long*)args[6]};
+                     strstr(function, "max") != 0, *(long long*)args[5], *(long long*)args[6], strstr(function, "pairs") != 0};
         ask(stream, combine, &c, sizeof c);
         return 0;
     }

@@ -5,8 +5,8 @@
 use crate::common::models;
 use std::collections::BTreeMap;
 use trireme::comm::{Communicator, Groups, threads};
-use trireme::device::Scratch;
 use trireme::device::cpu::{Cpu, Isa};
+use trireme::device::{Device, Scratch};
 use trireme::error::Result;
 use trireme::exact::ExactSum;
 use trireme::model::chunk::{MicroBatch, Ratings};
@@ -44,6 +44,8 @@ pub struct Run {
     pub dtype: DType,
     pub mode: Mode,
     pub isa: Isa,
+    /// Opens the device of a rank; none: the CPU with these instructions.
+    pub open: Option<fn() -> Box<dyn Device>>,
     /// With one chunk a stage.
     pub schedule: ScheduleKind,
 }
@@ -61,6 +63,7 @@ impl Run {
             dtype,
             mode: Mode::Reproducible,
             isa: Isa::detect(),
+            open: None,
             schedule: ScheduleKind::OneFOneB,
         }
     }
@@ -162,7 +165,10 @@ fn assemble(parts: impl Iterator<Item = (String, Vec<usize>, Slice, Vec<f32>)>) 
 }
 
 fn owned(tensor: &Tensor, slice: &Slice) -> Vec<f32> {
-    tensor.rows(0..slice.shape[0]).to_f32_vec()
+    let rows = tensor.rows(0..slice.shape[0]);
+    let mut host = Tensor::host(rows.dims(), rows.dtype(), None).unwrap();
+    rows.read_bytes(0, host.bytes_mut());
+    host.to_f32_vec()
 }
 
 /// Name and shape of a parameter, the slice of it that a rank owns, and the optimizer's three states of that.
@@ -194,25 +200,26 @@ const SETTINGS: Optimizer = Optimizer {
 
 fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u64>, from: Option<&Saved>) -> Vec<OnRank> {
     let groups = Groups::new(world, run.layout);
-    let (device, scratch, layout) = (Cpu::with_isa(run.isa), Scratch::new(), run.layout);
+    let device = run.open.map_or_else(|| Box::new(Cpu::with_isa(run.isa)) as Box<dyn Device>, |open| open());
+    let (device, scratch, layout) = (&*device, Scratch::new(), run.layout);
     let shape = BatchShape { seq_len: SEQ_LEN, micro: run.micro, global: run.global, dp: layout.dp };
     let kind = if layout.vp > 1 { ScheduleKind::Interleaved } else { run.schedule };
     let pipeline = PipelineShape { pp: layout.pp, vp: layout.vp, n_micro: shape.n_micro() };
     let schedule = schedule::training(kind, pipeline, Messages::Ahead).unwrap();
     let asked = recipe::Numerics { mode: run.mode, ..recipe::Numerics::default() };
-    let numerics = Numerics::of(&asked, &device, run.global, layout.dp).unwrap();
-    let mut state = TrainState::new(&device, &run.model, &groups, run.dtype).unwrap();
-    state.prepare_sums(&device, &asked, asked.blocks(run.global) / layout.dp).unwrap();
-    state.initialise(&device, &scratch, &groups, 3);
+    let numerics = Numerics::of(&asked, device, run.global, layout.dp).unwrap();
+    let mut state = TrainState::new(device, &run.model, &groups, run.dtype).unwrap();
+    state.prepare_sums(device, &asked, asked.blocks(run.global) / layout.dp).unwrap();
+    state.initialise(device, &scratch, &groups, 3);
     if let Some(saved) = from {
         restore(&mut state, saved);
-        state.optimizer.publish_weights(&device, &scratch, &mut state.chunks, &groups);
+        state.optimizer.publish_weights(device, &scratch, &mut state.chunks, &groups);
     }
     for chunk in &mut state.chunks {
         let n_blocks = run.model.n_layers / layout.n_chunks();
         chunk.set_recompute(&vec![run.recompute; n_blocks]);
     }
-    let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: run.sequence, numerics };
+    let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: run.sequence, numerics };
     let n_tokens = shape.global_tokens();
     let mut exchanges = Exchanges::new(&groups, Overlap::WithComputation);
     let mut results = Vec::new();
@@ -220,7 +227,7 @@ fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u6
         let batches: Vec<MicroBatch> = (0..shape.n_micro())
             .map(|micro| {
                 let samples = shape.samples(step * run.global as u64, groups.at.dp, micro);
-                let read = micro_batch(&device, &Noise, samples, SEQ_LEN, 1.0 / n_tokens as f32).unwrap();
+                let read = micro_batch(device, &Noise, samples, SEQ_LEN, 1.0 / n_tokens as f32).unwrap();
                 let label = |i: usize| Random::new(7, "labels").normal(i as u64) as f32;
                 let ratings = match run.model.head {
                     HeadKind::Vocabulary => None,
@@ -238,11 +245,11 @@ fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u6
         let mut during = exchanges.during(ctx, optimizer);
         let passed = executor::run(&schedule, chunks, &ctx, &groups, (&batches, Keep::Saved), &mut during);
         exchanges.finish_gradients(chunks, optimizer);
-        optimizer.reduce_tied(&device, &scratch, chunks, &groups);
+        optimizer.reduce_tied(device, &scratch, chunks, &groups);
         let counted = if groups.at.tp == 0 { passed.token_losses } else { Vec::new() };
         let mine: ExactSum = counted.iter().flatten().map(|&loss| f64::from(loss)).collect();
         let loss = sum_exactly(&*groups.world, &mine) / n_tokens as f64;
-        let grad_norm = optimizer.grad_norm(&device, chunks, &groups);
+        let grad_norm = optimizer.grad_norm(device, chunks, &groups);
         let (mut gradients, mut weights, mut moments) = (Vec::new(), Vec::new(), Vec::new());
         let each = |chunks: &[trireme::model::chunk::Chunk]| -> Vec<(usize, usize, String, Vec<usize>)> {
             let of_chunk = |(c, chunk): (usize, &trireme::model::chunk::Chunk)| {
@@ -256,7 +263,7 @@ fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u6
             gradients.push((name, shape, slice.clone(), owned(optimizer.reduced_gradient(chunks, c, i), &slice)));
         }
         let update = Update { step: step + 1, lr: SETTINGS.lr, grad_scale: (0.5 / (grad_norm + 1e-6)).min(1.0) };
-        optimizer.update(&device, &scratch, chunks, &mut exchanges, (&SETTINGS, update));
+        optimizer.update(device, &scratch, chunks, &mut exchanges, (&SETTINGS, update));
         exchanges.finish_weights(chunks);
         for (c, i, name, shape) in each(chunks) {
             let (param, shard) = (&chunks[c].params()[i].value, &optimizer.shards[c][i]);
@@ -278,9 +285,9 @@ fn restore(state: &mut TrainState, saved: &Saved) {
             let (first, width) = if two { (shard.slice.offset[1], shard.slice.shape[1]) } else { (0, 1) };
             for (from, to) in saved.iter().zip([&mut shard.master, &mut shard.m, &mut shard.v]) {
                 let from = &from[&param.spec.name];
-                for (i, x) in to.f32_mut()[..shard.slice.n_elements()].iter_mut().enumerate() {
-                    *x = from[(shard.slice.offset[0] + i / width) * columns + first + i % width];
-                }
+                let at = |i: usize| (shard.slice.offset[0] + i / width) * columns + first + i % width;
+                let values: Vec<f32> = (0..shard.slice.n_elements()).map(|i| from[at(i)]).collect();
+                to.write_bytes(0, bytemuck::cast_slice(&values));
             }
         }
     }

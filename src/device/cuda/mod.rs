@@ -32,7 +32,7 @@ use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
 use backend::{Algorithms, Arg, Backend};
-pub(crate) use ordered::Pieces;
+pub(crate) use ordered::{MOST_PAIRED, Pieces};
 use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -1,10 +1,13 @@
-//! Values of several ranks combined in rank order: what communicators use where the order of a sum must be known.
+//! Values of several ranks combined in rank order, or in pairs: what communicators use where the order of a sum must be known.
 
 use super::backend::{Arg, Kernel};
 use super::grid::{int, long};
 use super::{Cuda, Workspace};
 use crate::comm::ReduceOp;
 use crate::tensor::DType;
+
+/// Most pieces that kernels/ordered.cu adds in pairs: 2^PAIRED.
+pub(crate) const MOST_PAIRED: usize = 64;
 
 /// One piece of `n` elements for each rank: that of `rank` at the address `own`, the others in `others`, piece r at
 /// r * `stride` elements.
@@ -26,7 +29,7 @@ pub(crate) struct Pieces<'a> {
 }
 
 impl Cuda {
-    /// out[n] at an address = the pieces combined in rank order in f32, rounded once; `out` may be the own piece.
+    /// out[n] at an address = the pieces combined as `op` says in f32, rounded once; `out` may be the own piece.
     pub(crate) fn combine(&self, out: u64, pieces: &Pieces, op: ReduceOp) {
         if pieces.n == 0 {
             return;
@@ -34,7 +37,11 @@ impl Cuda {
         let operation = match op {
             ReduceOp::Sum => "ordered_sum",
             ReduceOp::Max => "ordered_max",
-            ReduceOp::SumInPairs => unreachable!("sums in pairs go through the host"),
+            ReduceOp::SumInPairs => {
+                let fits = pieces.n_ranks.is_power_of_two() && pieces.n_ranks <= MOST_PAIRED;
+                assert!(fits, "the pieces of {} ranks in pairs", pieces.n_ranks);
+                "ordered_pairs"
+            }
         };
         let args = [
             Arg::Address(out),
