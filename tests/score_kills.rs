@@ -212,3 +212,18 @@ fn a_signal_among_generated_answers() {
     assert!(text(&end).contains("1 of 2 responses are made already"), "{}", text(&end));
     assert_finished(&out, &files(&undisturbed), "after a signal among answers");
 }
+
+/// A journal that cannot be written, on one rank of two, ends the job on both with that rank's error; what both had kept by then is not made
+/// again.
+#[test]
+fn a_full_disk_of_one_rank_ends_all() {
+    let place = Place::new();
+    let (job, undisturbed, out) = (&scorings(&place)[0], place.path("undisturbed"), place.path("full"));
+    assert!(job.run(&undisturbed, 1, &[], "").status.success());
+    let full = job.run(&out, 2, &["--batch-tokens", "30"], "enospc at=io.write n=5 rank=1");
+    let said = text(&full);
+    assert!(!full.status.success() && said.contains("No space left on device") && said.contains("reproducible-00001.lines"), "{said}");
+    let end = job.run(&out, 1, &[], "");
+    assert!(end.status.success() && text(&end).contains("of 60 sequences are scored already"), "{}", text(&end));
+    assert_finished(&out, &files(&undisturbed), "after a full disk");
+}

@@ -73,7 +73,7 @@ enum What {
     /// Example:
     ///   trireme-checkpoint import reward-model-hf --out runs/reward
     ///   trireme-score rewards --checkpoint runs/reward --input answers.jsonl --out runs/answers-rewards
-    #[command(verbatim_doc_comment)]
+    #[command(verbatim_doc_comment, visible_alias = "reward")]
     Rewards(ScoreArgs),
 }
 
