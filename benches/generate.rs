@@ -11,11 +11,14 @@
 //! if it did (drawn from 64 tokens: what stood there before is nearly always found and nearly always wrong), `repeated` does (the most
 //! likely token of a model with random weights soon comes in a circle). All repetitions of a row are taken in turn with those of others.
 
+#[path = "../tests/common/models.rs"]
+mod models;
+
 use std::time::Instant;
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
-use trireme::device::{Activation, CacheSpan, Device, NormKind, PAGE_TOKENS, Scratch};
+use trireme::device::{CacheSpan, Device, PAGE_TOKENS, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::request::Request;
@@ -23,7 +26,7 @@ use trireme::infer::sampler::Sampling;
 use trireme::infer::samples::Done;
 use trireme::infer::schedule::{Counts, Limits, Next, Scheduler, Sharing};
 use trireme::model::chunk::{CachedInput, Chunk, Purpose};
-use trireme::model::config::{HeadKind, ModelConfig};
+use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
@@ -42,25 +45,7 @@ const PROMPT_TOKENS: usize = 512;
 
 /// The 30 M model of the other benches, with another vocabulary.
 fn model(vocab_size: usize) -> ModelConfig {
-    ModelConfig {
-        n_layers: 10,
-        hidden: 384,
-        n_heads: 6,
-        n_kv_heads: 2,
-        head_dim: 64,
-        ffn_hidden: 1536,
-        vocab_size,
-        vocab_divisor: 64,
-        max_tokens: 2048,
-        norm: NormKind::LayerNorm1P,
-        norm_eps: 1e-5,
-        activation: Activation::SquaredRelu,
-        rotary_fraction: 0.5,
-        rope_base: 10000.0,
-        tied_embeddings: false,
-        head: HeadKind::Vocabulary,
-        init_std: 0.02,
-    }
+    ModelConfig { vocab_divisor: 64, ..models::nemotron([10, 384, 6, 2, 64, 1536, vocab_size], 2048) }
 }
 
 /// Prompts of 24 to 247 tokens, of which half begin with the same 160; responses of 16 to 79.

@@ -20,7 +20,7 @@ pub enum Head {
 /// What the backward needs.
 pub enum HeadSaved {
     /// Of a language model.
-    Vocabulary(VocabularySaved),
+    Vocabulary(Box<VocabularySaved>),
     /// Of a reward model.
     Reward(RewardSaved),
 }
@@ -42,7 +42,7 @@ impl Head {
         match self {
             Head::Vocabulary(head) => {
                 let (losses, saved) = head.forward(ctx, residual, batch, tied);
-                (Output::TokenLosses(losses), HeadSaved::Vocabulary(saved))
+                (Output::TokenLosses(losses), HeadSaved::Vocabulary(Box::new(saved)))
             }
             Head::Reward(head) => {
                 let (attributes, saved) = head.forward(ctx, residual, batch);
@@ -62,7 +62,7 @@ impl Head {
     /// dx[T', H] assigned; weight gradients accumulated.
     pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: HeadSaved, tied: Option<&mut Param>) -> ScratchTensor {
         match (self, saved) {
-            (Head::Vocabulary(head), HeadSaved::Vocabulary(saved)) => head.backward(ctx, batch, saved, tied),
+            (Head::Vocabulary(head), HeadSaved::Vocabulary(saved)) => head.backward(ctx, batch, *saved, tied),
             (Head::Reward(head), HeadSaved::Reward(saved)) => head.backward(ctx, batch, saved),
             _ => panic!("{OTHER_HEAD}"),
         }
@@ -78,7 +78,7 @@ impl Head {
     ) -> (ScratchTensor, HeadDeferred) {
         match (self, saved) {
             (Head::Vocabulary(head), HeadSaved::Vocabulary(saved)) => {
-                let (dx, deferred) = head.backward_input(ctx, batch, saved, tied);
+                let (dx, deferred) = head.backward_input(ctx, batch, *saved, tied);
                 (dx, HeadDeferred::Vocabulary(deferred))
             }
             (Head::Reward(head), HeadSaved::Reward(saved)) => {
