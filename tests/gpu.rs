@@ -205,6 +205,7 @@ mod canonical {
         cases::the_vocabulary_adds_up(&cuda);
         cases::squares_add_up(&cuda);
         cases::groups_are_added_in_pairs_and_in_turn(&cuda);
+        cases::a_row_of_attention_does_not_see_its_neighbours(&cuda);
     }
 
     fn cuda() -> Box<dyn Device> {

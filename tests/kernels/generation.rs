@@ -1,11 +1,12 @@
 //! Generation on the CUDA device over the emulator: a row of every operation has the same bits alone and among others, so that a response
 //! file is the same bytes under every batch, piece of a prompt, guess and layout.
 
+use crate::canonical_cases;
 use crate::common::models;
 use crate::emulator::emulator;
 use trireme::comm::{Groups, threads};
+use trireme::device::Device;
 use trireme::device::cuda::Cuda;
-use trireme::device::{CacheSpan, Device, Heads, KvCache, PAGE_TOKENS};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::kv_memory::Room;
 use trireme::infer::load::layout_for;
@@ -17,7 +18,7 @@ use trireme::model::chunk::{Chunk, Purpose};
 use trireme::model::config::ModelConfig;
 use trireme::model::packed::WeightFormat;
 use trireme::rng::Random;
-use trireme::tensor::{DType, Tensor};
+use trireme::tensor::DType;
 
 fn model(head_dim: usize) -> ModelConfig {
     ModelConfig { rotary_fraction: 0.5, init_std: 0.3, ..models::nemotron([2, 32, 4, 2, head_dim, 48, 40], 200) }
@@ -88,58 +89,10 @@ fn batching_and_layouts_change_no_byte() {
     }
 }
 
-/// Rows of a sequence of several shares of keys, in pieces and one by one, beside other sequences and in other pages: the bits of all of
-/// them at once. A share that ends elsewhere, or a tile that leaves a trace in a row that does not see it, shows.
 #[test]
 fn a_row_of_attention_does_not_see_its_neighbours() {
     let Some(emulator) = emulator() else { return };
     let device = Cuda::with_backend(emulator);
-    for (dtype, heads) in [(DType::F32, Heads { query: 2, kv: 1, dim: 8 }), (DType::BF16, Heads { query: 3, kv: 1, dim: 64 })] {
-        let (past, n) = (500, 40);
-        let n_pages = 24;
-        let tensor = |dims: &[usize], name: &str| {
-            let noise = Random::new(9, name);
-            let values: Vec<f32> = (0..dims.iter().product::<usize>() as u64).map(|i| 2.0 * noise.normal(i) as f32).collect();
-            let host = if dtype == DType::F32 { Tensor::from_f32(dims, &values) } else { Tensor::from_bf16(dims, &values) };
-            let mut copy = device.alloc(dims, dtype).unwrap();
-            device.upload(host.bytes(), &mut copy);
-            copy
-        };
-        let all = tensor(&[past + n, heads.qkv_columns()], "qkv");
-        let other = tensor(&[20, heads.qkv_columns()], "another");
-        let row_bytes = heads.query * heads.dim * dtype.bytes();
-        // Rows of the sequence in calls that end at these; in every second call another sequence comes first.
-        let rows_in_calls = |ends: &[usize], first_page: u32| -> Vec<u8> {
-            let mut cache = KvCache {
-                keys: device.alloc(&[n_pages, PAGE_TOKENS, heads.kv * heads.dim], dtype).unwrap(),
-                values: device.alloc(&[n_pages, PAGE_TOKENS, heads.kv * heads.dim], dtype).unwrap(),
-            };
-            let pages: Vec<u32> = (0..9).map(|i| first_page + i).collect();
-            let (mut begin, mut found) = (0, Vec::new());
-            for (i, &end) in ends.iter().enumerate() {
-                let n_others = if i % 2 == 1 { 20 } else { 0 };
-                let mut qkv = device.alloc(&[n_others + end - begin, heads.qkv_columns()], dtype).unwrap();
-                Device::copy(&device, &mut qkv.rows_mut(0..n_others), &other.rows(0..n_others));
-                Device::copy(&device, &mut qkv.rows_mut(n_others..n_others + end - begin), &all.rows(begin..end));
-                let mut spans = vec![CacheSpan { rows: n_others..n_others + end - begin, past: begin, pages: pages.clone() }];
-                if n_others > 0 {
-                    spans.insert(0, CacheSpan { rows: 0..n_others, past: 0, pages: vec![n_pages as u32 - 1] });
-                }
-                let mut out = device.alloc(&[qkv.n_rows(), heads.query * heads.dim], dtype).unwrap();
-                Device::attention_cached(&device, &mut out, &qkv, &mut cache, &spans, heads);
-                found.extend_from_slice(&out.host_bytes()[n_others * row_bytes..]);
-                begin = end;
-            }
-            found
-        };
-        let expected = rows_in_calls(&[past + n], 0);
-        let one_by_one: Vec<usize> = (past..=past + n).collect();
-        for (ends, first_page) in [(&[37, 101, 320, 512, past + n][..], 3), (&[past, past + 11, past + 13, past + n], 7), (&one_by_one, 1)]
-        {
-            let found = rows_in_calls(ends, first_page);
-            let differ = found.chunks(row_bytes).zip(expected.chunks(row_bytes)).position(|(a, b)| a != b);
-            assert_eq!(differ, None, "{dtype:?} in calls that end at {ends:?}");
-        }
-    }
+    canonical_cases::a_row_of_attention_does_not_see_its_neighbours(&device);
     assert_eq!(device.memory().live_bytes, 0);
 }
