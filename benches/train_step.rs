@@ -4,7 +4,9 @@
 //! that has it, in turn in the same run (benches/peers/torch_train.py).
 //!
 //!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step [-- 30m f32]
-//!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step -- cuda [1b]
+//!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step -- cuda [1b] [fp8]
+//!
+//! With `fp8` the linear layers of the blocks multiply E4M3 (`numerics.linear = "fp8"`); the ceiling and PyTorch stay in bf16.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -18,7 +20,7 @@ use trireme::device::cuda::Cuda;
 use trireme::device::{Device, ceiling};
 use trireme::metrics;
 use trireme::parallel::layout::ParallelLayout;
-use trireme::recipe::{Precision, Pretrain};
+use trireme::recipe::{Linear, Precision, Pretrain};
 use trireme::train::pretrain::{self, Job};
 
 /// What is trained: the shapes of benches/peers/torch_train.py.
@@ -40,7 +42,7 @@ const CUDA_SIZES: [Size; 2] = [
 ];
 const STEPS: u64 = 6;
 
-fn recipe(size: &Size, precision: Precision, shards: &Path) -> Pretrain {
+fn recipe(size: &Size, (precision, linear): (Precision, Linear), shards: &Path) -> Pretrain {
     let mut recipe = common::tiny_recipe(shards);
     let [hidden, layers, heads, kv_heads, head_dim, ffn, vocab] = size.model;
     let model = &mut recipe.model;
@@ -49,15 +51,16 @@ fn recipe(size: &Size, precision: Precision, shards: &Path) -> Pretrain {
     (model.vocab_divisor, model.init_std) = (128, 0.02);
     (recipe.batch.seq_len, recipe.batch.micro, recipe.batch.global) = (size.seq_len, size.micro, size.micro);
     (recipe.train.samples, recipe.train.precision) = (STEPS * size.micro as u64, precision);
+    recipe.numerics.linear = linear;
     recipe
 }
 
 /// Median tokens/s and share of the ceiling over the steps after the first two.
-fn ours(device: &dyn Device, size: &Size, precision: Precision) -> (f64, f64) {
+fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64, f64) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shards = dir.path().join("shards");
     common::write_megatron(&shards, "train", &common::counting_documents(600 * size.seq_len / 512, size.model[6] as u32, 1));
-    let recipe = recipe(size, precision, &shards);
+    let recipe = recipe(size, numbers, &shards);
     let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
     let out = dir.path().join("run");
     let job = Job {
@@ -112,6 +115,7 @@ fn main() {
             std::process::exit(2);
         }
     };
+    let linear = if wanted.iter().any(|word| word == "fp8") { Linear::Fp8 } else { Linear::Stored };
     println!("{}\n", device.name());
     println!("| model | storage | tokens/s | share of GEMM ceiling | PyTorch eager | compiled | ours / best |");
     println!("|---|---|---|---|---|---|---|");
@@ -122,12 +126,13 @@ fn main() {
                 continue;
             }
             let eager = peer(name, size, dtype, false);
-            let (tokens_per_s, share) = ours(&*device, size, precision);
+            let (tokens_per_s, share) = ours(&*device, size, (precision, linear));
             let compiled = peer(name, size, dtype, true);
             let text = |rate: Option<f64>| rate.map_or("not run".into(), |rate| format!("{rate:.0}"));
             let best = eager.unwrap_or(0.0).max(compiled.unwrap_or(0.0));
             let ratio = if best > 0.0 { format!("{:.2}", tokens_per_s / best) } else { "-".into() };
             let (model, share) = (size.name, 100.0 * share);
+            let dtype = if linear == Linear::Fp8 { format!("{dtype}, products in E4M3") } else { dtype.into() };
             println!("| {model} | {dtype} | {tokens_per_s:.0} | {share:.0} % | {} | {} | {ratio} |", text(eager), text(compiled));
         }
     }

@@ -222,6 +222,27 @@ fn layouts_change_no_byte() {
     }
 }
 
+/// With E4M3 and a scale for each token and output channel, too: the ranks agree on the scale of what they have parts of, and a row's
+/// bits do not depend on the others of a pass. With one scale for a whole pass the ranks still change nothing; what runs together does.
+#[test]
+fn layouts_change_no_byte_in_fp8() {
+    let requests = requests();
+    let batching = Batching { n_sequences: 5, pass_tokens: 37, draft_tokens: 4, ..Batching::default() };
+    for dtype in [DType::F32, DType::BF16] {
+        let rows = Storage { dtype, weights: WeightFormat::Fp8(Fp8Scales::Rows) };
+        let expected = generate(&requests, alone(), rows).0;
+        let of_stored = generate(&requests, alone(), Storage { dtype, weights: WeightFormat::Stored }).0;
+        assert_ne!(expected, of_stored, "FP8 changes nothing");
+        for shape in [(2, 1, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2)] {
+            let how = How { shape, batching, n_threads: 1 };
+            assert_same(&expected, &generate(&requests, how, rows).0, how, rows);
+        }
+        let tensor = Storage { dtype, weights: WeightFormat::Fp8(Fp8Scales::Tensor) };
+        let how = How { shape: (2, 1, 1), ..alone() };
+        assert_same(&generate(&requests, alone(), tensor).0, &generate(&requests, how, tensor).0, how, tensor);
+    }
+}
+
 /// Requests in another order have the same responses: what runs together and what is shared is another then.
 #[test]
 fn the_order_of_requests_changes_no_byte() {

@@ -122,7 +122,7 @@ mod operations {
     /// As above, for elements and scales of E4M3. Not for its products: Hopper's tensor cores add those of 8 bits in less than f32.
     #[test]
     fn rounding_to_fp8_matches_the_oracle() {
-        check_all(check::fp8_cases().into_iter().filter(|case| case.operation == "quantise").collect());
+        check_all(check::fp8_cases().into_iter().filter(|case| case.operation != "gemm_fp8").collect());
     }
 
     /// As above, for attention, with the kernels of this GPU and with those of every GPU.

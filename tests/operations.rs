@@ -47,7 +47,8 @@ fn row_operations_match_the_oracle() {
     }
 }
 
-/// As above, for E4M3: every element is the nearest number, every scale the largest size / 448, every product that of the numbers.
+/// As above, for E4M3: every element is the nearest number, every scale the smallest power of two that
+/// it fits, every product that of the numbers.
 #[test]
 fn fp8_matches_the_oracle() {
     for case in check::fp8_cases() {

@@ -5,12 +5,15 @@ mod common;
 #[path = "packed/int8.rs"]
 mod int8;
 
+use trireme::checkpoint;
+use trireme::comm::solo::Solo;
 use trireme::comm::threads;
 use trireme::comm::{Communicator, Groups};
 use trireme::device::canonical::CanonicalSums;
 use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::packed::{PackedProducts, PackedWeight};
-use trireme::device::{CacheSpan, Device, Gemm, NormKind, Scratch};
+use trireme::device::{CacheSpan, Device, Fp8Scales, Gemm, NormKind, Scratch};
+use trireme::infer::load::{load_chunk, load_packed};
 use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
@@ -231,5 +234,36 @@ fn packing_holds_one_copy_and_a_weight() {
         let padding: usize = packed.iter().map(|weight| 32 * (weight.row_len + TP_PIECES) * dtype.bytes() + 64).sum();
         assert!(after.live_bytes <= before.live_bytes + padding, "{after:?}, {before:?}");
         assert!(after.peak_bytes <= before.live_bytes + largest + padding, "{after:?}, {before:?}");
+    }
+}
+
+/// Weights in a format are packed one by one as they are read: memory never holds more than the packed model and the largest weight as it
+/// is stored, which is less than the stored model alone. What comes out is what packing the whole model gives.
+#[test]
+fn loading_holds_what_is_packed_and_a_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_megatron(&dir.path().join("shards"), "train", &common::counting_documents(60, 61, 1));
+    let mut recipe = common::tiny_recipe(&dir.path().join("shards"));
+    recipe.model = ModelConfig { hidden: 96, ffn_hidden: 400, ..recipe.model };
+    recipe.train.samples = 8;
+    let run = dir.path().join("run");
+    common::train(&recipe, &run, None).unwrap();
+    let stored = checkpoint::open(&run).unwrap();
+    let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
+    let largest = 400 * 96;
+    for dtype in [DType::F32, DType::BF16] {
+        for format in [WeightFormat::Int8, WeightFormat::Fp8(Fp8Scales::Rows), WeightFormat::Fp8(Fp8Scales::Tensor)] {
+            let device = Cpu::new();
+            let chunk = load_packed(&device, &stored, &groups, dtype, format).unwrap();
+            let memory = device.memory();
+            // Scales and sizes of a weight's rows besides.
+            let allowed = memory.live_bytes + largest * dtype.bytes() + 400 * 4 + 64;
+            assert!(memory.peak_bytes <= allowed, "{format:?} {dtype:?}: {memory:?}, {allowed} bytes are allowed");
+            let other = Cpu::new();
+            let mut whole = load_chunk(&other, &stored, &groups, dtype).unwrap();
+            whole.pack(&other, &*groups.tp, format).unwrap();
+            assert!(other.memory().peak_bytes > allowed, "{format:?} {dtype:?}: the whole model fits as well, so nothing is seen");
+            assert_eq!(passes(&device, &groups, &chunk), passes(&other, &groups, &whole), "{format:?} {dtype:?}");
+        }
     }
 }

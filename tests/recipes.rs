@@ -9,8 +9,9 @@ use toml::{Table, Value};
 use trireme::device::{Activation, NormKind};
 use trireme::model::config::HeadKind;
 use trireme::recipe::{
-    Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, LrDecay, Mode, Moments, Numerics, Observe, Optimizer, Parallel, Phase,
-    Precision, Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train, Validation, Wsd,
+    Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, Linear, LrDecay, Mode, Moments, Numerics, Observe, Optimizer,
+    Parallel, Phase, Precision, Pretrain, RampStage, Recompute, RecomputePlan, RecomputeRange, ScheduleKind, Source, Start, Train,
+    Validation, Wsd,
 };
 
 /// A recipe that fits 8 ranks: tp 2, pp 2, dp 2.
@@ -251,6 +252,10 @@ fn missing_keys_are_named() {
     assert!(line.starts_with("r.toml: the recipe misses the key model"), "{line}");
     let without_validation = Pretrain { validation: None, ..sound() };
     assert_eq!(parse(&without_validation.to_toml(), &[]), Ok(without_validation));
+    // A recipe without FP8 is written as it was before there was any: runs of then go on.
+    assert!(!sound().to_toml().contains("linear"));
+    let with_fp8 = parse(&sound().to_toml(), &["numerics.linear=fp8"]).unwrap();
+    assert_eq!((with_fp8.numerics.linear, parse(&with_fp8.to_toml(), &[])), (Linear::Fp8, Ok(with_fp8)));
 }
 
 /// A value of a wrong type is named with its place, what it is, and what it should be.

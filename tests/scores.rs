@@ -13,14 +13,15 @@ use trireme::checkpoint as stored_checkpoint;
 use trireme::checkpoint::Wanted;
 use trireme::comm::{Groups, threads};
 use trireme::device::cpu::Cpu;
-use trireme::device::{Device, Scratch};
-use trireme::infer::load::{layout_for, load_chunk};
+use trireme::device::{Device, Fp8Scales, Scratch};
+use trireme::infer::load::{layout_for, load_as, load_chunk};
 use trireme::infer::score::{self, Sequence};
 use trireme::infer::scorer::{self, Scorer};
 use trireme::model::chunk::{Chunk, MicroBatch, Purpose};
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
+use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::recipe::{self, Mode, ScheduleKind};
 use trireme::rng::Random;
@@ -76,12 +77,23 @@ fn training_losses(run: &Path, dtype: DType) -> Vec<Vec<f32>> {
 }
 
 fn scored_on(run: &Path, dtype: DType, asked: Option<Mode>, shape: (usize, usize, usize), batch_tokens: usize) -> Vec<Vec<f32>> {
+    scored_with(run, (dtype, None), asked, shape, batch_tokens)
+}
+
+/// The same with weights in a format.
+fn scored_with(
+    run: &Path,
+    (dtype, weights): (DType, Option<WeightFormat>),
+    asked: Option<Mode>,
+    shape: (usize, usize, usize),
+    batch_tokens: usize,
+) -> Vec<Vec<f32>> {
     let (tp, pp, dp) = shape;
     let all = threads::run(tp * pp * dp, |world| {
         let layout = layout_for(tp * pp * dp, tp, pp).unwrap();
         let (device, stored, groups) = (Cpu::new(), stored_checkpoint::open(run).unwrap(), Groups::new(world, layout));
-        let numerics = scorer::numerics(asked, &device, layout, None).unwrap();
-        let mut chunks = [load_chunk(&device, &stored, &groups, dtype).unwrap()];
+        let numerics = scorer::numerics(asked, &device, layout, weights).unwrap();
+        let mut chunks = [load_as(&device, &stored, &groups, dtype, weights).unwrap()];
         let scorer = Scorer { device: &device, groups: &groups, batch_tokens, numerics, stop: &|| false };
         score::logprobs(&scorer, &mut chunks, &samples()).unwrap()
     });
@@ -192,6 +204,29 @@ fn numerics_that_cannot_be_had_are_refused() {
     let error = scorer::numerics(Some(Mode::Reproducible), &device, layout, None).err().unwrap();
     assert!(error.exit_code() == 2 && error.to_string().contains("--tp 3 does not divide the 8 pieces"), "{error}");
     assert!(matches!(scorer::numerics(None, &device, layout, None), Ok(Numerics::Fast)));
+}
+
+/// With weights in FP8 and a scale for each token and output channel, log-probabilities have the same bits whatever is batched together
+/// and under every layout, and others than without; with one scale for what runs together that is not promised.
+#[test]
+fn fp8_scores_do_not_depend_on_batch_or_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    let shards = dir.path().join("shards");
+    write_megatron(&shards, "train", &counting_documents(60, 61, 1));
+    let (run, mut recipe) = (dir.path().join("run"), tiny_recipe(&shards));
+    (recipe.model.hidden, recipe.model.ffn_hidden) = (32, 64);
+    train(&recipe, &run, None).unwrap();
+    let rows = Some(WeightFormat::Fp8(Fp8Scales::Rows));
+    for dtype in [DType::F32, DType::BF16] {
+        let expected = scored_with(&run, (dtype, rows), None, (1, 1, 1), 1);
+        assert_ne!(expected, scored_on(&run, dtype, None, (1, 1, 1), 1), "FP8 changes nothing");
+        for (shape, batch_tokens) in [((1, 1, 1), 1000), ((4, 1, 1), 20), ((2, 2, 1), 40), ((1, 2, 2), 16)] {
+            assert_eq!(expected, scored_with(&run, (dtype, rows), None, shape, batch_tokens), "{dtype:?} {shape:?} {batch_tokens}");
+        }
+    }
+    let (device, tensor) = (Cpu::new(), Some(WeightFormat::Fp8(Fp8Scales::Tensor)));
+    let error = scorer::numerics(Some(Mode::Reproducible), &device, ParallelLayout::SINGLE, tensor).err().unwrap();
+    assert!(error.to_string().contains("one FP8 scale is for all that runs together"), "{error}");
 }
 
 /// A signal reaches one rank some passes before the others: all ranks leave together, asked to be started again. A rank that left alone

@@ -20,7 +20,7 @@ use trireme::infer::choices::{self, Likelihood, Pair, Start};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::journal;
 use trireme::infer::kv_memory::Room;
-use trireme::infer::load::load_chunk;
+use trireme::infer::load::load_as;
 use trireme::infer::samples::Done;
 use trireme::infer::score_files::write_lines;
 use trireme::infer::score_journal;
@@ -175,8 +175,7 @@ fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Pat
     if made.iter().all(|made| *made) && done.n_made() == done.n_samples() {
         return Ok(());
     }
-    let mut chunks = [agree(world, load_chunk(device, stored, &groups, args.model.dtype))?];
-    agree(world, weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
+    let mut chunks = [agree(world, load_as(device, stored, &groups, args.model.dtype, weights))?];
     let stop = || runtime.stop_requested();
     let scorer = Scorer { device, groups: &groups, batch_tokens: args.scoring.batch_tokens, numerics, stop: &stop };
     let joined: Vec<Vec<u32>> = questions.pairs.iter().map(Pair::joined).collect();

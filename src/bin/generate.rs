@@ -13,7 +13,7 @@ use trireme::error::{Error, Result};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::journal::{self, Merged};
 use trireme::infer::kv_memory::Room;
-use trireme::infer::load::load_chunk;
+use trireme::infer::load::load_packed;
 use trireme::infer::request::{Limits, OnBad, RequestFile, read_requests};
 use trireme::infer::samples::Done;
 use trireme::model::config::HeadKind;
@@ -141,8 +141,8 @@ fn make(
     (device, groups): (&dyn Device, &Groups),
     (done, dir): (&Done, &PathBuf),
 ) -> Result<()> {
-    let mut chunk = agree(&*groups.world, load_chunk(device, &prepared.stored, groups, args.model.dtype))?;
-    agree(&*groups.world, chunk.pack(device, &*groups.tp, args.model.weights.unwrap_or(WeightFormat::Stored)))?;
+    let format = args.model.weights.unwrap_or(WeightFormat::Stored);
+    let chunk = agree(&*groups.world, load_packed(device, &prepared.stored, groups, args.model.dtype, format))?;
     let free = || runtime.free_bytes().map_or(Room::Unknown, Room::Free);
     let kv_memory = args.kv_memory.map_or_else(free, |bytes| Room::Asked(bytes as usize));
     let batching = Batching {

@@ -11,7 +11,7 @@ use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::error::{Error, Result};
 use trireme::infer::choices::{self, Likelihood, Limits, Pair, Question, Start, read_questions};
-use trireme::infer::load::load_chunk;
+use trireme::infer::load::load_as;
 use trireme::infer::score::{self, Sequence, read_sequences};
 use trireme::infer::score_files::{self, Format};
 use trireme::infer::score_journal;
@@ -23,8 +23,8 @@ use trireme::runtime::Runtime;
 
 /// Score given text with a checkpoint.
 ///
-/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (with tp 1, 2, 4 or 8, without
-/// FP8), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
+/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (with tp 1, 2, 4 or 8, not with
+/// fp8-tensor), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
 /// in reproducible mode: a policy scored against itself gives a log-ratio of exactly 0.
 ///
 /// A job that is killed or stopped (exit code 75) keeps what it has scored in OUT.tmp-JOB/journal. The same command goes on from there,
@@ -156,8 +156,7 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, layout, args.model.weights))?;
     let made = score_journal::resume(world, &dir, numerics, input.n())?;
     if !made.iter().all(|made| *made) {
-        let mut chunks = [agree(world, load_chunk(device, &stored, &groups, args.model.dtype))?];
-        agree(world, args.model.weights.map_or(Ok(()), |format| chunks[0].pack(device, &*groups.tp, format)))?;
+        let mut chunks = [agree(world, load_as(device, &stored, &groups, args.model.dtype, args.model.weights))?];
         let stop = || runtime.stop_requested();
         let scorer = Scorer { device, groups: &groups, batch_tokens: args.scoring.batch_tokens, numerics, stop: &stop };
         input.score(&scorer, &mut chunks, &made, &dir)?;

@@ -42,6 +42,38 @@ pub enum Fp8Scales {
     Rows,
 }
 
+impl Fp8Scales {
+    /// What is rounded with such scales.
+    pub fn axis(self) -> Fp8Axis {
+        match self {
+            Fp8Scales::Tensor => Fp8Axis::All,
+            Fp8Scales::Rows => Fp8Axis::Rows,
+        }
+    }
+}
+
+/// What is rounded to E4M3 together, with one scale.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fp8Axis {
+    /// All elements.
+    All,
+    /// Each row.
+    Rows,
+    /// Each column, which becomes a row: tensor cores sum 8 bits along rows only.
+    Columns,
+}
+
+impl Fp8Axis {
+    /// How many scales a tensor of these rows and columns has.
+    pub fn n_scales(self, (rows, columns): (usize, usize)) -> usize {
+        match self {
+            Fp8Axis::All => 1,
+            Fp8Axis::Rows => rows,
+            Fp8Axis::Columns => columns,
+        }
+    }
+}
+
 /// What happens to the output of an operation that can do either.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Store {
@@ -361,12 +393,28 @@ pub trait Device: Send + Sync {
 
     /// Err, in one line, where products of E4M3 cannot be made.
     fn check_fp8(&self, scales: Fp8Scales) -> Result<()>;
-    /// out[R, C] E4M3 = x / scale to nearest even, at most 448 in size (NaN stays NaN), x float; scale f32 assigned: [R], for each row,
-    /// or [1], for all: the largest size of the elements it is for / 448, 1 when they are all 0.
-    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor);
-    /// out[m,n] float = sum over k of a[m,k] b[n,k], E4M3, times their scales: [m] and [n], or [1] and [1]. k and n are multiples of 16,
-    /// as tensor cores want them. Accumulates in f32, or as the tensor cores of 8 bits do: Hopper's keep about 14 bits between additions
-    /// to f32 (DeepSeek-AI 2024, section 3.3.2).
+    /// sizes f32 assigned = the largest |x| of each row [R], of each column [C], or of all [1] of x[R, C] float; 0 of nothing. NaN is
+    /// passed over.
+    fn fp8_sizes(&self, sizes: &mut Tensor, x: &Tensor, of: Fp8Axis);
+    /// `scale` f32 holds sizes as [`Device::fp8_sizes`] made them (or the largest of several ranks') and becomes the scales: of each
+    /// the smallest power of two s, at least 2^-117, with size <= 448 s; 1 for 0, and what is not finite as it is. out E4M3 assigned =
+    /// x / s to nearest even, at most 448 in size, NaN for what is not a number or whose scale is infinite: [R, C], or transposed
+    /// [C, R] for scales of columns.
+    ///
+    /// With powers of two, x / s and s times an element are exact (in bf16 too), so scales can be taken out of a sum or left in it:
+    /// sums keep their bits under every order that the same sums of floats have. A finer scale would gain nothing but at the edge of
+    /// the range, as E4M3 has the same relative spacing at every exponent.
+    fn fp8_round(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis);
+    /// Both: `scale` is assigned.
+    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        self.fp8_sizes(scale, x, of);
+        self.fp8_round(out, scale, x, of);
+    }
+    /// out[R, C] float = the numbers that E4M3 elements stand for: times their scales, [R] or [1]. Exact.
+    fn fp8_widen(&self, out: &mut Tensor, codes: &Tensor, scale: &Tensor);
+    /// out[m,n] float = sum over k of a[m,k] b[n,k], E4M3, times their scales, powers of two: [m] and [n], or [1] and [1]. k and n are
+    /// multiples of 16, as tensor cores want them. Accumulates in f32, or as the tensor cores of 8 bits do: Hopper's keep about 14 bits
+    /// between additions to f32 (DeepSeek-AI 2024, section 3.3.2).
     fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor));
 
     /// out[T,H] = table[token - first_row] where that row is in table[V/tp,H], else -0, so that the sum over ranks keeps the sign of a

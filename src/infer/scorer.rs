@@ -5,7 +5,7 @@
 
 use super::score_passes::{Pass, Rows, Work, passes};
 use crate::comm::{Groups, agree};
-use crate::device::{Device, Scratch};
+use crate::device::{Device, Fp8Scales, Scratch};
 use crate::error::{Error, Kind, Result};
 use crate::model::chunk::{Chunk, MicroBatch};
 use crate::model::ctx::{Ctx, SequenceMode};
@@ -67,7 +67,7 @@ pub fn numerics<'a>(
     let in_the_way = match device.canonical() {
         None => format!("{} has no sums in a canonical order", device.name()),
         Some(_) if TP_PIECES % layout.tp != 0 => format!("--tp {} does not divide the {TP_PIECES} pieces of each sum", layout.tp),
-        Some(_) if matches!(weights, Some(WeightFormat::Fp8(_))) => "products of FP8 weights have no canonical order".into(),
+        Some(_) if weights == Some(WeightFormat::Fp8(Fp8Scales::Tensor)) => "one FP8 scale is for all that runs together".into(),
         Some(sums) => {
             // Only a backward pass asks how samples are cut.
             let blocks = BatchBlocks { samples: 1, per_replica: 1 };

@@ -17,6 +17,15 @@ pub enum SequenceMode {
     Replicated,
 }
 
+/// What a rank has of the dim that a product sums over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Inner {
+    /// All of it.
+    Whole,
+    /// Its share of the tensor-parallel group's: a sum over the ranks follows.
+    Divided,
+}
+
 /// Lent to every layer call.
 #[derive(Clone, Copy)]
 pub struct Ctx<'a> {

@@ -2,7 +2,8 @@
 //! two halves for schedules that run them apart (Qi et al. 2023): the gradient of the input, which the layer before waits for,
 //! and the gradient of the weight, which nobody waits for. The halves give the bits of the whole.
 
-use super::ctx::Ctx;
+use super::ctx::{Ctx, Inner};
+use super::fp8::Toward;
 use super::param::Param;
 use super::{fp8, packed};
 use crate::device::{Gemm, ScratchTensor};
@@ -46,22 +47,17 @@ impl ColumnParallelLinear {
 pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
     let x = ctx.gather_rows(x); // tp: [T', I] -> [T, I]
     let mut y = ctx.take(&[x.n_rows(), weight.slice.shape[0]], x.dtype());
-    multiply(ctx, &mut y, &x, weight, Ctx::product); // y = x W^T
+    multiply(ctx, &mut y, &x, weight, Inner::Whole); // y = x W^T
     y
 }
 
-/// y[T, out] = x[T, in] W^T by the form that the weight is in; as it is stored, by `product`.
-fn multiply<'a>(
-    ctx: &Ctx<'a>,
-    y: &mut Tensor,
-    x: &Tensor,
-    weight: &Param,
-    product: impl Fn(&Ctx<'a>, &mut Tensor, &Tensor, &Tensor, Gemm),
-) {
-    match (&weight.packed, &weight.scale) {
-        (Some(weight), _) => packed::multiply(ctx, y, x, weight),
-        (None, Some(scale)) => fp8::multiply(ctx, y, x, (&weight.value, scale)),
-        (None, None) => product(ctx, y, x, &weight.weight(), Gemm::NT),
+/// y[T, out] = x[T, in] W^T by the form that the weight is in; `inner` is in.
+fn multiply(ctx: &Ctx, y: &mut Tensor, x: &Tensor, weight: &Param, inner: Inner) {
+    match (&weight.packed, &weight.scale, &weight.rounded) {
+        (Some(weight), _, _) => packed::multiply(ctx, y, x, weight),
+        (None, Some(scale), _) => fp8::multiply(ctx, y, x, (&weight.value, scale), inner),
+        (None, None, Some(rounded)) => fp8::multiply_in_training(ctx, y, x, (weight, rounded), (Toward::Output, inner)),
+        (None, None, None) => ctx.product_over(inner, y, x, &weight.weight(), Gemm::NT),
     }
 }
 
@@ -99,7 +95,7 @@ impl RowParallelLinear {
     /// x[T, I/tp] -> y[T', O].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], ctx.partial_dtype(x.dtype()));
-        multiply(ctx, &mut partial, x, &self.weight, Ctx::partial_product); // y = x W^T, summed over tp next
+        multiply(ctx, &mut partial, x, &self.weight, Inner::Divided); // y = x W^T, summed over tp next
         ctx.sum_rows(partial, x.dtype()) // tp: reduce-scatter or all-reduce
     }
 
@@ -127,15 +123,23 @@ impl RowParallelLinear {
 /// dx[T, in] = dy[T, out] W.
 fn input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
     let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
-    ctx.product(&mut dx, dy, &weight.weight(), Gemm::NN);
+    multiply_transposed(ctx, &mut dx, dy, weight, Inner::Whole);
     dx
 }
 
 /// This rank's part of dx[T, in] = dy[T, out/tp] W, to be summed over tp.
 fn partial_input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
     let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], ctx.partial_dtype(dy.dtype()));
-    ctx.partial_product(&mut dx, dy, &weight.weight(), Gemm::NN);
+    multiply_transposed(ctx, &mut dx, dy, weight, Inner::Divided);
     dx
+}
+
+/// dx[T, in] = dy[T, out] W; `inner` is out.
+fn multiply_transposed(ctx: &Ctx, dx: &mut Tensor, dy: &Tensor, weight: &Param, inner: Inner) {
+    match &weight.rounded {
+        Some(rounded) => fp8::multiply_in_training(ctx, dx, dy, (weight, rounded), (Toward::Input, inner)),
+        None => ctx.product_over(inner, dx, dy, &weight.weight(), Gemm::NN),
+    }
 }
 
 /// dW[out, in] += dy[T, out]^T x[T, in].

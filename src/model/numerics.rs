@@ -20,7 +20,7 @@
 //! Everything else is made element by element, row by row or sequence by sequence, in an order of its own.
 
 use super::chunk::MicroBatch;
-use super::ctx::Ctx;
+use super::ctx::{Ctx, Inner};
 use super::param::Param;
 use crate::device::canonical::CanonicalSums;
 use crate::device::{Device, Gemm, Store};
@@ -209,6 +209,14 @@ impl<'a> Ctx<'a> {
         match self.numerics {
             Numerics::Fast => self.device.gemm(out, a, b, how),
             Numerics::Reproducible(canonical) => canonical.sums.gemm_in_pairs(out, a, b, how, TP_PIECES / self.tp.size()),
+        }
+    }
+
+    /// [`Ctx::product`] or [`Ctx::partial_product`].
+    pub fn product_over(&self, inner: Inner, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
+        match inner {
+            Inner::Whole => self.product(out, a, b, how),
+            Inner::Divided => self.partial_product(out, a, b, how),
         }
     }
 

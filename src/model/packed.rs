@@ -9,6 +9,7 @@
 use super::chunk::Chunk;
 use super::config::Split;
 use super::ctx::Ctx;
+use super::fp8;
 use super::param::Param;
 use crate::comm::{Communicator, ReduceOp, agree};
 use crate::device::packed::{PackedProducts, PackedWeight};
@@ -45,53 +46,96 @@ fn of_device<'a>(ctx: &Ctx<'a>) -> &'a dyn PackedProducts {
 
 impl Chunk {
     /// Keeps the weights of linear layers in this format from here on, each packed in turn and its stored form given back, so that
-    /// memory peaks at one copy and a weight; for a chunk without gradients. Collective over tp. Err: out of memory, the device has no
-    /// such products, or int8 of a weight that is not finite.
+    /// memory peaks at one copy and a weight; for a chunk without gradients. Collective over tp, whose ranks leave with the same Err: out
+    /// of memory, the device has no such products, a weight is not in steps of 16 (fp8) or not finite (int8).
     pub fn pack(&mut self, device: &dyn Device, tp: &dyn Communicator, format: WeightFormat) -> Result<()> {
-        let packing = match (format, device.packed()) {
-            (WeightFormat::Fp8(scales), _) => return self.quantise(device, scales),
-            (WeightFormat::Stored, None) => return Ok(()),
-            (WeightFormat::Int8, None) => {
-                let wrong = format!("int8: {} has no products of it", device.name());
-                return Err(Error::recipe(wrong).remedy("use --weights fp8, or --device cpu"));
-            }
-            (_, Some(packing)) => packing,
-        };
-        // All that ranks do together comes first: one that fails alone must not be waited for.
-        let sizes = if format == WeightFormat::Int8 { Some(self.row_sizes(device, packing, tp)?) } else { None };
-        for (idx, param) in self.product_params_mut().enumerate() {
+        self.pack_each(device, tp, format, &mut |_| Ok(()))
+    }
+
+    /// The same; `fill` is called with each weight just before it is packed, to give it memory and values where it has none.
+    pub fn pack_each(
+        &mut self,
+        device: &dyn Device,
+        tp: &dyn Communicator,
+        format: WeightFormat,
+        fill: &mut dyn FnMut(&mut Param) -> Result<()>,
+    ) -> Result<()> {
+        self.check_format(device, format)?;
+        for param in self.packed_params_mut(device, format) {
             assert!(param.grad.is_none(), "{} is in training", param.spec.name);
-            let n_pieces = match param.spec.split {
-                // Of a sum that the ranks share, this rank's pieces.
-                Split::Columns if TP_PIECES % tp.size() == 0 => TP_PIECES / tp.size(),
-                Split::Rows if format == WeightFormat::Int8 => TP_PIECES,
-                _ => 1,
-            };
-            let packed = match &sizes {
-                Some(sizes) => packing.pack_int8(&param.weight(), finite(&sizes[idx], &param.spec.name)?, n_pieces)?,
-                None => packing.pack(&param.weight(), n_pieces)?,
-            };
-            param.value = device.alloc(&[0, packed.row_len], param.value.dtype())?;
-            param.packed = Some(packed);
+            agree(tp, fill(param))?;
+            match (format, device.packed()) {
+                (WeightFormat::Fp8(scales), _) => fp8::keep(device, tp, param, scales)?,
+                (WeightFormat::Int8, Some(packing)) => {
+                    let sizes = row_sizes(device, packing, tp, param)?;
+                    let n_pieces = n_pieces(param.spec.split, tp.size(), format);
+                    let packed = finite(&sizes, &param.spec.name).and_then(|sizes| packing.pack_int8(&param.weight(), sizes, n_pieces));
+                    set_packed(device, param, agree(tp, packed)?)?;
+                }
+                (WeightFormat::Stored, Some(packing)) => {
+                    let packed = packing.pack(&param.weight(), n_pieces(param.spec.split, tp.size(), format));
+                    set_packed(device, param, agree(tp, packed)?)?;
+                }
+                (_, None) => unreachable!("checked above"),
+            }
         }
         Ok(())
     }
 
-    /// The size of the largest of each row of each weight that is packed, over all of the row. Err: out of memory.
-    fn row_sizes(&mut self, device: &dyn Device, packing: &dyn PackedProducts, tp: &dyn Communicator) -> Result<Vec<Tensor>> {
-        let size = |param: &mut Param| -> Result<Tensor> {
-            let weight = param.weight();
-            let mut sizes = device.alloc(&[weight.n_rows()], DType::F32)?;
-            packing.sizes(&mut sizes, &weight);
-            Ok(sizes)
-        };
-        let mut all = agree(tp, self.product_params_mut().map(size).collect::<Result<Vec<Tensor>>>())?;
-        for (sizes, param) in all.iter_mut().zip(self.product_params_mut()).filter(|(_, param)| param.spec.split == Split::Columns) {
-            assert!(param.packed.is_none(), "{} is packed already", param.spec.name);
-            tp.all_reduce(sizes, ReduceOp::Max); // tp: a rank has a part of each row
+    /// Err where the device has no products of this format, or a weight does not fit it. Of shapes alone: the same on all ranks of tp.
+    fn check_format(&mut self, device: &dyn Device, format: WeightFormat) -> Result<()> {
+        match (format, device.packed()) {
+            (WeightFormat::Fp8(scales), _) => self.check_fp8(device, scales),
+            (WeightFormat::Int8, None) => {
+                let wrong = format!("int8: {} has no products of it", device.name());
+                Err(Error::recipe(wrong).remedy("use --weights fp8, or --device cpu"))
+            }
+            _ => Ok(()),
         }
-        Ok(all)
     }
+
+    /// The weights that a format is for, on this device.
+    fn packed_params_mut(&mut self, device: &dyn Device, format: WeightFormat) -> Vec<&mut Param> {
+        match format {
+            WeightFormat::Fp8(_) => self.linear_params_mut().collect(),
+            WeightFormat::Stored if device.packed().is_none() => Vec::new(),
+            WeightFormat::Stored | WeightFormat::Int8 => self.product_params_mut().collect(),
+        }
+    }
+
+    /// The parameters that stay as they are stored when weights are packed.
+    pub fn unpacked_params_mut(&mut self, device: &dyn Device, format: WeightFormat) -> Vec<&mut Param> {
+        let packed: Vec<String> = self.packed_params_mut(device, format).into_iter().map(|param| param.spec.name.clone()).collect();
+        self.params_mut().into_iter().filter(|param| !packed.contains(&param.spec.name)).collect()
+    }
+}
+
+/// Pieces of the sums of a packed weight.
+fn n_pieces(split: Split, tp: usize, format: WeightFormat) -> usize {
+    match split {
+        // Of a sum that the ranks share, this rank's pieces.
+        Split::Columns if TP_PIECES % tp == 0 => TP_PIECES / tp,
+        Split::Rows if format == WeightFormat::Int8 => TP_PIECES,
+        _ => 1,
+    }
+}
+
+/// Gives the stored form back. Err: out of memory.
+fn set_packed(device: &dyn Device, param: &mut Param, packed: PackedWeight) -> Result<()> {
+    param.value = device.alloc(&[0, packed.row_len], param.value.dtype())?;
+    param.packed = Some(packed);
+    Ok(())
+}
+
+/// The size of the largest of each row of a weight, over all of the row. Collective over tp. Err: out of memory.
+fn row_sizes(device: &dyn Device, packing: &dyn PackedProducts, tp: &dyn Communicator, param: &Param) -> Result<Tensor> {
+    let weight = param.weight();
+    let mut sizes = agree(tp, device.alloc(&[weight.n_rows()], DType::F32))?;
+    packing.sizes(&mut sizes, &weight);
+    if param.spec.split == Split::Columns {
+        tp.all_reduce(&mut sizes, ReduceOp::Max); // tp: a rank has a part of each row
+    }
+    Ok(sizes)
 }
 
 /// The sizes, unless one is not a number that integers can have a scale of.

@@ -1,6 +1,7 @@
 //! A parameter on this rank: its tensor-parallel part, its gradient, and its initial values.
 
 use super::config::{Init, ParamSpec, Split};
+use super::fp8::Rounded;
 use super::numerics::SampleSum;
 use crate::device::Device;
 use crate::device::packed::PackedWeight;
@@ -18,6 +19,8 @@ pub enum Purpose {
     Training,
     /// Weights only.
     Inference,
+    /// The same, each to be given memory when it is read.
+    Loading,
 }
 
 /// Which layers of a chunk use a parameter.
@@ -42,6 +45,8 @@ pub struct Param {
     pub scale: Option<Tensor>,
     /// The weights in the device's own form: see `packed`. `value` has no rows then.
     pub packed: Option<PackedWeight>,
+    /// In training in FP8: what the products of both directions take in the place of `value`.
+    pub rounded: Option<Rounded>,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
     /// With canonical sums: what stands beside `grad` while a step's samples come in.
@@ -51,7 +56,7 @@ pub struct Param {
 }
 
 impl Param {
-    /// Zeroed memory for this rank's part.
+    /// Zeroed memory for this rank's part, or none yet.
     pub fn new(device: &dyn Device, spec: ParamSpec, at: (&ParallelLayout, Coords), dtype: DType, purpose: Purpose) -> Result<Param> {
         let (layout, coords) = at;
         let slice = spec.tp_slice(coords.tp, layout.tp);
@@ -60,7 +65,8 @@ impl Param {
             shape[0] = shape[0].next_multiple_of(layout.dp);
         }
         let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
-        Ok(Param { value: device.alloc(&shape, dtype)?, scale: None, packed: None, grad, sum: None, second: None, spec, slice })
+        let value = if purpose == Purpose::Loading { Tensor::nothing(&shape, dtype) } else { device.alloc(&shape, dtype)? };
+        Ok(Param { value, scale: None, packed: None, rounded: None, grad, sum: None, second: None, spec, slice })
     }
 
     /// Takes the memory of canonical sums, for at most this many blocks of samples a replica.

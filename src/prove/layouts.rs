@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::{Context, Result};
 use crate::model::config::ParamSpec;
 use crate::parallel::layout::ParallelLayout;
-use crate::recipe::Pretrain;
+use crate::recipe::{Linear, Pretrain};
 use crate::tensor::DType;
 use crate::train::dtype_of;
 
@@ -47,7 +47,11 @@ pub fn run_alone(recipe: &Pretrain, device: &dyn Device) -> Result<Trace> {
 pub fn compare(recipe: &Pretrain, groups: &Groups, divided: &Trace, alone: Option<&Trace>) -> Option<Table> {
     let (dtype, lr) = (dtype_of(recipe), recipe.optimizer.lr);
     let tokens = recipe.batch.global * recipe.batch.seq_len;
-    let tolerance = Tolerance::new(&recipe.model, dtype, tokens, groups.layout.tp);
+    let stored = Tolerance::new(&recipe.model, dtype, tokens, groups.layout.tp);
+    let tolerance = match recipe.numerics.linear {
+        Linear::Stored => stored,
+        Linear::Fp8 => stored.with_fp8(recipe.model.n_layers),
+    };
     let mut rows: Vec<Row> = Vec::new();
     if let Some(alone) = alone {
         let series = [("loss", &divided.losses, &alone.losses), ("gradient norm", &divided.grad_norms, &alone.grad_norms)];

@@ -21,6 +21,15 @@
 //!
 //! tolerance = k (u_bf16 sqrt(tp d) + u_f32 sqrt(n d)).
 //!
+//! With numerics.linear = "fp8" what differs in the last bits of f32 or bf16 is rounded to E4M3 (u_8 = 2^-4) at the door of each of 8
+//! products of a layer. A relative difference of r puts an element on the other side of a rounding with a chance of about r / 2^-3 and
+//! moves it by up to 2^-3 then, so a root mean square of sqrt(r / 8) comes out: 1e-6 has become 3e-2 after three roundings, which is
+//! nearly what two independent ones differ by, u_8 sqrt(2/3). That is taken for all 8 L of them:
+//!
+//! tolerance = (as above) + k u_8 sqrt(2/3 8 L).
+//!
+//! This finds gross errors only; the sharp proof of FP8 is reproducible, where every bit must be equal.
+//!
 //! Weights: AdamW moves an element by at most about lr, by the sign of its gradient where that is large against eps. With a gradient
 //! that is off by dg = tolerance times its root mean square, an element with |g| > dg moves otherwise by lr dg / |g|, one with
 //! |g| < dg by up to 2 lr; over a bell curve of gradients that makes a root mean square below 2 lr sqrt(tolerance). So after s steps, n

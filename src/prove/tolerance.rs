@@ -35,6 +35,12 @@ impl Tolerance {
         Tolerance { gradient: K * (of_sums + of_storage), operations, dtype, init_std: model.init_std }
     }
 
+    /// The same where the linear layers of `n_layers` blocks multiply E4M3.
+    pub fn with_fp8(self, n_layers: usize) -> Tolerance {
+        let products = 8.0 * n_layers as f64;
+        Tolerance { gradient: self.gradient + K * unit_roundoff(DType::F8E4M3) * (products * 2.0 / 3.0).sqrt(), ..self }
+    }
+
     /// |a - b| / |b| of a gradient, a loss or a norm at equal weights.
     pub fn gradient(&self) -> f64 {
         self.gradient

@@ -17,7 +17,7 @@ mod stages;
 mod strict;
 
 pub use health::Health;
-pub use numerics::{Mode, Numerics};
+pub use numerics::{Linear, Mode, Numerics};
 pub use observe::Observe;
 pub use phases::{Moments, Phase, PhaseView, PlannedStep, RampStage, Start, StepPlan, Stretch};
 pub use recompute::{Recompute, RecomputePlan, RecomputeRange};

@@ -1,11 +1,12 @@
-//! In which order sums are added: `[numerics]`. Absent, it is fast. What the orders are stands in `model::numerics`.
+//! In which order sums are added, and in which numbers linear layers multiply: `[numerics]`. Absent, it is fast, in those that are
+//! stored. What the orders are stands in `model::numerics`, what is rounded in `model::fp8`.
 
 use super::{Pretrain, ScheduleKind};
 use crate::error::{Error, Result};
 use crate::parallel::pieces::TP_PIECES;
 use serde::{Deserialize, Serialize};
 
-/// The order of sums.
+/// The order of sums, and the numbers of products.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Numerics {
@@ -14,11 +15,32 @@ pub struct Numerics {
     /// With mode = "reproducible": the samples of a step are summed in this many blocks, or in the largest smaller power of two
     /// that divides them. dp divides it. Results depend on it; a rank keeps log2(batch_blocks / dp) more gradients.
     pub batch_blocks: usize,
+    /// What the linear layers of the blocks multiply.
+    #[serde(skip_serializing_if = "Linear::is_stored")]
+    pub linear: Linear,
 }
 
 impl Default for Numerics {
     fn default() -> Self {
-        Numerics { mode: Mode::Fast, batch_blocks: 8 }
+        Numerics { mode: Mode::Fast, batch_blocks: 8, linear: Linear::Stored }
+    }
+}
+
+/// What the four linear layers of each block multiply, forward and backward.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Linear {
+    /// Numbers of train.precision.
+    Stored,
+    /// E4M3, with a scale for each token and each channel, for outputs and for the gradients of inputs; gradients of weights are made as
+    /// with `Stored`. Sizes on a rank are multiples of 16.
+    Fp8,
+}
+
+impl Linear {
+    /// Absent in a recipe it is this.
+    fn is_stored(&self) -> bool {
+        *self == Linear::Stored
     }
 }
 

@@ -89,6 +89,7 @@ pub fn run(
     let (batches, keep) = work;
     assert_eq!(schedule.shape.n_micro, batches.len(), "the schedule is for another number of micro-batches");
     let n_chunks = chunks.len();
+    chunks.iter_mut().for_each(Chunk::forget_rounded);
     let mut stage = Stage {
         chunks,
         ctx,

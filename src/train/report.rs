@@ -6,7 +6,7 @@ use crate::comm::agree;
 use crate::device::peak;
 use crate::error::Result;
 use crate::metrics::{self, Row};
-use crate::recipe::Mode;
+use crate::recipe::{Linear, Mode};
 
 impl Trainer<'_> {
     /// The resolved plan as a table, before step 0.
@@ -54,6 +54,11 @@ impl Trainer<'_> {
             let n_blocks = self.plan.stretches().iter().map(|stretch| recipe.numerics.blocks(stretch.global)).max().unwrap_or(1);
             let more = (n_blocks / dp).max(1).ilog2();
             log::info!("numerics    reproducible: the samples of a step in {n_blocks} blocks, {more} more gradients on each rank");
+        }
+        if recipe.numerics.linear == Linear::Fp8 {
+            log::info!(
+                "linear      in E4M3, a scale for each token and channel: outputs and gradients of inputs of the blocks' four linear layers"
+            );
         }
         for phase in &self.data.phases {
             log::info!("data        phase {}: {} tokens a pass, order {}", phase.name, phase.order.n_tokens(), phase.order.fingerprint());

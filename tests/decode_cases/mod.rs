@@ -13,6 +13,7 @@ use trireme::model::chunk::{CachedInput, CachedOutput, Chunk, Purpose};
 use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
+use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::{Coords, ParallelLayout};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -31,7 +32,7 @@ fn model_and_caches(device: &dyn Device, weights: Option<Fp8Scales>) -> (Chunk, 
     let (layout, at) = (ParallelLayout::SINGLE, Coords { tp: 0, pp: 0, dp: 0 });
     let mut chunk = Chunk::new(device, &model(), &layout, at, 0, DType::F32, Purpose::Inference).unwrap();
     chunk.initialise(device, 3);
-    weights.iter().for_each(|scales| chunk.quantise(device, *scales).unwrap());
+    weights.iter().for_each(|scales| chunk.pack(device, &Solo::new(), WeightFormat::Fp8(*scales)).unwrap());
     let mut caches = chunk.new_caches(device, PAGES).unwrap();
     let noise = Random::new(8, "caches");
     for (i, tensor) in caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).enumerate() {

@@ -1,10 +1,12 @@
 //! E4M3 on every device: rounding against its definition, products against f64, weights of a model.
 
-use crate::common::{counting_documents, tiny_model, tiny_recipe, train, write_megatron};
+use crate::cases::fp8::scale_of;
+use crate::common::{counting_documents, tiny_model, tiny_recipe, train, train_on, write_megatron};
 use crate::driver::{inside, is_inside, stand_ins};
 use crate::emulator::{emulator, hopper};
 use crate::oracle::{e4m3, nearest_e4m3};
 use half::bf16;
+use std::path::Path;
 use trireme::checkpoint;
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
@@ -17,11 +19,14 @@ use trireme::infer::load::load_chunk;
 use trireme::infer::score::{self, Sequence};
 use trireme::infer::scorer::Scorer;
 use trireme::model::chunk::{Chunk, ChunkSaved, MicroBatch, Output};
-use trireme::model::config::ModelConfig;
+use trireme::model::config::{Init, ModelConfig, ParamSpec, Place, Split};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::linear::ColumnParallelLinear;
 use trireme::model::numerics::Numerics;
-use trireme::model::param::Purpose;
-use trireme::parallel::layout::ParallelLayout;
+use trireme::model::packed::WeightFormat;
+use trireme::model::param::{Param, Purpose};
+use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::recipe::Linear;
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -46,11 +51,11 @@ fn floats(x: &Tensor) -> Vec<f32> {
 
 /// Codes and scales of a tensor.
 fn quantised(device: &dyn Device, x: &Tensor, scales: Fp8Scales) -> (Tensor, Tensor) {
-    let n_scales = if scales == Fp8Scales::Rows { x.n_rows() } else { 1 };
+    let n_scales = scales.axis().n_scales((x.n_rows(), x.row_len()));
     let mut codes = device.alloc(x.dims(), DType::F8E4M3).unwrap();
     let mut scale = device.alloc(&[n_scales], DType::F32).unwrap();
     device.upload(&vec![0xff; 4 * n_scales], &mut scale);
-    device.quantise(&mut codes, &mut scale, x);
+    device.quantise(&mut codes, &mut scale, x, scales.axis());
     (codes, scale)
 }
 
@@ -86,9 +91,8 @@ fn every_bf16_becomes_the_nearest_number() {
     }));
 }
 
-/// The scale is the largest size / 448 and rounds as f32 does; a number is off by at most half of the last of three bits of mantissa,
-/// 2^-4 of it, or by half of 2^-9 scales near 0, and the rounding of the division (2^-24 of it, twice); zeros have scale 1. CUDA's
-/// kernels give the bits of the CPU.
+/// The scale is the smallest power of two with which the largest is at most 448; a number is off by at most half of the last of three
+/// bits of mantissa, 2^-4 of it, or by half of 2^-9 scales near 0; zeros have scale 1. CUDA's kernels give the bits of the CPU.
 #[test]
 fn numbers_are_near_what_they_stand_for() {
     for dtype in [DType::F32, DType::BF16] {
@@ -104,12 +108,12 @@ fn numbers_are_near_what_they_stand_for() {
                     let n_each = x.len() / scale.len();
                     for (part, scale) in x.chunks(n_each).zip(&scale) {
                         let most = part.iter().fold(0f32, |most, x| most.max(x.abs()));
-                        assert_eq!(*scale, if most == 0.0 { 1.0 } else { most / 448.0 });
+                        assert_eq!(f64::from(*scale), scale_of(f64::from(most)));
                     }
                     for (i, (x, code)) in x.iter().zip(&codes).enumerate() {
                         let (x, by) = (f64::from(*x), f64::from(scale[i / n_each]));
                         let off = (e4m3(*code) * by - x).abs();
-                        let allowed = x.abs() * (2f64.powi(-4) + 2f64.powi(-22)) + by * 2f64.powi(-10);
+                        let allowed = x.abs() * 2f64.powi(-4) + by * 2f64.powi(-10);
                         assert!(off <= allowed, "{x} became {} times {by}", e4m3(*code));
                     }
                     bits.push((codes, scale));
@@ -123,7 +127,10 @@ fn numbers_are_near_what_they_stand_for() {
 /// Codes and scales made on the host, so that products are tested alone, and on machines whose kernels do not run.
 fn given(device: &dyn Device, seed: u64, (rows, k): (usize, usize), scales: Fp8Scales) -> (Tensor, Tensor, Vec<f64>) {
     let codes: Vec<u8> = values(seed, rows * k).iter().map(|x| nearest_e4m3(f64::from(*x) * 40.0)).collect();
-    let by: Vec<f32> = values(seed + 1, if scales == Fp8Scales::Rows { rows } else { 1 }).iter().map(|x| x.abs() / 448.0).collect();
+    let by: Vec<f32> = values(seed + 1, if scales == Fp8Scales::Rows { rows } else { 1 })
+        .iter()
+        .map(|x| 2f32.powi((x.clamp(-2.0, 2.0) * 4.0) as i32 - 9))
+        .collect();
     let mut matrix = device.alloc(&[rows, k], DType::F8E4M3).unwrap();
     device.upload(&codes, &mut matrix);
     let wide = (0..rows * k).map(|i| e4m3(codes[i]) * f64::from(by[if by.len() == 1 { 0 } else { i / k }])).collect();
@@ -155,6 +162,84 @@ fn check_products(device: &dyn Device, dtypes: &[DType]) {
 #[test]
 fn products_are_those_of_the_numbers() {
     devices().iter().for_each(|device| check_products(&**device, &[DType::F32, DType::BF16]));
+}
+
+/// y, dx and dW of a linear layer in training, whose weight has changed once since it was first rounded.
+fn trained(device: &dyn Device, dtype: DType, [x, w, dy]: [&[f32]; 3]) -> [Vec<f32>; 3] {
+    let (tp, scratch) = (Solo::new(), Scratch::new());
+    let ctx = Ctx { device, tp: &tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+    let at = Coords { tp: 0, pp: 0, dp: 0 };
+    let spec = ParamSpec {
+        name: "w".into(),
+        shape: vec![80, 48],
+        split: Split::Rows,
+        decay: false,
+        init: Init::Constant(0.0),
+        place: Place::Head,
+    };
+    let mut weight = Param::new(device, spec, (&ParallelLayout::SINGLE, at), dtype, Purpose::Training).unwrap();
+    weight.train_in_fp8(device).unwrap();
+    let mut layer = ColumnParallelLinear { weight };
+    let (x, dy) = (tensor(device, &[67, 48], x, dtype), tensor(device, &[67, 80], dy, dtype));
+    assert!(floats(&layer.forward(&ctx, &x)).iter().all(|y| *y == 0.0));
+    layer.weight.value = tensor(device, &[80, 48], w, dtype);
+    layer.weight.forget_rounded();
+    let (y, dx) = (floats(&layer.forward(&ctx, &x)), floats(&layer.backward(&ctx, &x, &dy)));
+    [y, dx, floats(layer.weight.grad())]
+}
+
+/// A layer in training multiplies the same codes on CUDA as on the CPU (whose own are held to f64 formulas in tests/fp8_training.rs), for
+/// its outputs and, transposed, for its input gradients: sums of n terms in f32 in another order are 2 n roundings of the terms' sizes
+/// apart, which rounding to E4M3 makes at most (1 + 2^-4)^2 times as large; in bf16 the last bit of the result besides. One code that is
+/// another would be seen: it moves a term by 2^-4 of itself.
+#[test]
+fn layers_in_training_have_the_codes_of_the_cpu() {
+    let Some(machine) = hopper() else { return };
+    let cuda = Cuda::with_backend(machine);
+    let (t, o, i) = (67, 80, 48);
+    let [x, w, dy] = [values(11, t * i), values(12, o * i), values(13, t * o)];
+    for (dtype, last_bit) in [(DType::F32, 0.0), (DType::BF16, 2f64.powi(-7))] {
+        let (found, expected) = (trained(&cuda, dtype, [&x, &w, &dy]), trained(&Cpu::new(), dtype, [&x, &w, &dy]));
+        let sizes = [
+            (i, (0..t * o).map(|at| (0..i).map(|k| size(x[at / o * i + k], w[at % o * i + k])).sum()).collect::<Vec<f64>>()),
+            (o, (0..t * i).map(|at| (0..o).map(|k| size(dy[at / i * o + k], w[k * i + at % i])).sum()).collect()),
+            (t, (0..o * i).map(|at| (0..t).map(|k| size(dy[k * o + at / i], x[k * i + at % i])).sum()).collect()),
+        ];
+        for (what, ((found, expected), (n, sizes))) in found.iter().zip(&expected).zip(&sizes).enumerate() {
+            assert!(expected.iter().any(|x| *x != 0.0));
+            for ((found, expected), size) in found.iter().zip(expected).zip(sizes) {
+                let (found, expected) = (f64::from(*found), f64::from(*expected));
+                let allowed = 2.0 * *n as f64 * 2f64.powi(-24) * 1.13 * size + last_bit * expected.abs();
+                assert!((found - expected).abs() <= allowed, "{dtype:?} {what}: {found} and {expected}, {allowed} is allowed");
+            }
+        }
+    }
+    assert_eq!(cuda.memory().live_bytes, 0);
+}
+
+fn size(a: f32, b: f32) -> f64 {
+    (f64::from(a) * f64::from(b)).abs()
+}
+
+/// A whole run in FP8 on CUDA loses what it loses on the CPU: within 0.1 nats in the first step, which starts from equal weights (see
+/// `a_run_follows_the_one_without` of tests/fp8_training.rs), and goes on. A GPU without scales of rows is refused with what to do.
+#[test]
+fn a_run_in_fp8_is_that_of_the_cpu() {
+    let (Some(_), Some(_)) = (hopper(), emulator()) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    write_megatron(&dir.path().join("shards"), "train", &counting_documents(60, 61, 1));
+    let mut recipe = tiny_recipe(&dir.path().join("shards"));
+    (recipe.model.hidden, recipe.model.ffn_hidden, recipe.model.n_layers) = (32, 64, 2);
+    (recipe.batch.global, recipe.train.samples, recipe.numerics.linear) = (4, 8, Linear::Fp8);
+    let losses =
+        |out: &Path| -> Vec<f64> { trireme::metrics::read(&out.join("metrics.jsonl")).unwrap().iter().map(|row| row.loss).collect() };
+    let (on_cpu, on_cuda, refused) = (dir.path().join("cpu"), dir.path().join("cuda"), dir.path().join("refused"));
+    train(&recipe, &on_cpu, None).unwrap();
+    train_on(&|| Box::new(Cuda::with_backend(hopper().unwrap())), &recipe, &on_cuda, None).unwrap();
+    let (expected, found) = (losses(&on_cpu), losses(&on_cuda));
+    assert!((found[0] - expected[0]).abs() < 0.1 && found.len() == 2 && found[1].is_finite(), "{found:?}, {expected:?}");
+    let error = train_on(&|| Box::new(Cuda::with_backend(emulator().unwrap())), &recipe, &refused, None).unwrap_err().to_string();
+    assert!(error.contains("compute capability 8.9") && error.contains("numerics.linear = \"stored\""), "{error}");
 }
 
 /// In the process: how algorithms are chosen.
@@ -196,7 +281,7 @@ fn a_model_keeps_its_weights_so() {
     let groups = || Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
     let narrow = run(&recipe, "narrow");
     let mut chunk = load_chunk(&Cpu::new(), &narrow, &groups(), DType::F32).unwrap();
-    let error = chunk.quantise(&Cpu::new(), Fp8Scales::Rows).unwrap_err().to_string();
+    let error = chunk.pack(&Cpu::new(), &Solo::new(), WeightFormat::Fp8(Fp8Scales::Rows)).unwrap_err().to_string();
     assert!(error.contains("no multiples of 16") && error.contains("x 24"), "{error}");
     if let Some(machine) = emulator() {
         let cuda = Cuda::with_backend(machine);
@@ -209,7 +294,7 @@ fn a_model_keeps_its_weights_so() {
     let sequence = Sequence { id: "a".into(), tokens: (0..20).map(|i| i * 7 % 61).collect() };
     let sum = |device: &dyn Device, scales: Option<Fp8Scales>| {
         let mut chunks = [load_chunk(device, &wide, &groups(), DType::F32).unwrap()];
-        scales.iter().for_each(|scales| chunks[0].quantise(device, *scales).unwrap());
+        scales.iter().for_each(|scales| chunks[0].pack(device, &Solo::new(), WeightFormat::Fp8(*scales)).unwrap());
         let scorer = Scorer { device, groups: &groups(), batch_tokens: 64, numerics: Numerics::Fast, stop: &|| false };
         score::logprobs(&scorer, &mut chunks, std::slice::from_ref(&sequence)).unwrap()[0].sum
     };
@@ -223,7 +308,7 @@ fn a_model_keeps_its_weights_so() {
     }
 }
 
-/// Whether a parameter is one that `Chunk::quantise` rounds: by the definition, the four products of a block.
+/// Whether a parameter is one that is kept as E4M3: by the definition, the four products of a block.
 fn is_linear(name: &str) -> bool {
     ["qkv.weight", "out.weight", "up.weight", "down.weight"].iter().any(|end| name.starts_with("layers.") && name.ends_with(end))
 }
@@ -257,7 +342,7 @@ fn moving(chunk: &mut Chunk, pairs: &[[u32; 2]]) -> Vec<Moving> {
         let mut moving = Moving { logprob: -f64::from(tokens.losses[0]), weights: 0.0, inputs: 0.0 };
         for param in chunk.params().into_iter().filter(|param| is_linear(&param.spec.name)) {
             let (grad, value, columns) = (param.grad().to_f32_vec(), param.value.to_f32_vec(), param.value.row_len());
-            let tiny = value.iter().fold(0f32, |most, w| most.max(w.abs())) / 448.0 / 1024.0;
+            let tiny = value.iter().fold(0f32, |most, w| most.max(w.abs())) / 224.0 / 1024.0;
             let mut of_input = vec![0f64; columns];
             for (i, (g, w)) in grad.iter().zip(&value).enumerate() {
                 moving.weights += (f64::from(*g) * f64::from((w.abs() / 16.0).max(tiny))).powi(2);
@@ -273,7 +358,7 @@ fn moving(chunk: &mut Chunk, pairs: &[[u32; 2]]) -> Vec<Moving> {
 /// The same log-probabilities as they are scored, with E4M3; those of one weight are taken times `wrong`.
 fn scored_in_fp8(device: &dyn Device, groups: &Groups, scales: Fp8Scales, pairs: &[[u32; 2]], wrong: f32) -> Vec<f64> {
     let mut chunks = [model(device, groups, Purpose::Inference)];
-    chunks[0].quantise(device, scales).unwrap();
+    chunks[0].pack(device, &*groups.tp, WeightFormat::Fp8(scales)).unwrap();
     for param in chunks[0].params_mut().into_iter().filter(|param| param.spec.name == "layers.1.mlp.down.weight") {
         device.scale(param.scale.as_mut().unwrap(), wrong);
     }
@@ -288,8 +373,8 @@ fn round_weights(chunk: &mut Chunk, scales: Fp8Scales) {
         let (value, columns) = (param.value.to_f32_vec(), param.value.row_len());
         let n_each = if scales == Fp8Scales::Rows { columns } else { value.len() };
         let round = |part: &[f32]| {
-            let scale = part.iter().fold(0f32, |most, w| most.max(w.abs())) / 448.0;
-            part.iter().map(|w| (e4m3(nearest_e4m3(f64::from(w / scale))) * f64::from(scale)) as f32).collect::<Vec<f32>>()
+            let scale = scale_of(f64::from(part.iter().fold(0f32, |most, w| most.max(w.abs()))));
+            part.iter().map(|w| (e4m3(nearest_e4m3(f64::from(*w) / scale)) * scale) as f32).collect::<Vec<f32>>()
         };
         param.value.f32_mut().copy_from_slice(&value.chunks(n_each).flat_map(round).collect::<Vec<f32>>());
     }

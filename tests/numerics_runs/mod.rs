@@ -16,7 +16,7 @@ use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
 use trireme::parallel::slice::Slice;
-use trireme::recipe::{self, LrDecay, Mode, Optimizer, Recompute, ScheduleKind};
+use trireme::recipe::{self, Linear, LrDecay, Mode, Optimizer, Recompute, ScheduleKind};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 use trireme::train::batch::{BatchShape, Samples, micro_batch};
@@ -43,6 +43,7 @@ pub struct Run {
     pub recompute: Recompute,
     pub dtype: DType,
     pub mode: Mode,
+    pub linear: Linear,
     pub isa: Isa,
     /// Opens the device of a rank; none: the CPU with these instructions.
     pub open: Option<fn() -> Box<dyn Device>>,
@@ -62,6 +63,7 @@ impl Run {
             recompute: Recompute::None,
             dtype,
             mode: Mode::Reproducible,
+            linear: Linear::Stored,
             isa: Isa::detect(),
             open: None,
             schedule: ScheduleKind::OneFOneB,
@@ -218,6 +220,9 @@ fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u6
     for chunk in &mut state.chunks {
         let n_blocks = run.model.n_layers / layout.n_chunks();
         chunk.set_recompute(&vec![run.recompute; n_blocks]);
+        if run.linear == Linear::Fp8 {
+            chunk.train_in_fp8(device).unwrap();
+        }
     }
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: run.sequence, numerics };
     let n_tokens = shape.global_tokens();

@@ -2,7 +2,7 @@
 
 use crate::cases::{self, Case, Kind, Role, Vocabulary, widened};
 use crate::oracle::{HeadCounts, U};
-use trireme::device::{Activation, Device, Direction, Fp8Scales, Gemm};
+use trireme::device::{Activation, Device, Direction, Fp8Axis, Fp8Scales, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -110,9 +110,17 @@ pub fn row_cases() -> Vec<Case> {
 /// Rows around vectors of 16 bytes and more than a block; sizes of nothing; products of one step of tensor cores and of several.
 pub fn fp8_cases() -> Vec<Case> {
     let mut cases = Vec::new();
+    for axis in [Fp8Axis::All, Fp8Axis::Rows, Fp8Axis::Columns] {
+        for shape in [(0, 16), (3, 0), (1, 1), (3, 17), (67, 100), (64, 128), (2, 5000), (600, 3), (1000, 72)] {
+            cases.push(cases::fp8::quantise(shape, axis, 3.0));
+        }
+        // The smallest scale there is, and large ones.
+        cases.push(cases::fp8::quantise((5, 24), axis, 1e-35));
+        cases.push(cases::fp8::quantise((5, 24), axis, 1e30));
+    }
     for scales in [Fp8Scales::Rows, Fp8Scales::Tensor] {
-        for shape in [(0, 16), (3, 0), (1, 1), (3, 17), (67, 100), (2, 5000), (600, 3)] {
-            cases.push(cases::fp8::quantise(shape, scales));
+        for shape in [(0, 16), (3, 0), (1, 1), (3, 17), (67, 104)] {
+            cases.push(cases::fp8::widen(shape, scales));
         }
         for shape in [(0, 16, 16), (1, 16, 16), (5, 48, 32), (33, 64, 160), (17, 16, 1040)] {
             cases.push(cases::fp8::gemm(shape, scales, Kind::Float));

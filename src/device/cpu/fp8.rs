@@ -1,9 +1,11 @@
-//! Products of E4M3 as they are made on tensor cores, simulated: elements rounded, widened again, multiplied in f32, scaled.
+//! E4M3 with scales, and products of it as they are made on tensor cores, simulated: elements widened again, which is exact, and
+//! multiplied as bf16.
 
-use super::Cpu;
-use crate::device::{Device, Gemm};
+use super::lanes::{Element, elements, elements_mut};
+use super::parallel::{GRAIN, Shared, for_ranges, for_rows};
+use super::{Cpu, float};
+use crate::device::{Device, Fp8Axis, Gemm};
 use crate::tensor::{DType, Tensor};
-use rayon::prelude::*;
 
 /// The largest number.
 pub const LARGEST: f32 = 448.0;
@@ -36,27 +38,104 @@ pub fn widened(bits: u8) -> f32 {
     if bits & 0x80 == 0 { size } else { -size }
 }
 
-/// See `Device::quantise`.
-pub fn quantise(out: &mut Tensor, scale: &mut Tensor, x: &Tensor) {
-    let (rows, columns, n_scales) = (x.n_rows(), x.row_len(), scale.n_elements());
-    assert!(
-        out.dims() == x.dims() && out.dtype() == DType::F8E4M3 && [1, rows].contains(&n_scales),
-        "quantise {x:?} to {out:?}, {scale:?}"
-    );
-    let values = x.to_f32_vec();
-    let n_each = if n_scales == 1 { rows * columns } else { columns };
-    if n_each == 0 {
-        return scale.f32_mut().fill(1.0);
+/// Biased exponent of the smallest scale, 2^-117: times every code it is a normal number of bf16 and f32.
+const LEAST_EXPONENT: u32 = 10;
+
+/// The scale of elements whose largest has this size: see `Device::fp8_round`.
+pub fn scale_of(size: f32) -> f32 {
+    let bits = size.to_bits();
+    match size {
+        0.0 => 1.0,
+        _ if !size.is_finite() => size,
+        // 448 = 1.75 * 2^8: one exponent more for what is above 1.75.
+        _ => f32::from_bits(((bits >> 23) + u32::from(bits & 0x7f_ffff > 0x60_0000)).saturating_sub(8).max(LEAST_EXPONENT) << 23),
     }
-    let of = |part: &[f32]| {
-        let most = part.iter().fold(0f32, |most, x| most.max(x.abs()));
-        if most > 0.0 { most / LARGEST } else { 1.0 }
-    };
-    scale.f32_mut().iter_mut().zip(values.chunks(n_each)).for_each(|(scale, part)| *scale = of(part));
+}
+
+fn largest<E: Element>(x: &[E]) -> f32 {
+    x.iter().fold(0f32, |most, x| most.max(x.get().abs()))
+}
+
+/// See `Device::fp8_sizes`.
+pub fn sizes(sizes: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+    let (rows, columns) = (x.n_rows(), x.row_len());
+    assert!(sizes.n_elements() == of.n_scales((rows, columns)), "fp8_sizes {sizes:?} of {x:?}, {of:?}");
+    let sizes = sizes.f32_mut();
+    float!(x.dtype(), E => {
+        let x = elements::<E>(x);
+        match of {
+            Fp8Axis::All => sizes[0] = largest(x),
+            Fp8Axis::Rows => {
+                let sizes = Shared::new(sizes);
+                for_rows(rows, columns, |range| {
+                    // SAFETY: the ranges are disjoint.
+                    let sizes = unsafe { sizes.part(range.clone()) };
+                    sizes.iter_mut().zip(range).for_each(|(size, row)| *size = largest(&x[row * columns..][..columns]));
+                });
+            }
+            Fp8Axis::Columns => {
+                let sizes = Shared::new(sizes);
+                for_ranges(columns, (GRAIN / rows.max(1)).max(64), |range| {
+                    // SAFETY: the ranges are disjoint.
+                    let sizes = unsafe { sizes.part(range.clone()) };
+                    sizes.fill(0.0);
+                    for row in 0..rows {
+                        let row = &x[row * columns..][range.clone()];
+                        sizes.iter_mut().zip(row).for_each(|(size, x)| *size = size.max(x.get().abs()));
+                    }
+                });
+            }
+        }
+    });
+}
+
+/// See `Device::fp8_round`.
+pub fn round(out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+    let (rows, columns) = (x.n_rows(), x.row_len());
+    let dims = if of == Fp8Axis::Columns { (columns, rows) } else { (rows, columns) };
+    let fits = (out.n_rows(), out.row_len()) == dims && out.dtype() == DType::F8E4M3;
+    assert!(fits && scale.n_elements() == of.n_scales((rows, columns)), "fp8_round {x:?} to {out:?}, {scale:?}, {of:?}");
+    scale.f32_mut().iter_mut().for_each(|scale| *scale = scale_of(*scale));
     let scales = scale.f32();
-    let write =
-        |(i, (out, part)): (usize, (&mut [u8], &[f32]))| out.iter_mut().zip(part).for_each(|(out, x)| *out = rounded(x / scales[i]));
-    out.bytes_mut().par_chunks_mut(n_each).zip(values.par_chunks(n_each)).enumerate().for_each(write);
+    let at = |i: usize| if of == Fp8Axis::All { 0 } else { i };
+    let out = Shared::new(out.bytes_mut());
+    float!(x.dtype(), E => {
+        let x = elements::<E>(x);
+        let (n, len) = dims;
+        for_rows(n, len, |range| {
+            // SAFETY: the ranges are disjoint.
+            let out = unsafe { out.part(range.start * len..range.end * len) };
+            for (i, row) in range.enumerate() {
+                let (to, by) = (&mut out[i * len..][..len], 1.0 / scales[at(row)]);
+                if of == Fp8Axis::Columns {
+                    to.iter_mut().enumerate().for_each(|(k, to)| *to = rounded(x[k * columns + row].get() * by));
+                } else {
+                    to.iter_mut().zip(&x[row * columns..]).for_each(|(to, x)| *to = rounded(x.get() * by));
+                }
+            }
+        });
+    });
+}
+
+/// See `Device::fp8_widen`.
+pub fn widen(out: &mut Tensor, codes: &Tensor, scale: &Tensor) {
+    let (rows, columns) = (codes.n_rows(), codes.row_len());
+    let fits = out.n_rows() == rows && out.row_len() == columns && codes.dtype() == DType::F8E4M3;
+    assert!(fits && [1, rows].contains(&scale.n_elements()), "fp8_widen {codes:?}, {scale:?} to {out:?}");
+    let (codes, scales) = (codes.bytes(), scale.f32());
+    let numbers: Vec<f32> = (0..=u8::MAX).map(widened).collect();
+    float!(out.dtype(), E => {
+        let out = Shared::new(elements_mut::<E>(out));
+        for_rows(rows, columns, |range| {
+            // SAFETY: the ranges are disjoint.
+            let out = unsafe { out.part(range.start * columns..range.end * columns) };
+            for (i, row) in range.enumerate() {
+                let by = scales[if scales.len() == 1 { 0 } else { row }];
+                let of = out[i * columns..][..columns].iter_mut().zip(&codes[row * columns..]);
+                of.for_each(|(to, code)| *to = E::from_f32(numbers[usize::from(*code)] * by));
+            }
+        });
+    });
 }
 
 /// See `Device::gemm_fp8`.
@@ -64,13 +143,10 @@ pub fn gemm(cpu: &Cpu, out: &mut Tensor, (a, a_scale): (&Tensor, &Tensor), (b, b
     let (m, n) = (a.n_rows(), b.n_rows());
     assert!(out.n_rows() == m && out.row_len() == n && a.row_len() == b.row_len(), "gemm_fp8: {out:?} from {a:?} and {b:?}");
     assert!(n % 16 == 0 && a.row_len() % 16 == 0, "gemm_fp8: {n} x {} are no multiples of 16", a.row_len());
-    let wide = |x: &Tensor| Tensor::from_f32(x.dims(), &x.bytes().iter().map(|bits| widened(*bits)).collect::<Vec<f32>>());
-    let mut product = Tensor::from_f32(&[m, n], &vec![0.0; m * n]);
-    cpu.gemm(&mut product, &wide(a), &wide(b), Gemm::NT);
-    let (of_a, of_b) = (a_scale.f32(), b_scale.f32());
-    let at = |scales: &[f32], i: usize| if scales.len() == 1 { scales[0] } else { scales[i] };
-    for (i, row) in product.f32_mut().chunks_mut(n.max(1)).enumerate() {
-        row.iter_mut().enumerate().for_each(|(j, value)| *value = *value * at(of_a, i) * at(of_b, j));
-    }
-    cpu.copy(out, &product);
+    let wide = |codes: &Tensor, scale: &Tensor| {
+        let mut wide = cpu.alloc(codes.dims(), DType::BF16).unwrap_or_else(|error| panic!("{error}"));
+        widen(&mut wide, codes, scale);
+        wide
+    };
+    cpu.gemm(out, &wide(a, a_scale), &wide(b, b_scale), Gemm::NT);
 }

@@ -25,7 +25,7 @@ mod terms;
 
 use super::canonical::CanonicalSums;
 use super::packed::PackedProducts;
-use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
+use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use lanes::{Element, elements, elements_mut};
@@ -222,8 +222,16 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor) {
-        fp8::quantise(out, scale, x);
+    fn fp8_sizes(&self, sizes: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        fp8::sizes(sizes, x, of);
+    }
+
+    fn fp8_round(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        fp8::round(out, scale, x, of);
+    }
+
+    fn fp8_widen(&self, out: &mut Tensor, codes: &Tensor, scale: &Tensor) {
+        fp8::widen(out, codes, scale);
     }
 
     fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) {

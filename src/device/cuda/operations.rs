@@ -4,7 +4,8 @@
 use super::{Cuda, Memory};
 use crate::device::canonical::CanonicalSums;
 use crate::device::{
-    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Recording, Rope,
+    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Recording,
+    Rope,
 };
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
@@ -91,8 +92,20 @@ impl Device for Cuda {
         self.check_fp8(scales)
     }
 
-    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor) {
-        self.quantise(out, scale, x);
+    fn fp8_sizes(&self, sizes: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        self.fp8_sizes(sizes, x, of);
+    }
+
+    fn fp8_round(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        self.fp8_round(out, scale, x, of);
+    }
+
+    fn quantise(&self, out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
+        self.quantise(out, scale, x, of);
+    }
+
+    fn fp8_widen(&self, out: &mut Tensor, codes: &Tensor, scale: &Tensor) {
+        self.fp8_widen(out, codes, scale);
     }
 
     fn gemm_fp8(&self, out: &mut Tensor, a: (&Tensor, &Tensor), b: (&Tensor, &Tensor)) {

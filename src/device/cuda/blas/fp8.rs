@@ -14,7 +14,7 @@ type Attribute = sys::cublasLtMatmulDescAttributes_t;
 
 /// How many scales the operands have, and where.
 pub(super) fn describe(product: sys::cublasLtMatmulDesc_t, scales: &ScalesAt) -> std::result::Result<(), result::CublasError> {
-    if scales.of != Fp8Scales::Tensor {
+    if scales.of == Fp8Scales::Rows {
         let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode)?;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode)?;
