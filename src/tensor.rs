@@ -107,7 +107,7 @@ enum Storage {
     Nothing,
 }
 
-/// Zeroed, 64-byte aligned bytes.
+/// Zeroed bytes, 64-byte aligned or better.
 struct HostBuffer {
     start: *mut u8,
     layout: Layout,
@@ -120,9 +120,35 @@ unsafe impl Send for HostBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for HostBuffer {}
 
+/// A page of the kind that one entry of the processor's address cache reaches as far with as with 512 ordinary ones.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Zeroed memory, in huge pages where it fills some and the kernel has them.
+fn zeroed(size: usize) -> Option<(*mut u8, Layout)> {
+    let is_large = size >= 2 * HUGE_PAGE;
+    let layout = Layout::from_size_align(size, if is_large { HUGE_PAGE } else { 64 }).ok()?;
+    if !is_large {
+        // SAFETY: the layout has a non-zero size.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        return (!start.is_null()).then_some((start, layout));
+    }
+    // SAFETY: as above.
+    let start = unsafe { std::alloc::alloc(layout) };
+    if start.is_null() {
+        return None;
+    }
+    // SAFETY: the whole pages among these bytes are ours; a kernel that has no huge pages says so, and nothing is lost. The kind of a page
+    // is settled when it is first written, which is here.
+    unsafe {
+        libc::madvise(start.cast(), size - size % HUGE_PAGE, libc::MADV_HUGEPAGE);
+        start.write_bytes(0, size);
+    }
+    Some((start, layout))
+}
+
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // SAFETY: `start` came from `alloc_zeroed` with this very layout and is freed once.
+        // SAFETY: `start` came from `zeroed` with this very layout and is freed once.
         unsafe { std::alloc::dealloc(self.start, self.layout) };
         if let Some(tell) = &self.on_drop {
             tell(self.layout.size());
@@ -155,12 +181,7 @@ impl Tensor {
     pub fn host(shape: &[usize], dtype: DType, on_drop: Option<Arc<dyn Fn(usize) + Send + Sync>>) -> Option<Tensor> {
         let shape = Shape::new(shape);
         let size = (shape.n_elements() * dtype.bytes()).max(64);
-        let layout = Layout::from_size_align(size, 64).ok()?;
-        // SAFETY: the layout has a non-zero size.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        if start.is_null() {
-            return None;
-        }
+        let (start, layout) = zeroed(size)?;
         Some(Tensor { shape, dtype, shared: Shared::new(Storage::Host(HostBuffer { start, layout, on_drop })), offset_bytes: 0 })
     }
 
