@@ -63,6 +63,13 @@ impl Shape {
         Shape { dims: all, n_dims: dims.len() }
     }
 
+    /// The same with another first dim.
+    pub fn with_rows(self, n_rows: usize) -> Self {
+        let mut dims = self.dims;
+        dims[0] = n_rows;
+        Shape { dims, ..self }
+    }
+
     /// The dims as a slice.
     pub fn dims(&self) -> &[usize] {
         &self.dims[..self.n_dims]
@@ -403,9 +410,7 @@ impl Tensor {
 
     /// The same memory as another number of rows. Panics when host memory has not so many.
     pub fn with_rows(self, n_rows: usize) -> Tensor {
-        let mut dims = self.shape.dims().to_vec();
-        dims[0] = n_rows;
-        let tensor = Tensor { shape: Shape::new(&dims), ..self };
+        let tensor = Tensor { shape: self.shape.with_rows(n_rows), ..self };
         if let Storage::Host(buffer) = &tensor.shared.storage {
             assert!(tensor.offset_bytes + tensor.n_bytes() <= buffer.layout.size(), "{n_rows} rows of {:?}", self.shape);
         }

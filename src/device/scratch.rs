@@ -2,12 +2,40 @@
 //! Contents are whatever the last user left: every operation that assigns must assign all.
 
 use super::Device;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 
-type Shelf = Mutex<HashMap<(Vec<usize>, DType), Vec<Tensor>>>;
+type Shelf = Mutex<HashMap<(Shape, DType), Vec<Tensor>, BuildHasherDefault<Mixed>>>;
+
+/// A hash of a few small numbers of our own, hundreds of times a decode step.
+#[derive(Default)]
+struct Mixed(u64);
+
+impl Hasher for Mixed {
+    fn finish(&self) -> u64 {
+        self.0.rotate_left(32)
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for bytes in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            self.write_u64(u64::from_le_bytes(word));
+        }
+    }
+    fn write_u64(&mut self, x: u64) {
+        // An odd factor with bits everywhere, 2^64 over the golden ratio: what was mixed is in the high bits, so they are turned down.
+        self.0 = (self.0.rotate_left(32) ^ x).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_usize(&mut self, x: usize) {
+        self.write_u64(x as u64);
+    }
+    fn write_isize(&mut self, x: isize) {
+        self.write_u64(x as u64);
+    }
+}
 
 /// The pool. Cheap to clone; clones share the memory.
 #[derive(Clone, Default)]
@@ -40,14 +68,10 @@ impl Scratch {
     /// A tensor of this shape with unspecified contents. Panics when the device has no memory left: at this depth nobody
     /// can repair it.
     pub fn take(&self, device: &dyn Device, shape: &[usize], dtype: DType) -> ScratchTensor {
-        let mut whole = shape.to_vec();
-        if self.rows == Rows::Rounded {
-            whole[0] = whole[0].next_power_of_two();
-        }
-        let n_rows = whole[0];
-        let key = (whole, dtype);
+        let n_rows = if self.rows == Rows::Rounded { shape[0].next_power_of_two() } else { shape[0] };
+        let key = (Shape::new(shape).with_rows(n_rows), dtype);
         let kept = self.shelf.lock().expect("no panic while holding the shelf").get_mut(&key).and_then(Vec::pop);
-        let tensor = kept.unwrap_or_else(|| device.alloc(&key.0, dtype).unwrap_or_else(|error| panic!("{error}")));
+        let tensor = kept.unwrap_or_else(|| device.alloc(key.0.dims(), dtype).unwrap_or_else(|error| panic!("{error}")));
         ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf: Arc::clone(&self.shelf) }
     }
 }
@@ -77,7 +101,7 @@ impl Drop for ScratchTensor {
     fn drop(&mut self) {
         if let (Some(tensor), Ok(mut shelf)) = (self.tensor.take(), self.shelf.lock()) {
             let tensor = tensor.with_rows(self.n_rows);
-            shelf.entry((tensor.dims().to_vec(), tensor.dtype())).or_default().push(tensor);
+            shelf.entry((tensor.shape(), tensor.dtype())).or_default().push(tensor);
         }
     }
 }
