@@ -2,13 +2,11 @@
 //! the rate at which all threads read memory, prompts in chunks in operations a second over a large matrix product's, each limit
 //! measured in turn with what it limits. Pages lie in random order, and the layers together in no cache of the processor.
 //!
-//!     cargo bench --bench cached_attention
+//!     cargo bench --bench cached_attention [-- decode|prompts]
 
-use rayon::prelude::*;
-use std::hint::black_box;
 use std::time::Instant;
 use trireme::device::cpu::Cpu;
-use trireme::device::{CacheSpan, Device, Gemm, Heads, KvCache, PAGE_TOKENS};
+use trireme::device::{CacheSpan, Device, Gemm, Heads, KvCache, PAGE_TOKENS, ceiling};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -33,19 +31,9 @@ fn random(device: &Cpu, dims: &[usize], dtype: DType) -> Tensor {
     tensor
 }
 
-/// Bytes a second of all threads reading.
-fn read_bytes_per_s(from: &[u64]) -> f64 {
-    let started = Instant::now();
-    let part = from.len().div_ceil(rayon::current_num_threads());
-    let sum: u64 =
-        from.par_chunks(part).map(|part| part.chunks(64).map(|line| line.iter().fold(0, |sum, x| sum ^ x)).fold(0, |a, b| a ^ b)).sum();
-    black_box(sum);
-    size_of_val(from) as f64 / started.elapsed().as_secs_f64()
-}
-
 fn main() {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| ["decode", "prompts"].contains(&word.as_str())).collect();
     let device = Cpu::new();
-    let memory: Vec<u64> = (0..(BYTES / 8) as u64).collect();
     println!("{}\n\n| heads | call | dtype | us a layer | rate | limit | share |\n|---|---|---|---:|---:|---:|---:|", device.name());
     for (counts, dtype) in HEADS.iter().flat_map(|heads| [(heads, DType::BF16), (heads, DType::F32)]) {
         let heads = Heads { query: counts.0, kv: counts.1, dim: counts.2 };
@@ -56,6 +44,9 @@ fn main() {
             let dims = [n * of_each, PAGE_TOKENS, heads.kv * heads.dim];
             let cache_bytes = 2 * n * (past + new) * dims[2] * dtype.bytes();
             let is_decode = new < 16;
+            if wanted.iter().any(|word| (word == "decode") != is_decode) {
+                continue;
+            }
             let n_layers = if is_decode { BYTES.div_ceil(cache_bytes) } else { 2 };
             let layer = || KvCache { keys: random(&device, &dims, dtype), values: random(&device, &dims, dtype) };
             let mut layers: Vec<KvCache> = (0..n_layers).map(|_| layer()).collect();
@@ -67,15 +58,17 @@ fn main() {
             let qkv = random(&device, &[n * new, heads.qkv_columns()], dtype);
             let mut out = random(&device, &[n * new, heads.query * heads.dim], dtype);
             let (mut best_s, mut limit) = (f64::INFINITY, 0.0f64);
-            for _ in 0..REPETITIONS {
+            for repetition in 0..REPETITIONS {
                 let started = Instant::now();
-                layers.iter_mut().for_each(|cache| device.attention_cached(&mut out, &qkv, cache, &spans, heads));
+                let mut all = || layers.iter_mut().for_each(|cache| device.attention_cached(&mut out, &qkv, cache, &spans, heads));
+                device.run_together(&mut all);
                 best_s = best_s.min(started.elapsed().as_secs_f64() / n_layers as f64);
                 limit = limit.max(if is_decode {
-                    read_bytes_per_s(&memory)
+                    // It takes a second, so before and after.
+                    if [0, REPETITIONS - 1].contains(&repetition) { ceiling::read_bytes_per_s(&device) } else { limit }
                 } else {
                     let started = Instant::now();
-                    device.gemm(&mut product, &a, &b, Gemm::NT);
+                    device.run_together(&mut || device.gemm(&mut product, &a, &b, Gemm::NT));
                     2.0 * (SIDE as f64).powi(3) / started.elapsed().as_secs_f64()
                 });
             }

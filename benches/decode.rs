@@ -4,6 +4,7 @@
 //!
 //!     cargo bench --bench decode [-- 30m|120m f32|bf16|int8 1|8|16|32|prompts]    Llama-shaped models on the CPU
 //!     cargo bench --bench decode -- 30m bf16 parts       where the time of its prompts goes, by operation
+//!     cargo bench --bench decode -- profile 30m int8 1     steps alone, some seconds of them, in their two halves; for a profiler too
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
 //!
 //! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
@@ -32,6 +33,8 @@ use trireme::tensor::{DType, Tensor};
 const STEPS: usize = 48;
 /// Repetitions, of which the best counts.
 const REPETITIONS: usize = 3;
+/// Time of the steps of a profile.
+const PROFILE_S: f64 = 2.0;
 /// Tokens of the prompts that are measured.
 const PROMPTS: [usize; 2] = [128, 512];
 
@@ -146,6 +149,11 @@ impl<'a> Subject<'a> {
 
     /// Seconds of the steps that give token `first`.. of each of n sequences, each drawn from the logits of the one before.
     fn steps_s(&mut self, n: usize, first: usize) -> f64 {
+        self.steps_with(n, first, |_, _| ())
+    }
+
+    /// The same; `each` hears of every step how many seconds the logits and the choice took.
+    fn steps_with(&mut self, n: usize, first: usize, mut each: impl FnMut(f64, f64)) -> f64 {
         let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), Numerics::of_inference(self.device, 1));
         let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
         let vocab_size = self.chunk.config().vocab_size;
@@ -155,10 +163,16 @@ impl<'a> Subject<'a> {
             let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i..i + 1, past, pages: self.pages(i) }).collect();
             let positions = vec![past as u32; n];
             let new = NewTokens { tokens: &tokens, positions: &positions, spans: &spans };
-            let logits = self.decoder.logits(&ctx, &self.chunk, &new, &mut self.caches);
             let drawings = vec![Drawing { sampling: self.sampling, uniform: 0.37, prompt: &[], response: &[], n_top: 0 }; n];
-            let choices = sampling::choose_rows(self.device, &solo, logits, vocab_size, &drawings);
+            let (device, chunk, decoder, caches) = (self.device, &self.chunk, &mut self.decoder, &mut self.caches);
+            let (begun, mut logits_s, mut choices) = (Instant::now(), 0.0, Vec::new());
+            device.run_together(&mut || {
+                let logits = decoder.logits(&ctx, chunk, &new, caches);
+                logits_s = begun.elapsed().as_secs_f64();
+                choices = sampling::choose_rows(device, &solo, logits, vocab_size, &drawings);
+            });
             tokens.iter_mut().zip(choices).for_each(|(token, choice)| *token = choice.token);
+            each(logits_s, begun.elapsed().as_secs_f64() - logits_s);
         }
         started.elapsed().as_secs_f64() / STEPS as f64
     }
@@ -230,9 +244,15 @@ fn main() {
     let numbers: Vec<String> = batches.iter().map(|n| n.to_string()).chain(["prompts".into(), "parts".into()]).collect();
     let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
     let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
+    let is_profile = wanted.iter().any(|word| word == "profile");
     println!("{}\n", device.name());
-    println!("| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of the GEMM ceiling |");
-    println!("|---|---|---:|---:|---:|---:|---:|---:|");
+    if is_profile {
+        println!("| model | weights | sequences | steps | ms of logits: least, median, mean | ms of choices: the same |");
+        println!("|---|---|---:|---:|---:|---:|");
+    } else {
+        println!("| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of the GEMM ceiling |");
+        println!("|---|---|---:|---:|---:|---:|---:|---:|");
+    }
     for size in sizes {
         for (name, dtype, format) in weights {
             let all_sizes: Vec<&str> = sizes.iter().map(|size| size.name).collect();
@@ -242,9 +262,9 @@ fn main() {
             }
             let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), batches[batches.len() - 1]);
             for &n in batches.iter().filter(|n| is_wanted(&n.to_string(), &numbers)) {
-                steps(&mut subject, (size, name, *dtype), n);
+                if is_profile { profile(&mut subject, (size, name), n) } else { steps(&mut subject, (size, name, *dtype), n) }
             }
-            for n_tokens in PROMPTS.into_iter().filter(|_| is_wanted("prompts", &numbers)) {
+            for n_tokens in PROMPTS.into_iter().filter(|_| !is_profile && is_wanted("prompts", &numbers)) {
                 prompt(&mut subject, (size, name, *dtype), n_tokens);
             }
             for n_tokens in PROMPTS.into_iter().filter(|_| wanted.iter().any(|word| word == "parts")) {
@@ -254,6 +274,24 @@ fn main() {
             }
         }
     }
+}
+
+/// One line of the other table: the halves of a step.
+fn profile(subject: &mut Subject, (size, weights): (&Size, &str), n: usize) {
+    let (begun, mut logits, mut choices) = (Instant::now(), Vec::new(), Vec::new());
+    while begun.elapsed().as_secs_f64() < PROFILE_S {
+        let each = |logits_s, choices_s| {
+            logits.push(1e3 * logits_s);
+            choices.push(1e3 * choices_s);
+        };
+        subject.steps_with(n, size.past, each);
+    }
+    let n_steps = logits.len();
+    let [logits, choices] = [&mut logits, &mut choices].map(|ms| {
+        ms.sort_by(f64::total_cmp);
+        format!("{:.3}, {:.3}, {:.3}", ms[0], ms[n_steps / 2], ms.iter().sum::<f64>() / n_steps as f64)
+    });
+    println!("| {} | {weights} | {n} | {n_steps} | {logits} | {choices} |", size.name);
 }
 
 /// One line of the table: decode steps.

@@ -68,7 +68,16 @@ fn attention_matches_the_oracle() {
 fn outputs_with_threads(case: &Case, dtype: DType, n_threads: usize) -> Vec<Vec<u8>> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("a thread pool");
     let mut tensors = fresh(case, dtype);
-    pool.install(|| (case.run)(&Cpu::new(), &mut tensors));
+    let cpu = Cpu::new();
+    pool.install(|| cpu.run_together(&mut || (case.run)(&cpu, &mut tensors)));
+    let mut alone = fresh(case, dtype);
+    pool.install(|| (case.run)(&cpu, &mut alone));
+    assert!(
+        tensors.iter().zip(&alone).all(|(x, y)| x.bytes() == y.bytes()),
+        "{} {}: another result in small tasks",
+        case.operation,
+        case.shape
+    );
     tensors.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 

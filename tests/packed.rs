@@ -121,6 +121,11 @@ fn a_row_does_not_depend_on_its_neighbours() {
         }
         assert_eq!(one.install(|| product(0..most)), alone.concat(), "{isa:?} {dtype:?}: one thread");
         assert_eq!(three.install(|| product(0..most)), alone.concat(), "{isa:?} {dtype:?}: three threads");
+        for m in [1, 2, 16, 31, most] {
+            let mut found = Vec::new();
+            three.install(|| device.run_together(&mut || found = product(0..m)));
+            assert_eq!(found, alone[..m].concat(), "{isa:?} {dtype:?}: {m} rows in small tasks");
+        }
     }
 }
 

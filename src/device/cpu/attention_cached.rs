@@ -7,9 +7,12 @@
 //! summed over, so how many there are decides only how often a tile is used that was packed once: [words of d, key] of a page's keys,
 //! [words of keys, d] of its values, words as in `terms`.
 
+mod few;
+
 use super::lanes::{Element, Isa, each, kernel, load, prefetch, store};
 use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, To, product};
+use super::team;
 use super::terms::{Terms, along_dims};
 use crate::device::{CacheSpan, Heads, PAGE_TOKENS};
 use half::bf16;
@@ -98,10 +101,11 @@ struct Shares {
 }
 
 impl Shares {
-    /// About four tasks a thread: strands are cut between blocks where they cost more than a task should, and put together where less.
+    /// Some tasks a thread: strands are cut between blocks where they cost more than a task should, and put together where less.
     fn of(strands: &[Strand], dim: usize, n_threads: usize) -> Shares {
         let total: usize = strands.iter().map(|strand| strand.cost(dim)).sum();
-        let target = if n_threads == 1 { usize::MAX } else { (total / (4 * n_threads)).max(LEAST_COST) };
+        let (of_thread, least_cost) = if team::leads() { (16, LEAST_COST / 8) } else { (4, LEAST_COST) };
+        let target = if n_threads == 1 { usize::MAX } else { (total / (of_thread * n_threads)).max(least_cost) };
         let mut shares = Shares::default();
         let (mut open, mut open_cost) = (0, 0);
         for (idx, strand) in strands.iter().enumerate() {
@@ -295,9 +299,16 @@ impl<E: Element> Call<'_, E> {
         if key >= strand.n_keys() { &[] } else { &of[strand.span.pages[key / PAGE_TOKENS] as usize * len..][..len] }
     }
 
-    /// The page that is read next, where all of it is.
-    fn ahead<'a>(&self, of: &'a [E], strand: &Strand, key: usize) -> &'a [E] {
-        if strand.groups.len() == self.heads.kv { self.page(of, strand, key) } else { &[] }
+    /// What of the page that is read next is fetched while the i-th kv head of a strand is at work: a share, where all of it is read.
+    fn ahead<'a>(&self, next: &'a [E], strand: &Strand, i: usize) -> &'a [E] {
+        if strand.groups.len() == self.heads.kv { share(next, i, self.heads.kv) } else { &[] }
+    }
+
+    /// A kv head's part of a page for so few rows that nothing is packed, with the page that is read next; None for more.
+    fn few<'a>(&self, (rows, ahead): (&'a [E], &'a [E]), n_rows: usize, (n, group): (usize, usize)) -> Option<few::Page<'a, E>> {
+        let (d, width) = (self.heads.dim, self.heads.kv * self.heads.dim);
+        let is_few = (1..=few::MOST_ROWS).contains(&n_rows) && d % few::DIMS == 0;
+        is_few.then_some(few::Page { rows, ahead, width, column: group * d, d, n })
     }
 
     /// What the strand's rows get of one block.
@@ -307,7 +318,7 @@ impl<E: Element> Call<'_, E> {
         for at in (0..n).step_by(PAGE_TOKENS) {
             let (page, is_last) = (self.page(self.keys, strand, first + at), at + PAGE_TOKENS >= n);
             let ahead = if is_last { (self.values, first) } else { (self.keys, first + at + PAGE_TOKENS) };
-            self.scores(strand, (first, at, n), (page, self.ahead(ahead.0, strand, ahead.1)), room);
+            self.scores(strand, (first, at, n), (page, self.page(ahead.0, strand, ahead.1)), room);
         }
         let seen: Vec<usize> = strand.rows.clone().map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
         weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (self.heads.dim as f32).sqrt(), n));
@@ -315,23 +326,27 @@ impl<E: Element> Call<'_, E> {
         for at in (0..n).step_by(PAGE_TOKENS) {
             let (page, is_last) = (self.page(self.values, strand, first + at), at + PAGE_TOKENS >= n);
             let ahead = if is_last { (self.keys, first + BLOCK) } else { (self.values, first + at + PAGE_TOKENS) };
-            self.weighted_values(strand, (at, &seen), (page, self.ahead(ahead.0, strand, ahead.1)), room, part);
+            self.weighted_values(strand, (at, &seen), (page, self.page(ahead.0, strand, ahead.1)), room, part);
         }
     }
 
     /// scores[row, at..] of the keys of a page, `at` in the block of n keys from `first`.
-    fn scores(&self, strand: &Strand, (first, at, n): (usize, usize, usize), (page, ahead): (&[E], &[E]), room: &mut Room) {
+    fn scores(&self, strand: &Strand, (first, at, n): (usize, usize, usize), (page, next): (&[E], &[E]), room: &mut Room) {
         let (dim, words, width) = (self.heads.dim, self.terms.words(self.heads.dim), self.heads.kv * self.heads.dim);
         let n = PAGE_TOKENS.min(n - at);
         // Rows that see none of these keys come first.
         let skipped = strand.rows.clone().take_while(|row| strand.visible(*row) <= first + at).count();
+        let m = strand.rows.len() - skipped;
         for (i, group) in strand.groups.clone().enumerate() {
-            let ahead = share(ahead, i, strand.groups.len());
-            pack_keys(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
             let row = i * strand.rows.len() + skipped;
+            if let Some(page) = self.few((page, next), m, (n, group)) {
+                few::scores(self.isa, self.terms, &mut room.scores[row * SCORES + at..], &room.queries[row * words..], page, m);
+                continue;
+            }
+            pack_keys(self.isa, self.terms, room.tile, (page, self.ahead(next, strand, i)), (width, n, dim), group * dim);
             let scored = Product {
                 terms: self.terms,
-                m: strand.rows.len() - skipped,
+                m,
                 n: n.next_multiple_of(16),
                 k: words,
                 a: room.queries[row * words..].as_ptr(),
@@ -354,7 +369,7 @@ impl<E: Element> Call<'_, E> {
         &self,
         strand: &Strand,
         (at, seen): (usize, &[usize]),
-        (page, ahead): (&[E], &[E]),
+        (page, next): (&[E], &[E]),
         room: &mut Room,
         part: &mut Part,
     ) {
@@ -363,10 +378,17 @@ impl<E: Element> Call<'_, E> {
         let skipped = (0..seen.len()).take_while(|row| of_page(*row) == 0).count();
         let n = of_page(seen.len() - 1);
         for (i, group) in strand.groups.clone().enumerate() {
-            let ahead = share(ahead, i, strand.groups.len());
-            pack_values(self.isa, self.terms, room.tile, (page, ahead), (width, n, dim), group * dim);
             let first_row = i * seen.len();
-            if are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim) {
+            let are_finite = are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim);
+            let few = self.few((page, next), seen.len() - skipped, (n, group));
+            if let (true, Some(page)) = (are_finite, few) {
+                let (row, at) = (first_row + skipped, self.terms.words(at));
+                let (weights, sums) = (&room.scores[row * SCORES + at..], &mut part.sums[row * dim..]);
+                few::values(self.isa, self.terms, sums, weights, page, seen.len() - skipped);
+                continue;
+            }
+            pack_values(self.isa, self.terms, room.tile, (page, self.ahead(next, strand, i)), (width, n, dim), group * dim);
+            if are_finite {
                 self.weighted(first_row + skipped..first_row + seen.len(), (at, n), room, part);
                 continue;
             }

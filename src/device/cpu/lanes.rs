@@ -385,14 +385,33 @@ pub fn store<V: Vector, E: Element>(x: &mut [E], i: usize, n: usize, value: V) {
 /// Has the processor fetch the cache lines of a slice, if it can be told to.
 #[inline(always)]
 pub fn prefetch<E>(x: &[E]) {
+    (0..size_of_val(x)).step_by(64).for_each(|at| prefetch_line(x.as_ptr().wrapping_byte_add(at)));
+}
+
+/// The same for the cache line of an address, which need not be one of ours.
+#[inline(always)]
+pub fn prefetch_line<E>(at: *const E) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..size_of_val(x)).step_by(64) {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint, and inside the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().add(at)) };
+        // SAFETY: a hint, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = x;
+    let _ = at;
+}
+
+/// The same, into the second-level cache alone.
+#[inline(always)]
+pub fn prefetch_near<E>(at: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.

@@ -21,6 +21,7 @@ mod panels;
 mod parallel;
 mod product;
 mod rope;
+mod team;
 mod terms;
 
 use super::canonical::CanonicalSums;
@@ -30,8 +31,9 @@ use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 use lanes::{Element, elements, elements_mut};
 use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use team::Team;
 
 pub use lanes::Isa;
 pub use parallel::for_tasks;
@@ -54,14 +56,17 @@ macro_rules! float {
 }
 use float;
 
-/// The host as a device. All threads of the rayon pool it is called in (the global one, unless the caller is in another).
+/// The host as a device. As many threads as the rayon pool it is called in has (the global one, unless the caller is in another).
 pub struct Cpu {
     isa: Isa,
     live_bytes: Arc<AtomicUsize>,
     peak_bytes: AtomicUsize,
     n_allocations: AtomicUsize,
     rope_tables: rope::Tables,
+    orders: packed::Orders,
+    passing: Mutex<packed::Passing>,
     pool: Pool,
+    team: Team,
 }
 
 impl Default for Cpu {
@@ -84,7 +89,10 @@ impl Cpu {
             peak_bytes: AtomicUsize::new(0),
             n_allocations: AtomicUsize::new(0),
             rope_tables: rope::Tables::default(),
+            orders: packed::Orders::default(),
+            passing: Mutex::default(),
             pool: Pool::default(),
+            team: Team::default(),
         }
     }
 }
@@ -152,8 +160,14 @@ impl Device for Cpu {
     fn finish(&self) {}
 
     fn run_together(&self, work: &mut (dyn FnMut() + Send)) {
-        // One of the pool's own threads keeps the others awake from one operation to the next; from outside each is a wake-up of all.
-        rayon::scope(|_| work());
+        let n_threads = rayon::current_num_threads();
+        if n_threads == 1 || team::leads() {
+            return work();
+        }
+        if !self.team.lead(n_threads, work) {
+            // One of the pool's own threads keeps the others awake from one operation to the next; from outside each is a wake-up of all.
+            rayon::scope(|_| work());
+        }
     }
 
     fn fill_zero(&self, x: &mut Tensor) {

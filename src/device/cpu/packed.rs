@@ -17,19 +17,24 @@ mod tiles;
 use super::lanes::{Element, Isa, elements, elements_mut};
 use super::panels::{self, Piece, Side};
 use super::parallel::{Shared, for_rows, for_tasks};
-use super::{Cpu, elementwise, float};
+use super::{Cpu, elementwise, float, team};
 use crate::device::Device;
 use crate::device::packed::{PackedForm, PackedProducts, PackedWeight};
 use crate::error::Result;
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
 use int8::RowScales;
+use std::collections::HashMap;
+use std::sync::{Arc, RwLock};
+use team::Reads;
 use tiles::{Job, Out, Scales};
 
 /// Output channels of a panel.
 const LANES: usize = 32;
 /// Bytes of the panels that a task keeps in the second-level cache while rows pass by, and fetches for the next one.
 const BLOCK_BYTES: usize = 256 * 1024;
+/// Rows so few that the weight streams by: a task then needs no block to keep, and may be small.
+const MOST_STREAMED: usize = 32;
 /// Most pieces that are added in pairs.
 const MOST_PIECES: usize = 8;
 /// Most terms of a piece of integers: sums of as many products of 8 bits fit 32.
@@ -37,7 +42,7 @@ const MOST_TERMS: usize = 1 << 16;
 
 /// What a word of a panel holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Word {
+pub enum Word {
     /// An f32.
     Single,
     /// Two bf16, the earlier in the low half.
@@ -66,7 +71,7 @@ impl Word {
 }
 
 /// How the words of a panel are summed.
-struct Order {
+pub struct Order {
     /// Runs of words that are summed in order, laid out one after another.
     runs: Vec<Piece>,
     /// Runs of each piece: added in turn.
@@ -99,10 +104,64 @@ impl Order {
     }
 }
 
+/// Whether a weight streams by so many rows in the small tasks of a team.
+fn streams(m: usize) -> bool {
+    team::leads() && m <= MOST_STREAMED
+}
+
+/// A weight as a product reads it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stream {
+    /// Address of its panels.
+    at: usize,
+    n_panels: usize,
+    panel_bytes: usize,
+}
+
+impl Stream {
+    /// Panels that a task takes together, in pairs for one row, and how many times.
+    fn units(self, m: usize) -> (usize, usize) {
+        let unit = if m == 1 { 2 } else { 1 };
+        (unit, self.n_panels.div_ceil(unit))
+    }
+
+    /// As many panels each as the cache holds, but as much for each thread, in enough tasks that they end together.
+    fn n_tasks(self, m: usize) -> usize {
+        let (n_threads, of_thread) = (rayon::current_num_threads(), if streams(m) { 16 } else { 4 });
+        let n_blocks = (self.n_panels * self.panel_bytes).div_ceil(BLOCK_BYTES);
+        n_blocks.max(of_thread * n_threads).next_multiple_of(n_threads).min(self.units(m).1)
+    }
+
+    /// What the tasks of a product read.
+    fn reads(self, m: usize) -> Reads {
+        let (unit, n_units) = self.units(m);
+        Reads { at: self.at, of_unit: unit * self.panel_bytes, n_units }
+    }
+}
+
+/// Which weight came after which when it last passed: in a decode step the same as in the step before.
+#[derive(Default)]
+pub struct Passing {
+    last: usize,
+    after: HashMap<usize, Stream>,
+}
+
+impl Passing {
+    /// What came after this one, which passes now.
+    fn next_after(&mut self, now: Stream) -> Option<Stream> {
+        self.after.insert(self.last, now);
+        self.last = now.at;
+        self.after.get(&now.at).copied()
+    }
+}
+
+/// The orders met so far, by word, terms and pieces.
+pub type Orders = RwLock<Vec<((Word, usize, usize), Arc<Order>)>>;
+
 impl PackedProducts for Cpu {
     fn pack(&self, weight: &Tensor, n_pieces: usize) -> Result<PackedWeight> {
         let (n, k, form) = (weight.n_rows(), weight.row_len(), PackedForm::Float(weight.dtype()));
-        let order = Order::of(self.isa, Word::of(form), k, n_pieces);
+        let order = self.order(Word::of(form), k, n_pieces);
         let mut words = self.alloc(&[n.div_ceil(LANES), order.words(), LANES], DType::F32)?;
         float!(weight.dtype(), E => self.pack_floats::<E>(words.f32_mut(), (weight, LANES), &order));
         Ok(PackedWeight { form, n_rows: n, row_len: k, n_pieces, words, scale: None })
@@ -123,7 +182,7 @@ impl PackedProducts for Cpu {
 
     fn pack_int8(&self, weight: &Tensor, sizes: &Tensor, n_pieces: usize) -> Result<PackedWeight> {
         let (n, k, form) = (weight.n_rows(), weight.row_len(), PackedForm::Int8);
-        let order = Order::of(self.isa, Word::of(form), k, n_pieces);
+        let order = self.order(Word::of(form), k, n_pieces);
         assert!(sizes.n_elements() == n && order.runs.iter().all(|run| run.terms.len() <= MOST_TERMS), "int8 of {weight:?}, {sizes:?}");
         let mut words = self.alloc(&[n.div_ceil(LANES), order.words(), LANES], DType::F32)?;
         let mut scale = self.alloc(&[n], DType::F32)?;
@@ -154,7 +213,7 @@ impl PackedProducts for Cpu {
             return;
         }
         let word = Word::of(weight.form);
-        let order = Order::of(self.isa, word, k, weight.n_pieces);
+        let order = self.order(word, k, weight.n_pieces);
         let (words, rows) = (order.words(), tiles::rows_of_tile(self.isa, m));
         let n_row_panels = m.div_ceil(rows);
         let mut packed = self.pool.take(n_row_panels * rows * words);
@@ -172,10 +231,13 @@ impl PackedProducts for Cpu {
         };
         let job = Job { word, x: &packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
         let n_panels = n.div_ceil(LANES);
-        // As many panels as the cache holds, but as much for each thread, in enough tasks that they end together; in pairs for one row.
-        let (n_threads, unit) = (rayon::current_num_threads(), if m == 1 { 2 } else { 1 });
-        let (n_units, n_blocks) = (n_panels.div_ceil(unit), (4 * n_panels * words * LANES).div_ceil(BLOCK_BYTES));
-        let n_tasks = n_blocks.max(4 * n_threads).next_multiple_of(n_threads).min(n_units);
+        let stream = Stream { at: weight.words.f32().as_ptr() as usize, n_panels, panel_bytes: words * LANES * size_of::<f32>() };
+        if streams(m) {
+            let next = self.passing.lock().expect("no panic under the lock").next_after(stream);
+            next.into_iter().for_each(|next| team::read_next(next.reads(m)));
+        }
+        let (unit, n_units) = stream.units(m);
+        let n_tasks = stream.n_tasks(m);
         for_tasks(n_tasks, m * n * words / 16, |task| {
             let [first, end] = [task, task + 1].map(|task| (unit * (task * n_units / n_tasks)).min(n_panels));
             tiles::tiles(self.isa, &job, first..end);
@@ -186,7 +248,7 @@ impl PackedProducts for Cpu {
         let (tokens, k) = (tokens.u32(), table.row_len);
         assert!(out.n_rows() == tokens.len() && out.row_len() == k, "{} tokens of [{}, {k}] to {out:?}", tokens.len(), table.n_rows);
         assert!([PackedForm::Int8, PackedForm::Float(out.dtype())].contains(&table.form), "look up {:?} to {out:?}", table.form);
-        let order = Order::of(self.isa, Word::of(table.form), k, table.n_pieces);
+        let order = self.order(Word::of(table.form), k, table.n_pieces);
         let size = order.words() * LANES;
         float!(out.dtype(), E => {
             let out = Shared::new(elements_mut::<E>(out));
@@ -214,6 +276,17 @@ impl PackedProducts for Cpu {
 }
 
 impl Cpu {
+    /// How k terms in so many pieces are summed.
+    fn order(&self, word: Word, k: usize, n_pieces: usize) -> Arc<Order> {
+        let key = (word, k, n_pieces);
+        if let Some((_, order)) = self.orders.read().expect("no panic under the lock").iter().find(|(of, _)| *of == key) {
+            return Arc::clone(order);
+        }
+        let order = Arc::new(Order::of(self.isa, word, k, n_pieces));
+        self.orders.write().expect("no panic under the lock").push((key, Arc::clone(&order)));
+        order
+    }
+
     /// Rows of a matrix, so many a panel, as words.
     fn pack_floats<E: Element>(&self, to: &mut [f32], (rows, width): (&Tensor, usize), order: &Order) {
         let (len, k, size) = (rows.n_rows(), rows.row_len(), width * order.words());

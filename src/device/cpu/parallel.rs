@@ -1,6 +1,7 @@
-//! Work over the rayon pool: ranges with a least size, so that small tensors stay on the calling thread; slices that several
+//! Work over the rayon pool, or the team where this thread leads it: ranges with a least size, so that small tensors stay on the calling thread; slices that several
 //! tasks write disjointly; and buffers that outlive the call, because fresh pages cost more than the work on them.
 
+use super::team;
 use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -8,10 +9,17 @@ use std::sync::Mutex;
 
 /// Least elements worth a task.
 pub const GRAIN: usize = 32 * 1024;
+/// The team takes tasks so many times smaller.
+const TEAM_TASKS: usize = 8;
+
+/// `grain`, or less of it where tasks cost next to nothing.
+fn grain_here(grain: usize) -> usize {
+    if team::leads() { (grain / TEAM_TASKS).max(1) } else { grain }
+}
 
 /// Calls `work` with ranges that cover 0..n, of at least `grain` (but the last), in parallel when there is more than one.
 pub fn for_ranges(n: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
-    let n_ranges = n.div_ceil(grain.max(1)).min(4 * rayon::current_num_threads());
+    let n_ranges = n.div_ceil(grain_here(grain).max(1)).min(4 * rayon::current_num_threads());
     if n_ranges <= 1 || rayon::current_num_threads() == 1 {
         if n > 0 {
             work(0..n);
@@ -19,7 +27,10 @@ pub fn for_ranges(n: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
         return;
     }
     let size = n.div_ceil(n_ranges).next_multiple_of(if grain >= 64 { 64 } else { 1 });
-    (0..n.div_ceil(size)).into_par_iter().for_each(|i| work(i * size..((i + 1) * size).min(n)));
+    let work = |i: usize| work(i * size..((i + 1) * size).min(n));
+    if !team::share_out(n.div_ceil(size), &work) {
+        (0..n.div_ceil(size)).into_par_iter().for_each(work);
+    }
 }
 
 /// As `for_ranges` over rows of so many elements.
@@ -29,9 +40,9 @@ pub fn for_rows(n_rows: usize, row_elements: usize, work: impl Fn(Range<usize>) 
 
 /// Tasks 0..n, one at a time to whoever is free; on the calling thread when all of them together are `cost` < one grain.
 pub fn for_tasks(n: usize, cost: usize, work: impl Fn(usize) + Sync) {
-    if n <= 1 || cost < GRAIN || rayon::current_num_threads() == 1 {
+    if n <= 1 || cost < grain_here(GRAIN) || rayon::current_num_threads() == 1 {
         (0..n).for_each(work);
-    } else {
+    } else if !team::share_out(n, &work) {
         (0..n).into_par_iter().with_max_len(1).for_each(&work);
     }
 }

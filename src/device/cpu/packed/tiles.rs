@@ -1,7 +1,7 @@
 //! Tiles of products with packed weights: all rows of a panel of x with all lanes of a panel of W, in registers for all of k.
 
 use super::{LANES, Order, Word};
-use crate::device::cpu::lanes::{Isa, Vector, kernel, load, prefetch, store};
+use crate::device::cpu::lanes::{Isa, Vector, kernel, load, prefetch, prefetch_line, store};
 use crate::device::cpu::parallel::Shared;
 use half::bf16;
 use std::mem::MaybeUninit;
@@ -10,6 +10,10 @@ use std::ops::Range;
 /// Most rows of a tile that is two vectors wide, with 32 and with 16 registers.
 const MOST_ROWS_WIDE: usize = 14;
 const MOST_ROWS: usize = 6;
+/// Least rows for which the words of W are fetched ahead: with fewer the processor's own fetching keeps up.
+const LEAST_ROWS_AHEAD: usize = 4;
+/// Bytes from a word of W that is multiplied to the one that is fetched, while W streams by.
+const AHEAD: usize = 16 * 1024;
 /// Sums of 1, 2 and 4 pieces that wait for as many more.
 const N_WAITING: usize = 3;
 
@@ -58,6 +62,9 @@ pub struct Job<'a> {
     pub out: Out<'a>,
 }
 
+/// Elements of a cache line.
+const LINE: usize = 16;
+
 /// R rows of x by P panels of W, two vectors of each.
 type Sums<V, const R: usize, const P: usize> = [[[V; 2]; P]; R];
 
@@ -67,7 +74,8 @@ const PAIR: u8 = 1;
 const APART: u8 = 2;
 const BYTES: u8 = 3;
 
-/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on.
+/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on. With more than a few rows, the words
+/// `ahead` bytes further are fetched, unless that is 0.
 /// SAFETY: behind `x` are words * R elements, behind each of `w` words * LANES less the lanes before it.
 #[inline(always)]
 unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
@@ -75,6 +83,7 @@ unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
     x: &mut *const f32,
     w: &mut [*const f32; P],
     words: usize,
+    ahead: usize,
 ) -> Sums<V, R, P> {
     let (mut row, mut panel) = (*x, *w);
     for _ in 0..words {
@@ -83,6 +92,11 @@ unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
             // All of W's vectors first: each term of x then needs a register for as long as it meets them.
             let (mut low, mut high) = ([[V::zero(); 2]; P], [[V::zero(); 2]; P]);
             for (p, w) in panel.iter_mut().enumerate() {
+                if R >= LEAST_ROWS_AHEAD && ahead > 0 {
+                    for line in (0..2 * V::N).step_by(LINE) {
+                        prefetch_line(w.wrapping_byte_add(ahead).wrapping_add(line));
+                    }
+                }
                 for half in 0..2 {
                     let at = w.add(half * V::N);
                     (low[p][half], high[p][half]) = if WORD == APART { V::load_pairs_bf16(at.cast()) } else { (V::load(at), V::zero()) };
@@ -167,9 +181,13 @@ fn scale<V: Vector, const R: usize, const P: usize>(
     }
 }
 
-/// One tile: panel `row_panel` of x with P panels of W from `panel`, two vectors of lanes from `lane`.
+/// One tile: panel `row_panel` of x with P panels of W from `panel`, two vectors of lanes from `lane`; what is `ahead` is fetched.
 #[inline(always)]
-fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, row_panel: usize, panel: usize, lane: usize) {
+fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(
+    job: &Job,
+    (row_panel, ahead): (usize, usize),
+    (panel, lane): (usize, usize),
+) {
     let (words, n_pieces) = (job.order.words(), job.order.n_runs.len());
     let mut x = job.x[row_panel * words * R..][..words * R].as_ptr();
     let mut w = [x; P];
@@ -182,13 +200,13 @@ fn tile<V: Vector, const WORD: u8, const R: usize, const P: usize>(job: &Job, ro
     for (done, n_runs) in job.order.n_runs.iter().enumerate() {
         let words = runs.next().map_or(0, |run| run.words.len());
         // SAFETY: the runs of an order are its words, and that many are in each panel, lanes before `lane` left out.
-        let mut sums = unsafe { chain::<V, WORD, R, P>(begin::<V, WORD, R, P>(job, (row_panel, done)), &mut x, &mut w, words) };
+        let mut sums = unsafe { chain::<V, WORD, R, P>(begin::<V, WORD, R, P>(job, (row_panel, done)), &mut x, &mut w, words, ahead) };
         for run in runs.by_ref().take(n_runs - 1) {
             let mut total = MaybeUninit::uninit();
             keep(&mut total, &sums);
             // SAFETY: as above; the total was just kept.
             unsafe {
-                sums = chain::<V, WORD, R, P>([[[V::zero(); 2]; P]; R], &mut x, &mut w, run.words.len());
+                sums = chain::<V, WORD, R, P>([[[V::zero(); 2]; P]; R], &mut x, &mut w, run.words.len(), ahead);
                 add(&mut sums, &total);
             }
         }
@@ -234,9 +252,24 @@ fn store_sums<V: Vector, const R: usize, const P: usize>(job: &Job, (row, column
 const LEAST_ROW_PANELS: usize = 4;
 
 /// All tiles of these panels of W. One row alone takes two panels at a time: a chain waits for its own last addition.
+///
+/// Few panels of x pass by each panel of W in turn. The first of them fetches W a little ahead of itself; while the second meets W in
+/// the cache, the next panel of W comes, so that memory does not wait for the products.
 #[inline(always)]
 fn rows_by_panels<V: Vector, const WORD: u8, const R: usize>(job: &Job, panels: Range<usize>) {
     let (size, n_row_panels) = (job.order.words() * LANES, job.size.0.div_ceil(R));
+    if (2..LEAST_ROW_PANELS).contains(&n_row_panels) {
+        for panel in panels {
+            for row_panel in 0..n_row_panels {
+                let ahead = [AHEAD, size * size_of::<f32>()].get(row_panel).copied().unwrap_or(0);
+                for lane in (0..LANES).step_by(2 * V::N) {
+                    tile::<V, WORD, R, 1>(job, (row_panel, ahead), (panel, lane));
+                }
+            }
+        }
+        return;
+    }
+    let ahead = if n_row_panels == 1 { AHEAD } else { 0 };
     // While the rows pass by, as many panels that come next are fetched, a share at each tile.
     let next = &job.weight[(panels.end * size).min(job.weight.len())..];
     let next = if n_row_panels < LEAST_ROW_PANELS { &[] } else { &next[..next.len().min(panels.len() * size)] };
@@ -249,9 +282,9 @@ fn rows_by_panels<V: Vector, const WORD: u8, const R: usize>(job: &Job, panels: 
             n_tiles += 1;
             for lane in (0..LANES).step_by(2 * V::N) {
                 if pair {
-                    tile::<V, WORD, R, 2>(job, row_panel, panel, lane);
+                    tile::<V, WORD, R, 2>(job, (row_panel, ahead), (panel, lane));
                 } else {
-                    tile::<V, WORD, R, 1>(job, row_panel, panel, lane);
+                    tile::<V, WORD, R, 1>(job, (row_panel, ahead), (panel, lane));
                 }
             }
             panel += if pair { 2 } else { 1 };
