@@ -304,11 +304,12 @@ impl<E: Element> Call<'_, E> {
         if strand.groups.len() == self.heads.kv { share(next, i, self.heads.kv) } else { &[] }
     }
 
-    /// A kv head's part of a page for so few rows that nothing is packed, with the page that is read next; None for more.
-    fn few<'a>(&self, (rows, ahead): (&'a [E], &'a [E]), n_rows: usize, (n, group): (usize, usize)) -> Option<few::Page<'a, E>> {
+    /// A page with the one that is read next, where the strand has so few rows a kv head that nothing is packed; None where it has more.
+    fn few<'a>(&self, strand: &Strand, (rows, ahead): (&'a [E], &'a [E]), (m, n): (usize, usize)) -> Option<few::Page<'a, E>> {
         let (d, width) = (self.heads.dim, self.heads.kv * self.heads.dim);
-        let is_few = (1..=few::MOST_ROWS).contains(&n_rows) && d % few::DIMS == 0;
-        is_few.then_some(few::Page { rows, ahead, width, column: group * d, d, n })
+        let (column, n_groups, of_group) = (strand.groups.start * d, strand.groups.len(), strand.rows.len());
+        let is_few = (1..=few::MOST_ROWS).contains(&m) && d % few::DIMS == 0;
+        is_few.then_some(few::Page { rows, ahead, width, column, d, n, n_groups, of_group })
     }
 
     /// What the strand's rows get of one block.
@@ -337,12 +338,11 @@ impl<E: Element> Call<'_, E> {
         // Rows that see none of these keys come first.
         let skipped = strand.rows.clone().take_while(|row| strand.visible(*row) <= first + at).count();
         let m = strand.rows.len() - skipped;
+        if let Some(page) = self.few(strand, (page, next), (m, n)) {
+            return few::scores(self.isa, self.terms, &mut room.scores[skipped * SCORES + at..], &room.queries[skipped * words..], page, m);
+        }
         for (i, group) in strand.groups.clone().enumerate() {
             let row = i * strand.rows.len() + skipped;
-            if let Some(page) = self.few((page, next), m, (n, group)) {
-                few::scores(self.isa, self.terms, &mut room.scores[row * SCORES + at..], &room.queries[row * words..], page, m);
-                continue;
-            }
             pack_keys(self.isa, self.terms, room.tile, (page, self.ahead(next, strand, i)), (width, n, dim), group * dim);
             let scored = Product {
                 terms: self.terms,
@@ -377,18 +377,16 @@ impl<E: Element> Call<'_, E> {
         let of_page = |row: usize| seen[row].saturating_sub(at).min(PAGE_TOKENS);
         let skipped = (0..seen.len()).take_while(|row| of_page(*row) == 0).count();
         let n = of_page(seen.len() - 1);
+        let m = seen.len() - skipped;
+        let is_finite = |group: usize| are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim);
+        if let Some(page) = self.few(strand, (page, next), (m, n)).filter(|_| strand.groups.clone().all(is_finite)) {
+            let weights = &room.scores[skipped * SCORES + self.terms.words(at)..];
+            return few::values(self.isa, self.terms, &mut part.sums[skipped * dim..], weights, page, m);
+        }
         for (i, group) in strand.groups.clone().enumerate() {
             let first_row = i * seen.len();
-            let are_finite = are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim);
-            let few = self.few((page, next), seen.len() - skipped, (n, group));
-            if let (true, Some(page)) = (are_finite, few) {
-                let (row, at) = (first_row + skipped, self.terms.words(at));
-                let (weights, sums) = (&room.scores[row * SCORES + at..], &mut part.sums[row * dim..]);
-                few::values(self.isa, self.terms, sums, weights, page, seen.len() - skipped);
-                continue;
-            }
             pack_values(self.isa, self.terms, room.tile, (page, self.ahead(next, strand, i)), (width, n, dim), group * dim);
-            if are_finite {
+            if is_finite(group) {
                 self.weighted(first_row + skipped..first_row + seen.len(), (at, n), room, part);
                 continue;
             }

@@ -183,7 +183,12 @@ impl Hired {
             let crew = Arc::clone(&crew);
             std::thread::Builder::new().name(format!("helper {idx}")).spawn(move || crew.help(idx))
         };
-        let threads: Vec<_> = (1..n_threads).map(|idx| help(idx).unwrap_or_else(|error| panic!("a thread: {error}"))).collect();
+        let threads: Vec<_> = (1..n_threads)
+            .map(|idx| {
+                help(idx)
+                    .unwrap_or_else(|error| panic!("starting helper {idx} of {n_threads} threads: {error}; set RAYON_NUM_THREADS lower"))
+            })
+            .collect();
         *crew.helpers.lock().expect("nobody else yet") = threads.iter().map(|thread| thread.thread().clone()).collect();
         Hired { crew, threads }
     }

@@ -1,6 +1,6 @@
 //! Scores and sums of values for rows so few that packing a page takes longer than the products with it: keys are transposed in registers
 //! and values paired there, and meet all rows at once. Each sum is the chain of additions that `product` makes of a packed page, with the
-//! same bits.
+//! same bits. Some keys at a time pass by all kv heads, so that a page is read in the order in which it lies.
 
 use super::SCORES;
 use crate::device::cpu::lanes::{Element, Vector, kernel, load, prefetch_line, store};
@@ -11,7 +11,10 @@ pub const MOST_ROWS: usize = 8;
 /// What head dims that go this way are a multiple of.
 pub const DIMS: usize = 32;
 
-/// A kv head's part of a page of keys or values.
+/// Keys that pass by all kv heads at a time.
+const KEYS: usize = 16;
+
+/// A page of keys or values for some kv heads, one behind the other.
 #[derive(Clone, Copy)]
 pub struct Page<'a, E> {
     /// Rows of `width`.
@@ -20,27 +23,31 @@ pub struct Page<'a, E> {
     pub ahead: &'a [E],
     /// Of all kv heads.
     pub width: usize,
-    /// Where the head's d elements of a row begin.
+    /// Where the first head's d elements of a row begin.
     pub column: usize,
     /// Head dim.
     pub d: usize,
-    /// Rows that count, from the first.
+    /// Keys that count, from the first.
     pub n: usize,
+    /// kv heads.
+    pub n_groups: usize,
+    /// From the first row of queries, scores or sums of a kv head to that of the next, in rows.
+    pub of_group: usize,
 }
 
 impl<'a, E: Element> Page<'a, E> {
     #[inline(always)]
-    fn row(&self, key: usize) -> &'a [E] {
-        &self.rows[key * self.width + self.column..][..self.d]
+    fn row(&self, group: usize, key: usize) -> &'a [E] {
+        &self.rows[key * self.width + self.column + group * self.d..][..self.d]
     }
 
-    /// Has these rows of the next page fetched.
+    /// Has this head's part of n rows of the next page fetched.
     #[inline(always)]
-    fn fetch(&self, first: usize, n: usize) {
+    fn fetch(&self, group: usize, first: usize, n: usize) {
         if self.ahead.is_empty() {
             return;
         }
-        let mut row = self.ahead.as_ptr().wrapping_add(first * self.width + self.column);
+        let mut row = self.ahead.as_ptr().wrapping_add(first * self.width + self.column + group * self.d);
         for _ in 0..n {
             let mut line = 0;
             while line < self.d {
@@ -67,32 +74,32 @@ fn add_products<V: Vector, const PAIRS: bool>(x: V, y: V, sum: V) -> V {
 #[inline(always)]
 fn scores_of<V: Vector, E: Element, const M: usize, const PAIRS: bool>(to: &mut [f32], queries: &[f32], page: Page<E>, m: usize) {
     let words = if PAIRS { page.d / 2 } else { page.d };
-    assert!((1..=M).contains(&m) && queries.len() >= m * words && words % V::N == 0);
-    for first in (0..page.n).step_by(V::N) {
+    assert!((1..=M).contains(&m) && queries.len() >= ((page.n_groups - 1) * page.of_group + m) * words && words % V::N == 0);
+    for (first, group) in (0..page.n).step_by(V::N).flat_map(|first| (0..page.n_groups).map(move |group| (first, group))) {
         let mut sums = [V::zero(); M];
         for word in (0..words).step_by(V::N) {
             let mut tile = [V::zero(); 16];
             if first + V::N <= page.n {
                 for (i, row) in tile.iter_mut().enumerate().take(V::N) {
-                    *row = words_of::<V, E, PAIRS>(page.row(first + i), word, V::N);
+                    *row = words_of::<V, E, PAIRS>(page.row(group, first + i), word, V::N);
                 }
             } else {
                 for (row, key) in tile.iter_mut().zip(first..page.n) {
-                    *row = words_of::<V, E, PAIRS>(page.row(key), word, V::N);
+                    *row = words_of::<V, E, PAIRS>(page.row(group, key), word, V::N);
                 }
             }
             V::transpose(&mut tile);
             for (i, keys) in tile.iter().enumerate().take(V::N) {
                 for (r, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: a row < m and a word < words, and so many there are (asserted).
-                    let query = unsafe { *queries.get_unchecked(r.min(m - 1) * words + word + i) };
+                    // SAFETY: a group < n_groups, a row < m and a word < words, and so many there are (asserted).
+                    let query = unsafe { *queries.get_unchecked((group * page.of_group + r.min(m - 1)) * words + word + i) };
                     *sum = add_products::<V, PAIRS>(V::splat(query), *keys, *sum);
                 }
             }
         }
-        page.fetch(first, V::N);
+        page.fetch(group, first, V::N);
         for (r, sum) in sums.iter().enumerate().take(m) {
-            store(to, r * SCORES + first, V::N, *sum);
+            store(to, (group * page.of_group + r) * SCORES + first, V::N, *sum);
         }
     }
 }
@@ -105,45 +112,50 @@ fn values_of<V: Vector, E: Element, const M: usize, const NV: usize, const PAIRS
     page: Page<E>,
     m: usize,
 ) {
-    let (d, words) = (page.d, if PAIRS { page.n.div_ceil(2) } else { page.n });
-    assert!((1..=M).contains(&m) && weights.len() >= (m - 1) * SCORES + words && d % (NV * V::N) == 0);
-    for column in (0..d).step_by(NV * V::N) {
-        let mut sums = [[V::zero(); NV]; M];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = load::<V, f32>(to, r.min(m - 1) * d + column + v * V::N, V::N);
-            }
-        }
-        for word in 0..words {
-            let mut values = [V::zero(); NV];
-            if PAIRS {
-                let (low, high) = (page.row(2 * word), if 2 * word + 1 < page.n { page.row(2 * word + 1) } else { &[] });
-                for v in (0..NV).step_by(2) {
-                    let at = column / 2 + v / 2 * V::N;
-                    let low = words_of::<V, E, PAIRS>(low, at, V::N);
-                    let high = if high.is_empty() { V::zero() } else { words_of::<V, E, PAIRS>(high, at, V::N) };
-                    (values[v], values[v + 1]) = low.zip_halves(high);
-                }
-            } else {
-                for (v, values) in values.iter_mut().enumerate() {
-                    *values = load::<V, E>(page.row(word), column + v * V::N, V::N);
-                }
-            }
-            if column == 0 {
-                let of_word = if PAIRS { 2 } else { 1 };
-                page.fetch(of_word * word, of_word);
-            }
+    let (d, of_word) = (page.d, if PAIRS { 2 } else { 1 });
+    let words = page.n.div_ceil(of_word);
+    assert!((1..=M).contains(&m) && weights.len() >= ((page.n_groups - 1) * page.of_group + m - 1) * SCORES + words);
+    for (first, group) in (0..page.n).step_by(KEYS).flat_map(|first| (0..page.n_groups).map(move |group| (first, group))) {
+        let (first_word, end) = (first / of_word, (first + KEYS).min(page.n).div_ceil(of_word));
+        let row_of = |r: usize| group * page.of_group + r.min(m - 1);
+        for column in (0..d).step_by(NV * V::N) {
+            let mut sums = [[V::zero(); NV]; M];
             for (r, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: a row < m and a word < words, and so many there are (asserted).
-                let weight = V::splat(unsafe { *weights.get_unchecked(r.min(m - 1) * SCORES + word) });
-                for (sum, values) in sums.iter_mut().zip(&values) {
-                    *sum = add_products::<V, PAIRS>(weight, *values, *sum);
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = load::<V, f32>(to, row_of(r) * d + column + v * V::N, V::N);
                 }
             }
-        }
-        for (r, sums) in sums.iter().enumerate().take(m) {
-            for (v, sum) in sums.iter().enumerate() {
-                store(to, r * d + column + v * V::N, V::N, *sum);
+            for word in first_word..end {
+                let mut values = [V::zero(); NV];
+                if PAIRS {
+                    let low = page.row(group, 2 * word);
+                    let high = if 2 * word + 1 < page.n { page.row(group, 2 * word + 1) } else { &[] };
+                    for v in (0..NV).step_by(2) {
+                        let at = column / 2 + v / 2 * V::N;
+                        let low = words_of::<V, E, PAIRS>(low, at, V::N);
+                        let high = if high.is_empty() { V::zero() } else { words_of::<V, E, PAIRS>(high, at, V::N) };
+                        (values[v], values[v + 1]) = low.zip_halves(high);
+                    }
+                } else {
+                    for (v, values) in values.iter_mut().enumerate() {
+                        *values = load::<V, E>(page.row(group, word), column + v * V::N, V::N);
+                    }
+                }
+                if column == 0 {
+                    page.fetch(group, of_word * word, of_word);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: a group < n_groups, a row < m and a word < words, and so many there are (asserted).
+                    let weight = V::splat(unsafe { *weights.get_unchecked(row_of(r) * SCORES + word) });
+                    for (sum, values) in sums.iter_mut().zip(&values) {
+                        *sum = add_products::<V, PAIRS>(weight, *values, *sum);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate().take(m) {
+                for (v, sum) in sums.iter().enumerate() {
+                    store(to, row_of(r) * d + column + v * V::N, V::N, *sum);
+                }
             }
         }
     }
@@ -160,7 +172,7 @@ fn values_by_columns<V: Vector, E: Element, const M: usize, const PAIRS: bool>(t
 }
 
 kernel! {
-    /// to[row, SCORES] = queries[row, words of d] with each of the page's n keys, for m rows.
+    /// to[row, SCORES] = queries[row, words of d] with each of the page's n keys, for the first m rows of each kv head.
     pub fn scores over V [E] (terms: Terms, to: &mut [f32], queries: &[f32], page: Page<E>, m: usize) {
         match (terms, m) {
             (Terms::Pairs, _) if !V::DOTS_PAIRS => unreachable!("pairs without their dot products"),
@@ -177,7 +189,7 @@ kernel! {
 }
 
 kernel! {
-    /// to[row, d] += weights[row, SCORES], words of keys, with the page's n values, for m rows.
+    /// to[row, d] += weights[row, SCORES], words of keys, with the page's n values, for the first m rows of each kv head.
     pub fn values over V [E] (terms: Terms, to: &mut [f32], weights: &[f32], page: Page<E>, m: usize) {
         match (terms, m) {
             (Terms::Pairs, _) if !V::DOTS_PAIRS => unreachable!("pairs without their dot products"),
