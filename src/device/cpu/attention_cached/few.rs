@@ -41,6 +41,14 @@ impl<'a, E: Element> Page<'a, E> {
         &self.rows[key * self.width + self.column + group * self.d..][..self.d]
     }
 
+    /// Has the cache line from element i of this head's part of a row of the next page fetched.
+    #[inline(always)]
+    fn fetch_at(&self, group: usize, key: usize, i: usize) {
+        if !self.ahead.is_empty() {
+            prefetch_line(self.ahead.as_ptr().wrapping_add(key * self.width + self.column + group * self.d + i));
+        }
+    }
+
     /// Has this head's part of n rows of the next page fetched.
     #[inline(always)]
     fn fetch(&self, group: usize, first: usize, n: usize) {
@@ -81,6 +89,8 @@ fn scores_of<V: Vector, E: Element, const M: usize, const PAIRS: bool>(to: &mut 
             let mut tile = [V::zero(); 16];
             if first + V::N <= page.n {
                 for (i, row) in tile.iter_mut().enumerate().take(V::N) {
+                    // One line for each that is read: many at once would be in the way of what is read now.
+                    page.fetch_at(group, first + i, if PAIRS { 2 * word } else { word });
                     *row = words_of::<V, E, PAIRS>(page.row(group, first + i), word, V::N);
                 }
             } else {
@@ -97,7 +107,6 @@ fn scores_of<V: Vector, E: Element, const M: usize, const PAIRS: bool>(to: &mut 
                 }
             }
         }
-        page.fetch(group, first, V::N);
         for (r, sum) in sums.iter().enumerate().take(m) {
             store(to, (group * page.of_group + r) * SCORES + first, V::N, *sum);
         }
