@@ -39,6 +39,14 @@ fn matrix_products_match_the_oracle() {
     }
 }
 
+/// As above, for products in canonical order.
+#[test]
+fn products_in_canonical_order_match_the_oracle() {
+    for case in check::canonical_gemm_cases() {
+        check_all(&case);
+    }
+}
+
 /// As above, for everything that works on rows.
 #[test]
 fn row_operations_match_the_oracle() {
