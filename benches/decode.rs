@@ -6,6 +6,7 @@
 //!     cargo bench --bench decode -- 30m bf16 parts       where the time of its prompts goes, by operation
 //!     cargo bench --bench decode -- profile 30m int8 1     steps alone, some seconds of them, in their two halves; for a profiler too
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
+//!     cargo bench --bench decode -- fast ..  the same in the shortest order of sums (trireme-generate --numerics fast)
 //!
 //! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
 
@@ -26,6 +27,7 @@ use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
 use trireme::model::param::Param;
 use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::recipe::Mode;
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -119,12 +121,19 @@ struct Subject<'a> {
     chunk: Chunk,
     caches: Vec<KvCache>,
     decoder: Decoder,
+    order: Mode,
     /// Greedy where the host chooses, as the peers do.
     sampling: Sampling,
 }
 
 impl<'a> Subject<'a> {
-    fn new(device: &'a dyn Device, config: &ModelConfig, (dtype, format): (DType, WeightFormat), n_sequences: usize) -> Subject<'a> {
+    fn new(
+        device: &'a dyn Device,
+        config: &ModelConfig,
+        (dtype, format): (DType, WeightFormat),
+        order: Mode,
+        n_sequences: usize,
+    ) -> Subject<'a> {
         let at = Coords { tp: 0, pp: 0, dp: 0 };
         let made = Chunk::new(device, config, &ParallelLayout::SINGLE, at, 0, dtype, Purpose::Inference);
         let mut chunk = made.unwrap_or_else(|error| panic!("{error}"));
@@ -138,7 +147,14 @@ impl<'a> Subject<'a> {
             Some(_) => Sampling::GREEDY,
             None => Sampling { temperature: 0.8, top_p: 0.95, ..Sampling::PLAIN },
         };
-        Subject { device, chunk, caches, decoder: Decoder::default(), sampling }
+        Subject { device, chunk, caches, decoder: Decoder::default(), order, sampling }
+    }
+
+    fn numerics(&self) -> Numerics<'a> {
+        match self.order {
+            Mode::Fast => Numerics::Fast,
+            Mode::Reproducible => Numerics::of_inference(self.device, 1),
+        }
     }
 
     /// The pages of sequence i.
@@ -154,7 +170,7 @@ impl<'a> Subject<'a> {
 
     /// The same; `each` hears of every step how many seconds the logits and the choice took.
     fn steps_with(&mut self, n: usize, first: usize, mut each: impl FnMut(f64, f64)) -> f64 {
-        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), Numerics::of_inference(self.device, 1));
+        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), self.numerics());
         let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
         let vocab_size = self.chunk.config().vocab_size;
         let mut tokens: Vec<u32> = (0..n as u32).collect();
@@ -179,7 +195,7 @@ impl<'a> Subject<'a> {
 
     /// Seconds until the logits of the last token of a prompt of so many.
     fn prompt_s(&mut self, n_tokens: usize) -> f64 {
-        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), Numerics::of_inference(self.device, 1));
+        let (solo, scratch, numerics) = (Solo::new(), Scratch::new(), self.numerics());
         let ctx = Ctx { device: self.device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
         let upload = |values: Vec<u32>| {
             let mut tensor = scratch.take(self.device, &[n_tokens], DType::U32);
@@ -244,8 +260,9 @@ fn main() {
     let numbers: Vec<String> = batches.iter().map(|n| n.to_string()).chain(["prompts".into(), "parts".into()]).collect();
     let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
     let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
+    let order = if wanted.iter().any(|word| word == "fast") { Mode::Fast } else { Mode::Reproducible };
     let is_profile = wanted.iter().any(|word| word == "profile");
-    println!("{}\n", device.name());
+    println!("{}, {order:?} order of sums\n", device.name());
     if is_profile {
         println!("| model | weights | sequences | steps | ms of logits: least, median, mean | ms of choices: the same |");
         println!("|---|---|---:|---:|---:|---:|");
@@ -260,7 +277,7 @@ fn main() {
             if !is_wanted(size.name, &all_sizes) || !is_wanted(name, &all_weights) {
                 continue;
             }
-            let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), batches[batches.len() - 1]);
+            let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), order, batches[batches.len() - 1]);
             for &n in batches.iter().filter(|n| is_wanted(&n.to_string(), &numbers)) {
                 if is_profile { profile(&mut subject, (size, name), n) } else { steps(&mut subject, (size, name, *dtype), n) }
             }

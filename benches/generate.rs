@@ -31,6 +31,7 @@ use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::recipe::Mode;
 use trireme::rng::Random;
 use trireme::tensor::DType;
 
@@ -80,7 +81,8 @@ impl Subject {
     /// Tokens of responses a second.
     fn rate(&self, requests: &[Request], batching: Batching) -> (f64, Counts) {
         let (device, groups, chunk) = (&self.cpu, &self.groups, &self.chunk);
-        let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, batching, stop: &|| false };
+        let generator =
+            Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, batching, order: Mode::Reproducible, stop: &|| false };
         let (mut n_tokens, started) = (0, Instant::now());
         let counts = generator.run(requests, &Done::nothing(requests), &mut |_, response| {
             n_tokens += response.tokens.len();

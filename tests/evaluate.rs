@@ -17,6 +17,7 @@ use trireme::infer::choices::{self, BeginOfSequence, Start};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::load::{layout_for, load_chunk};
 use trireme::infer::scorer::{self, Scorer};
+use trireme::recipe::Mode;
 use trireme::tensor::DType;
 
 /// Log-likelihoods of two implementations may differ by this much, as the harness itself states it between its back ends.
@@ -137,6 +138,7 @@ fn evidence_on(model: &Path, data: &Path, shape: (usize, usize, usize), batch_to
             eos_ids: vec![0],
             tokenizer: tokenizer_of,
             batching: Batching { n_sequences: 3, ..Batching::default() },
+            order: Mode::Reproducible,
             stop: &|| false,
         };
         let responses = generator.responses(&questions.requests).unwrap();

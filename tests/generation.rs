@@ -21,6 +21,7 @@ use trireme::model::chunk::{Chunk, Purpose};
 use trireme::model::config::ModelConfig;
 use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::ParallelLayout;
+use trireme::recipe::Mode;
 use trireme::rng::Random;
 use trireme::tensor::DType;
 use trireme::text::Tokenizer;
@@ -115,7 +116,16 @@ fn generate_until(eos_ids: &[u32], requests: &[Request], how: How, storage: Stor
             chunk.initialise(&device, 5);
             chunk.pack(&device, &*groups.tp, storage.weights).unwrap();
             let (device, groups, chunk, eos_ids, batching) = (&device, &groups, &chunk, eos_ids.to_vec(), how.batching);
-            let generator = Generator { device, groups, chunk, eos_ids, tokenizer: Some(&tokenizer), batching, stop: &|| false };
+            let generator = Generator {
+                device,
+                groups,
+                chunk,
+                eos_ids,
+                tokenizer: Some(&tokenizer),
+                batching,
+                order: Mode::Reproducible,
+                stop: &|| false,
+            };
             let (done, mut mine) = (Done::nothing(requests), Vec::<(usize, Response)>::new());
             let ran = generator.run(requests, &done, &mut |sample, response| {
                 mine.push((done.number(sample).unwrap(), response));

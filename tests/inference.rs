@@ -15,6 +15,7 @@ use trireme::infer::samples::Done;
 use trireme::infer::score::{self, Scored, Sequence};
 use trireme::infer::scorer::Scorer;
 use trireme::model::numerics::Numerics;
+use trireme::recipe::Mode;
 use trireme::rng::Random;
 use trireme::tensor::DType;
 
@@ -42,7 +43,8 @@ fn generate_on(run: &Path, requests: &[Request], shape: (usize, usize, usize), n
         let chunk = load_chunk(&device, &stored, &groups, DType::F32).unwrap();
         let batching = Batching { n_sequences, ..Batching::default() };
         let (device, groups, chunk) = (&device, &groups, &chunk);
-        let generator = Generator { device, groups, chunk, eos_ids: vec![7], tokenizer: None, batching, stop: &|| false };
+        let generator =
+            Generator { device, groups, chunk, eos_ids: vec![7], tokenizer: None, batching, order: Mode::Reproducible, stop: &|| false };
         generator.responses(requests).unwrap()
     });
     assert!(all.iter().all(|responses| *responses == all[0]), "ranks disagree");
@@ -163,7 +165,8 @@ fn a_replica_stops_together() {
             let stop = || rank == asked && polls.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= 2;
             let (device, groups, chunk) = (&device, &groups, &chunk);
             let batching = Batching { n_sequences: 2, ..Batching::default() };
-            let generator = Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, batching, stop: &stop };
+            let generator =
+                Generator { device, groups, chunk, eos_ids: vec![], tokenizer: None, batching, order: Mode::Reproducible, stop: &stop };
             generator.run(&requests(), &Done::nothing(&requests()), &mut |_, _| Ok(())).unwrap_err().exit_code()
         });
         assert!(codes.iter().all(|&code| code == 75), "tp {tp} pp {pp}, rank {asked} asked: {codes:?}");

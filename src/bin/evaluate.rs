@@ -17,7 +17,7 @@ use trireme::eval::item::Leaf;
 use trireme::eval::scores::{self, Scores};
 use trireme::eval::task::{self, Asked, Shots, Task};
 use trireme::infer::choices::{self, Likelihood, Pair, Start};
-use trireme::infer::generate::{Batching, Generator};
+use trireme::infer::generate::{self, Batching, Generator};
 use trireme::infer::journal;
 use trireme::infer::kv_memory::Room;
 use trireme::infer::load::load_as;
@@ -195,6 +195,7 @@ fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Pat
         eos_ids: agree(world, hf::eos_ids(stored))?,
         tokenizer: Some(tokenizer),
         batching: Batching { n_sequences: args.under_way.batch, kv_memory, ..Batching::default() },
+        order: agree(world, generate::order(args.scoring.numerics, device, prepared.layout, weights))?,
         stop: &stop,
     };
     journal::keep(&generator, &questions.requests, &done, dir).map(drop)

@@ -10,7 +10,7 @@ use trireme::comm::nccl::Sums;
 use trireme::comm::{Groups, agree};
 use trireme::device::Device;
 use trireme::error::{Error, Result};
-use trireme::infer::generate::{Batching, Generator};
+use trireme::infer::generate::{self, Batching, Generator};
 use trireme::infer::journal::{self, Merged};
 use trireme::infer::kv_memory::Room;
 use trireme::infer::load::load_packed;
@@ -18,6 +18,7 @@ use trireme::infer::request::{Limits, OnBad, RequestFile, read_requests};
 use trireme::infer::samples::Done;
 use trireme::model::config::HeadKind;
 use trireme::model::packed::WeightFormat;
+use trireme::recipe::Mode;
 use trireme::runtime::Runtime;
 use trireme::text::Tokenizer;
 use trireme::text::chat::NEMOTRON_TURN;
@@ -91,6 +92,10 @@ struct Args {
     /// "error" and "error": what was wrong; all others are made, the exit code is 0)
     #[arg(long, default_value = "refuse", value_name = "refuse|record", value_parser = cli::parse_on_bad)]
     on_bad_request: OnBad,
+    /// Order of sums: reproducible, the same bytes whatever runs together and under every layout; or fast, which on GPUs takes cuBLASLt's
+    /// products and FP8 tensor cores. Left out: reproducible where it can be had
+    #[arg(long, value_parser = cli::parse_numerics)]
+    numerics: Option<Mode>,
     #[command(flatten)]
     model: cli::Model,
     #[command(flatten)]
@@ -159,6 +164,7 @@ fn make(
         eos_ids: prepared.eos_ids.clone(),
         tokenizer: prepared.tokenizer.as_ref(),
         batching,
+        order: agree(&*groups.world, generate::order(args.numerics, device, prepared.layout, args.model.weights))?,
         stop: &|| runtime.stop_requested(),
     };
     let counts = journal::keep(&generator, &prepared.file.requests, done, dir)?;
@@ -195,8 +201,10 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
     let on_bad = cli::on_bad_name(args.on_bad_request);
-    let recipe =
-        serde_json::json!({ "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights), "on_bad_request": on_bad });
+    let recipe = serde_json::json!({
+        "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights),
+        "numerics": cli::numerics_name(args.numerics), "on_bad_request": on_bad,
+    });
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin_or_continue(&args.out, "responses", recipe, inputs)
 }

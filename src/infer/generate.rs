@@ -9,13 +9,17 @@ use super::request::{Request, Response};
 use super::sampler::{Choice, Drawing};
 use super::samples::{Done, Sample};
 use super::schedule::{Counts, Limits, Next, Part, Scheduler, Sharing};
+use super::scorer;
 use super::share::share;
 use crate::comm::{Communicator, Groups, agree};
 use crate::device::{Device, PAGE_TOKENS};
 use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::model::chunk::Chunk;
+use crate::model::packed::WeightFormat;
+use crate::parallel::layout::ParallelLayout;
 use crate::progress::Progress;
+use crate::recipe::Mode;
 use crate::rng::Random;
 use crate::text::Tokenizer;
 use std::collections::{HashMap, VecDeque};
@@ -34,8 +38,19 @@ pub struct Generator<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
     /// How requests are batched.
     pub batching: Batching,
+    /// The order of sums: reproducible, as far as device and layout have it, or the shortest. See [`order`].
+    pub order: Mode,
     /// Whether this rank was asked to stop; the ranks of a replica leave together when one of them was.
     pub stop: &'a dyn Fn() -> bool,
+}
+
+/// The order of sums that `asked` means for responses: reproducible as far as it can be had, so that a response does not depend on what
+/// runs beside it, nor on the layout. Err: asked for, and something is in its way.
+pub fn order(asked: Option<Mode>, device: &dyn Device, layout: ParallelLayout, weights: Option<WeightFormat>) -> Result<Mode> {
+    if asked == Some(Mode::Reproducible) {
+        scorer::numerics(asked, device, layout, weights)?;
+    }
+    Ok(asked.unwrap_or(Mode::Reproducible))
 }
 
 /// How requests are batched, on each replica. Responses do not depend on it.
@@ -119,7 +134,7 @@ impl<'g> Generator<'g> {
             progress: (self.groups.world.rank() == 0).then(|| Progress::new("generate", samples.len() as u64, "responses").with("tokens")),
         };
         let limits = self.limits(requests, &samples)?;
-        let mut passes = self.agree_in_replica(Passes::new(self.device, self.groups, self.chunk, limits.n_pages))?;
+        let mut passes = self.agree_in_replica(Passes::new(self.device, self.groups, (self.chunk, self.order), limits.n_pages))?;
         let mut batch = self.batch(requests, samples, limits, &mut out);
         // Of each group of sequences, its pass.
         let mut under_way: VecDeque<Option<(Vec<Part>, UnderWay)>> = (0..limits.n_groups).map(|_| None).collect();

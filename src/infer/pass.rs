@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::model::chunk::{CachedInput, CachedOutput, Chunk};
 use crate::model::ctx::{Ctx, SequenceMode};
 use crate::model::numerics::Numerics;
+use crate::recipe::Mode;
 use crate::tensor::{DType, Tensor};
 
 /// Tags of the messages between stages.
@@ -33,6 +34,7 @@ pub struct Passes<'a> {
     device: &'a dyn Device,
     groups: &'a Groups,
     chunk: &'a Chunk,
+    numerics: Numerics<'a>,
     caches: Vec<KvCache>,
     decoder: Decoder,
     /// Temporaries of other passes, which have ever other numbers of rows.
@@ -72,10 +74,14 @@ impl Rows {
 }
 
 impl<'a> Passes<'a> {
-    /// With a cache of so many pages. Err: out of memory.
-    pub fn new(device: &'a dyn Device, groups: &'a Groups, chunk: &'a Chunk, n_pages: usize) -> Result<Passes<'a>> {
+    /// Of a chunk in an order of sums, with a cache of so many pages. Err: out of memory.
+    pub fn new(device: &'a dyn Device, groups: &'a Groups, (chunk, order): (&'a Chunk, Mode), n_pages: usize) -> Result<Passes<'a>> {
         let caches = chunk.new_caches(device, n_pages)?;
-        Ok(Passes { device, groups, chunk, caches, decoder: Decoder::default(), scratch: Scratch::of_any_rows() })
+        let numerics = match order {
+            Mode::Fast => Numerics::Fast,
+            Mode::Reproducible => Numerics::of_inference(device, groups.layout.tp),
+        };
+        Ok(Passes { device, groups, chunk, numerics, caches, decoder: Decoder::default(), scratch: Scratch::of_any_rows() })
     }
 
     /// How many passes may be under way at one time, so that every stage has work.
@@ -91,8 +97,8 @@ impl<'a> Passes<'a> {
         let asked = if mine == Signal::Stop { 1.0 } else { 0.0 };
         let mut signal = if groups.tp.sum_f64(asked) > 0.0 { Signal::Stop } else { Signal::GoOn };
         let rows = Rows::of(parts);
-        let numerics = Numerics::of_inference(self.device, groups.layout.tp);
-        let ctx = Ctx { device: self.device, tp: &*groups.tp, scratch: &self.scratch, sequence: SequenceMode::Replicated, numerics };
+        let sequence = SequenceMode::Replicated;
+        let ctx = Ctx { device: self.device, tp: &*groups.tp, scratch: &self.scratch, sequence, numerics: self.numerics };
         let is_decode = rows.spans.iter().all(|span| span.rows.len() == 1);
         let mut under_way = UnderWay { signal, choices: Vec::new(), hidden: None, told: None };
         let (device, n_valid) = (self.device, self.chunk.config().vocab_size);

@@ -18,6 +18,7 @@ use trireme::infer::scorer::Scorer;
 use trireme::metrics;
 use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
+use trireme::recipe::Mode;
 use trireme::tensor::DType;
 
 fn cuda() -> Box<dyn Device> {
@@ -49,6 +50,7 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<Response>, Vec<f64>) {
         eos_ids: vec![7],
         tokenizer: None,
         batching: Batching { n_sequences: 2, ..Batching::default() },
+        order: Mode::Reproducible,
         stop: &|| false,
     };
     (generator.responses(&requests).unwrap(), scored.iter().map(|one| one.sum).collect())
