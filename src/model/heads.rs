@@ -22,7 +22,7 @@ pub enum HeadSaved {
     /// Of a language model.
     Vocabulary(Box<VocabularySaved>),
     /// Of a reward model.
-    Reward(RewardSaved),
+    Reward(Box<RewardSaved>),
 }
 
 /// What the weight gradients need once the input gradient is made.
@@ -46,7 +46,7 @@ impl Head {
             }
             Head::Reward(head) => {
                 let (attributes, saved) = head.forward(ctx, residual, batch);
-                (Output::Attributes(attributes), HeadSaved::Reward(saved))
+                (Output::Attributes(attributes), HeadSaved::Reward(Box::new(saved)))
             }
         }
     }
@@ -63,7 +63,7 @@ impl Head {
     pub fn backward(&mut self, ctx: &Ctx, batch: &MicroBatch, saved: HeadSaved, tied: Option<&mut Param>) -> ScratchTensor {
         match (self, saved) {
             (Head::Vocabulary(head), HeadSaved::Vocabulary(saved)) => head.backward(ctx, batch, *saved, tied),
-            (Head::Reward(head), HeadSaved::Reward(saved)) => head.backward(ctx, batch, saved),
+            (Head::Reward(head), HeadSaved::Reward(saved)) => head.backward(ctx, batch, *saved),
             _ => panic!("{OTHER_HEAD}"),
         }
     }
@@ -82,7 +82,7 @@ impl Head {
                 (dx, HeadDeferred::Vocabulary(deferred))
             }
             (Head::Reward(head), HeadSaved::Reward(saved)) => {
-                let (dx, deferred) = head.backward_input(ctx, batch, saved);
+                let (dx, deferred) = head.backward_input(ctx, batch, *saved);
                 (dx, HeadDeferred::Reward(deferred))
             }
             _ => panic!("{OTHER_HEAD}"),
