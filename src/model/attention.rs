@@ -1,6 +1,6 @@
 //! Grouped-query causal attention with rotary positions; heads divided over tensor-parallel ranks.
 
-use super::chunk::MicroBatch;
+use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
 use super::shared;

@@ -4,7 +4,7 @@
 //! `Block::restore`, which makes the rest again by the operations of the forward on their very inputs, so with the same bits.
 
 use super::attention::{Attention, AttentionDeferred, AttentionSaved};
-use super::chunk::MicroBatch;
+use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::mlp::{Mlp, MlpDeferred, MlpSaved};
 use super::norm::{Norm, NormSaved, Residual};

@@ -1,85 +1,26 @@
 //! The part of the model between two pipeline boundaries: blocks, and the embedding or the head where they belong. The whole
 //! model is one chunk when pp = vp = 1.
 
-use super::attention::Attention;
+pub use super::batch::MicroBatch;
 use super::block::{Block, BlockDeferred, BlockKept};
-use super::config::{HeadKind, ModelConfig, ParamSpec};
+use super::config::{ModelConfig, ParamSpec};
 use super::ctx::Ctx;
 use super::embedding::VocabParallelEmbedding;
-use super::head::OutputHead;
 pub use super::head::TokenLosses;
 use super::heads::{Head, HeadDeferred, HeadSaved};
-use super::linear::{ColumnParallelLinear, RowParallelLinear};
-use super::mlp::Mlp;
-use super::norm::{Norm, Residual};
+use super::norm::Residual;
 use super::numerics::Numerics;
 pub use super::param::Purpose;
 use super::param::{self, Param, Uses};
+use super::parts::Parts;
 pub use super::reward::Ratings;
-use super::reward::RewardHead;
-use super::shared::{Asked, SharedSequence};
 use crate::comm::ReduceOp;
-use crate::device::{self, CacheSpan, Device, Direction, KvCache, NormKind, PAGE_TOKENS, Rope, ScratchTensor};
+use crate::device::{CacheSpan, Device, KvCache, PAGE_TOKENS, ScratchTensor};
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::recipe::Recompute;
 use crate::tensor::{DType, Tensor};
-use std::collections::HashMap;
 use std::ops::Range;
-
-/// The tokens of one forward pass: whole sequences one after another, no padding.
-pub struct MicroBatch {
-    /// Inputs [T] u32.
-    pub tokens: Tensor,
-    /// What each should predict [T] u32.
-    pub targets: Tensor,
-    /// Position of each in its sequence [T] u32.
-    pub positions: Tensor,
-    /// Weight of each token's loss [T] f32: 0 where it is masked, else 1 / unmasked tokens of the whole step.
-    pub weights: Tensor,
-    /// [0, .., T]: sequence i is tokens s[i]..s[i+1].
-    pub sequence_starts: Vec<usize>,
-    /// What a reward model is trained on; it reads neither targets nor weights.
-    pub ratings: Option<Ratings>,
-    /// For scoring: sequences that share rows, in place of those of `sequence_starts`. Such a micro-batch has no backward.
-    pub shared: Option<Vec<SharedSequence>>,
-    /// For scoring: the questions that get token losses, in place of one target of each row. Such a micro-batch has no backward.
-    pub asked: Option<Asked>,
-    /// Samples of this replica's share of the step that come before; what canonical sums go by.
-    pub first_sample: usize,
-}
-
-impl MicroBatch {
-    /// Puts the columns of a micro-batch, T long each, on the device.
-    pub fn new(
-        device: &dyn Device,
-        [tokens, targets, positions]: [&[u32]; 3],
-        weights: &[f32],
-        sequence_starts: Vec<usize>,
-    ) -> Result<MicroBatch> {
-        let upload = |values: &[u8], dtype: DType| -> Result<Tensor> {
-            let mut tensor = device.alloc(&[tokens.len()], dtype)?;
-            device.upload(values, &mut tensor);
-            Ok(tensor)
-        };
-        Ok(MicroBatch {
-            tokens: upload(bytemuck::cast_slice(tokens), DType::U32)?,
-            targets: upload(bytemuck::cast_slice(targets), DType::U32)?,
-            positions: upload(bytemuck::cast_slice(positions), DType::U32)?,
-            weights: upload(bytemuck::cast_slice(weights), DType::F32)?,
-            sequence_starts,
-            ratings: None,
-            shared: None,
-            asked: None,
-            first_sample: 0,
-        })
-    }
-
-    /// T
-    pub fn n_tokens(&self) -> usize {
-        self.tokens.n_rows()
-    }
-}
 
 /// What a chunk's forward gives.
 pub enum Output {
@@ -151,61 +92,6 @@ struct Passing {
     delta: ScratchTensor,
     /// What it adds to, unless it is kept for the backward (or there was no block yet).
     stream: Option<ScratchTensor>,
-}
-
-/// Takes the parameters of a chunk by name.
-struct Parts {
-    params: HashMap<String, Param>,
-}
-
-impl Parts {
-    fn take(&mut self, name: &str) -> Param {
-        self.params.remove(name).unwrap_or_else(|| panic!("{name} is not in the parameter table"))
-    }
-
-    fn norm(&mut self, name: &str, config: &ModelConfig) -> Norm {
-        let gain = self.take(&format!("{name}.weight"));
-        let bias = (config.norm == NormKind::LayerNorm1P).then(|| self.take(&format!("{name}.bias")));
-        Norm { gain, bias, how: device::Norm { kind: config.norm, eps: config.norm_eps } }
-    }
-
-    /// `first`: the chunk has the embedding too.
-    fn head(&mut self, config: &ModelConfig, first: bool) -> Head {
-        let norm = self.norm("final_norm", config);
-        match config.head {
-            HeadKind::Reward(_) => {
-                Head::Reward(Box::new(RewardHead { norm, weight: self.take("reward.weight"), bias: self.take("reward.bias") }))
-            }
-            HeadKind::Vocabulary => {
-                let weight = match (config.tied_embeddings, first) {
-                    (true, true) => None,
-                    (true, false) => Some(self.take("embedding.weight")),
-                    (false, _) => Some(self.take("head.weight")),
-                };
-                Head::Vocabulary(Box::new(OutputHead { norm, weight, vocab_size: config.vocab_size }))
-            }
-        }
-    }
-
-    fn block(&mut self, layer: usize, config: &ModelConfig, tp: usize) -> Block {
-        let at = format!("layers.{layer}");
-        let rope = Rope { rotary_dims: config.rotary_dims(), base: config.rope_base, direction: Direction::Forward };
-        Block {
-            attention_norm: self.norm(&format!("{at}.attention_norm"), config),
-            attention: Attention {
-                qkv: ColumnParallelLinear { weight: self.take(&format!("{at}.attention.qkv.weight")) },
-                out: RowParallelLinear { weight: self.take(&format!("{at}.attention.out.weight")) },
-                heads: config.heads(tp),
-                rope,
-            },
-            mlp_norm: self.norm(&format!("{at}.mlp_norm"), config),
-            mlp: Mlp {
-                up: ColumnParallelLinear { weight: self.take(&format!("{at}.mlp.up.weight")) },
-                down: RowParallelLinear { weight: self.take(&format!("{at}.mlp.down.weight")) },
-                activation: config.activation,
-            },
-        }
-    }
 }
 
 impl Chunk {

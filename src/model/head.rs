@@ -1,7 +1,7 @@
 //! The end of a language model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds logits of the whole
 //! vocabulary: the softmax needs two numbers a token from the other ranks.
 
-use super::chunk::MicroBatch;
+use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward};
 use super::norm::{Norm, NormSaved, Residual};

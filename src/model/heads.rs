@@ -1,6 +1,7 @@
 //! Which head ends the model: logits over the vocabulary with their cross entropy (`head`), or reward attributes (`reward`).
 
-use super::chunk::{MicroBatch, Output};
+use super::batch::MicroBatch;
+use super::chunk::Output;
 use super::ctx::Ctx;
 use super::head::{HeadDeferred as VocabularyDeferred, HeadSaved as VocabularySaved, OutputHead, TokenLosses};
 use super::norm::Residual;

@@ -5,6 +5,7 @@
 //! number of token rows a rank holds between tensor-parallel regions: T/tp under sequence parallelism, else T.
 
 pub mod attention;
+pub mod batch;
 pub mod block;
 pub mod chunk;
 pub mod config;
@@ -19,5 +20,6 @@ pub mod norm;
 pub mod numerics;
 pub mod packed;
 pub mod param;
+mod parts;
 pub mod reward;
 pub mod shared;

@@ -19,7 +19,7 @@
 //!
 //! Everything else is made element by element, row by row or sequence by sequence, in an order of its own.
 
-use super::chunk::MicroBatch;
+use super::batch::MicroBatch;
 use super::ctx::{Ctx, Inner};
 use super::param::Param;
 use crate::device::canonical::CanonicalSums;

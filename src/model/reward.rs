@@ -1,7 +1,7 @@
 //! The end of a reward model: final norm, and a linear layer with a bias that reads attributes (helpfulness, correctness, ..) off the
 //! last token of each sequence. Nemotron-4 340B report, section 3.1; HelpSteer2; NeMo-Aligner's regression reward model.
 
-use super::chunk::MicroBatch;
+use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::norm::{Norm, NormSaved, Residual};
 use super::numerics::{Canonical, Numerics};
