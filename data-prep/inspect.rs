@@ -100,7 +100,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments: Arguments = cli::parse();
     cli::main_with(|| match (&arguments.command, &arguments.describe) {
         (Some(Command::Plot { run, svg }), _) => plot(run, svg.as_deref()),
         (Some(Command::Watch { run, once, every }), _) => {

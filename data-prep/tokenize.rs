@@ -50,7 +50,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments: Arguments = cli::parse();
     cli::main_with(|| {
         tokenize::check_share(arguments.validation_share)?;
         let runtime = Runtime::start(DeviceKind::Cpu)?;

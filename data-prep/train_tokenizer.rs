@@ -53,7 +53,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments: Arguments = cli::parse();
     cli::main_with(|| run(&arguments))
 }
 

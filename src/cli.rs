@@ -1,4 +1,4 @@
-//! What all binaries share: the end of the program. One line for an error, the right exit code.
+//! What all binaries share: their arguments, and the end of the program. One line for an error, the right exit code.
 
 use crate::checkpoint::{self, Stored};
 use crate::comm::nccl::{Options, Sums};
@@ -15,6 +15,9 @@ use crate::tensor::DType;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+
+mod help;
+pub use help::parse;
 
 /// The model of a program that uses one: part of its arguments.
 #[derive(clap::Args, Clone, Debug)]

@@ -93,7 +93,7 @@ enum What {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = cli::parse();
     let filter = std::env::var("TRIREME_LOG").unwrap_or("warn".into());
     env_logger::Builder::new().parse_filters(&filter).format_timestamp(None).format_target(false).init();
     cli::main_with(|| run(&args))

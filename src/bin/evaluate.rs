@@ -116,7 +116,7 @@ struct EvaluateArgs {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = cli::parse();
     cli::main_with(|| match &args.what {
         What::Compare(args) => {
             let bootstrap = Bootstrap { n_resamples: args.resamples as usize, seed: args.seed };

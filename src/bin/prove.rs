@@ -84,7 +84,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = cli::parse();
     cli::main_with(|| {
         let recipe = args.recipe.as_ref().map(|path| Pretrain::load(path, &args.sets)).transpose()?;
         let runtime = Runtime::start(args.place.device)?;

@@ -126,7 +126,7 @@ enum Input {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = cli::parse();
     cli::main_with(|| {
         let (What::Logprobs(score_args) | What::Choices(score_args) | What::Rewards(score_args)) = &args.what;
         let runtime = Runtime::start(score_args.place.device)?;
