@@ -91,9 +91,9 @@ __device__ __forceinline__ void column_most(float* most, const T* x, int rows, i
     most[(long long)blockIdx.y * columns + first + column] = all;
 }
 
-// out[column][row] = E4M3(x[row][column] / scale[column])
+// out[column][row] = E4M3(x[row][column] / scale[column * step]); step 0: one scale for all
 template <class T>
-__device__ __forceinline__ void quantise_columns(unsigned char* out, const float* scale, const T* x, int rows, int columns) {
+__device__ __forceinline__ void quantise_columns(unsigned char* out, const float* scale, const T* x, int rows, int columns, int step) {
     __shared__ unsigned char tile[TILE][TILE + 4]; // [column][row]
     int first_column = blockIdx.x * TILE, first_row = blockIdx.y * TILE;
     for (int at = threadIdx.x; at < TILE * TILE / CHUNK; at += blockDim.x) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void quantise_columns(unsigned char* out, const float
         float value[CHUNK];
         load_chunk(value, x + (long long)(first_row + row) * columns + first_column + column, left);
         for (int i = 0; i < CHUNK; i++)
-            if (i < left) tile[column + i][row] = e4m3(value[i] * (1.0f / scale[first_column + column + i]));
+            if (i < left) tile[column + i][row] = e4m3(value[i] * (1.0f / scale[(first_column + column + i) * step]));
     }
     __syncthreads();
     for (int at = threadIdx.x; at < TILE * TILE / CHUNK; at += blockDim.x) {
@@ -147,8 +147,8 @@ template <class T> __device__ __forceinline__ void widen(T* out, const unsigned 
         quantise_row(out + first, by, x + first, columns);                                                                             \
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                                  \
-        fp8_columns_##name(unsigned char* out, const float* scale, const T* x, int rows, int columns) {                                \
-        quantise_columns(out, scale, x, rows, columns);                                                                                \
+        fp8_columns_##name(unsigned char* out, const float* scale, const T* x, int rows, int columns, int step) {                      \
+        quantise_columns(out, scale, x, rows, columns, step);                                                                          \
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(512)                                                                                  \
         fp8_widen_##name(T* out, const unsigned char* codes, const float* scale, int columns, int step) {                              \

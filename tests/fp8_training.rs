@@ -12,31 +12,37 @@ mod ranks;
 use common::{counting_documents, tiny_recipe, write_megatron};
 use numerics_runs::{Run, model as odd_model, resumed, train};
 use oracle::{e4m3, nearest_e4m3};
-use ranks::{DIVISIONS, Matrix, gradient, join_gradients, join_tokens, on_ranks};
+use ranks::{DIVISIONS, Matrix, Rank, gradient, join_gradients, join_tokens, on_ranks};
 use std::path::Path;
 use trireme::checkpoint;
 use trireme::checkpoint::compare::{self, Verdict};
-use trireme::device::{Activation, NormKind};
+use trireme::device::{Activation, Fp8Scales, NormKind};
 use trireme::metrics;
+use trireme::model::chunk::MicroBatch;
 use trireme::model::config::{ModelConfig, Split};
-use trireme::model::ctx::SequenceMode;
+use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::linear::{ColumnParallelLinear, RowParallelLinear};
+use trireme::model::numerics::{Canonical, Numerics};
 use trireme::parallel::layout::ParallelLayout;
 use trireme::prove::tolerance::Tolerance;
 use trireme::recipe::{Linear, Mode, Precision, Pretrain, Recompute, ScheduleKind};
 use trireme::tensor::DType;
 
-/// Each row as the numbers that its E4M3 elements stand for, by the definition: the smallest power of two with which the largest is at
-/// most 448, and the nearest code. Here no element is near the edges of f32.
-fn rounded(x: &Matrix) -> Matrix {
-    let scale = |row: &[f64]| {
-        let most = row.iter().fold(0f64, |most, x| most.max(x.abs()));
-        (-60..60).map(|k| 2f64.powi(k)).find(|scale| most / scale <= 448.0).unwrap()
+/// Rows starts[i]..starts[i + 1] together as the numbers that their E4M3 elements stand for, by the definition: the smallest power of two
+/// with which the largest is at most 448, and the nearest code. Here no element is near the edges of f32.
+fn rounded(x: &Matrix, starts: &[usize]) -> Matrix {
+    let scales = most(x, starts).into_iter().map(|most| (-60..60).map(|k| 2f64.powi(k)).find(|scale| most / scale <= 448.0).unwrap());
+    let scales: Vec<f64> = scales.collect();
+    Matrix::from_fn(x.rows, x.columns, |row, column| e4m3(nearest_e4m3(x.at(row, column) / scales[row])) * scales[row])
+}
+
+/// Of each row: the largest of the rows that it shares a scale with.
+fn most(x: &Matrix, starts: &[usize]) -> Vec<f64> {
+    let of = |ends: &[usize]| {
+        let most = (ends[0]..ends[1]).flat_map(|row| x.row(row)).fold(0f64, |most, x| most.max(x.abs()));
+        vec![most; ends[1] - ends[0]]
     };
-    Matrix::from_fn(x.rows, x.columns, |row, column| {
-        let scale = scale(x.row(row));
-        e4m3(nearest_e4m3(x.at(row, column) / scale)) * scale
-    })
+    starts.windows(2).flat_map(of).collect()
 }
 
 /// Rows of sizes from 2^-20 to 2^20 and elements of all sizes among them: one scale for all rows would lose most of them.
@@ -50,16 +56,14 @@ fn uneven(name: &str, rows: usize, columns: usize) -> Matrix {
 
 /// Elements of `found` are off by what sums of n terms in f32 may be (n roundings of 2^-24 of the terms' sizes) from the product of the
 /// rounded numbers, and by what rounding to E4M3 may do from that of the numbers themselves: each factor is off by at most 2^-4 of
-/// itself, or 2^-10 of its scale, which is at most 2^-18 of the largest in its row (448 > 2^8, scales up to twice as large as needed).
-fn check(found: &Matrix, (a, b): (&Matrix, &Matrix), what: &str) {
-    let (of_a, of_b) = (rounded(a), rounded(b));
-    let off = |x: &Matrix| {
-        Matrix::from_fn(x.rows, x.columns, |row, column| {
-            let most = x.row(row).iter().fold(0f64, |most, x| most.max(x.abs()));
-            (x.at(row, column).abs() / 16.0).max(most * 2f64.powi(-17))
-        })
+/// itself, or 2^-10 of its scale, which is at most 2^-18 of the largest with that scale (448 > 2^8, scales up to twice as large as needed).
+fn check(found: &Matrix, (a, b): (&Matrix, &Matrix), (starts_a, starts_b): (&[usize], &[usize]), what: &str) {
+    let (of_a, of_b) = (rounded(a, starts_a), rounded(b, starts_b));
+    let off = |x: &Matrix, starts: &[usize]| {
+        let most = most(x, starts);
+        Matrix::from_fn(x.rows, x.columns, |row, column| (x.at(row, column).abs() / 16.0).max(most[row] * 2f64.powi(-17)))
     };
-    let (off_a, off_b) = (off(a), off(b));
+    let (off_a, off_b) = (off(a, starts_a), off(b, starts_b));
     for (i, j) in (0..a.rows).flat_map(|i| (0..b.rows).map(move |j| (i, j))) {
         let sum = |term: &dyn Fn(usize) -> f64| (0..a.columns).map(term).sum::<f64>();
         let (exact, of_rounded) = (sum(&|k| a.at(i, k) * b.at(j, k)), sum(&|k| of_a.at(i, k) * of_b.at(j, k)));
@@ -79,48 +83,93 @@ fn check(found: &Matrix, (a, b): (&Matrix, &Matrix), what: &str) {
 
 const T: usize = 12;
 
+/// Where samples begin among the T tokens, and the end.
+const SAMPLES: [usize; 4] = [0, 1, 6, T];
+
+/// Each row by itself, or all.
+fn starts_of(scales: Fp8Scales, rows: usize) -> Vec<usize> {
+    if scales == Fp8Scales::Rows { (0..=rows).collect() } else { vec![0, rows] }
+}
+
+/// y and dx of a rank's layer, in fast numerics dW too.
+type OfRank<'a> = dyn Fn(&Rank, Fp8Scales, Mode) -> Vec<Matrix> + Sync + 'a;
+
+/// Hands `judge` the results of the ranks of every division, with scales of every kind, and which tokens share one: each its own, all of
+/// them, or in reproducible numerics those of a sample.
+fn every_division(of_rank: &OfRank, judge: impl Fn((usize, SequenceMode), &[Vec<Matrix>], (Fp8Scales, &[usize]), &str)) {
+    for division in DIVISIONS {
+        for (scales, mode) in
+            [Fp8Scales::Rows, Fp8Scales::Tensor].into_iter().flat_map(|scales| [(scales, Mode::Fast), (scales, Mode::Reproducible)])
+        {
+            let parts = on_ranks(division, |rank| {
+                if mode == Mode::Fast {
+                    return of_rank(rank, scales, mode);
+                }
+                let batch = MicroBatch::new(rank.ctx.device, [&[0; T]; 3], &[0.0; T], SAMPLES.to_vec()).unwrap();
+                let Numerics::Reproducible(canonical) = Numerics::of_inference(rank.ctx.device, division.0) else { unreachable!() };
+                let numerics = Numerics::Reproducible(Canonical { batch: Some(&batch), ..canonical });
+                of_rank(&Rank { ctx: Ctx { numerics, ..rank.ctx }, layout: rank.layout, at: rank.at }, scales, mode)
+            });
+            let tokens = if scales == Fp8Scales::Tensor && mode == Mode::Reproducible { SAMPLES.to_vec() } else { starts_of(scales, T) };
+            judge(division, &parts, (scales, &tokens), &format!("{division:?} {scales:?} {mode:?}"));
+        }
+    }
+}
+
+fn each(parts: &[Vec<Matrix>], i: usize) -> Vec<Matrix> {
+    parts.iter().map(|part| part[i].clone()).collect()
+}
+
 /// y = x W^T with the outputs divided, dx = dy W, dW += dy^T x: the first two are those of numbers rounded with a scale for each token
-/// and channel, whichever ranks hold parts of them; the last is that of the numbers themselves. Breaks with a scale that is of a rank's
-/// part of a row only, of the wrong dim, or of an earlier tensor, and with codes that are not transposed.
+/// and channel or each tensor, whichever ranks hold parts of them; the last is that of the numbers themselves. Breaks with a scale that is
+/// of a rank's part of a row only, of the wrong dim, of another sample, or of an earlier tensor, and with codes that are not transposed.
 #[test]
 fn column_parallel_layers_multiply_rounded_numbers() {
     let (x, w, dy) = (uneven("x", T, 32), uneven("w", 64, 32), uneven("dy", T, 64));
-    for division in DIVISIONS {
-        let parts = on_ranks(division, |rank| {
-            let mut linear = ColumnParallelLinear { weight: rank.param("w", &w, Split::Rows) };
-            linear.weight.train_in_fp8(rank.ctx.device).unwrap();
-            let x = rank.local(&x);
-            let y = linear.forward(&rank.ctx, &x);
-            let dx = linear.backward(&rank.ctx, &x, &rank.columns(&dy));
-            [Matrix::of(&y), Matrix::of(&dx), gradient(&linear.weight)]
-        });
-        let each = |i: usize| parts.iter().map(|part| part[i].clone()).collect::<Vec<Matrix>>();
-        check(&Matrix::beside(&each(0)), (&x, &w), &format!("{division:?} y"));
-        check(&join_tokens(division, &each(1)), (&dy, &w.transposed()), &format!("{division:?} dx"));
-        let dw = join_gradients(division, Split::Rows, &each(2));
-        dw.assert_close(&dy.transposed().times(&x), T, 1, &format!("{division:?} dW"));
-    }
+    let of_rank = |rank: &Rank, scales: Fp8Scales, mode: Mode| {
+        let mut linear = ColumnParallelLinear { weight: rank.param("w", &w, Split::Rows) };
+        linear.weight.train_in_fp8(rank.ctx.device, scales).unwrap();
+        let x = rank.local(&x);
+        let y = Matrix::of(&linear.forward(&rank.ctx, &x));
+        if mode == Mode::Reproducible {
+            return vec![y, Matrix::of(&linear.backward_input(&rank.ctx, &rank.columns(&dy)))];
+        }
+        vec![y, Matrix::of(&linear.backward(&rank.ctx, &x, &rank.columns(&dy))), gradient(&linear.weight)]
+    };
+    every_division(&of_rank, |division, parts, (scales, tokens), what| {
+        check(&Matrix::beside(&each(parts, 0)), (&x, &w), (tokens, &starts_of(scales, w.rows)), &format!("{what} y"));
+        let dx = join_tokens(division, &each(parts, 1));
+        check(&dx, (&dy, &w.transposed()), (tokens, &starts_of(scales, w.columns)), &format!("{what} dx"));
+        if parts[0].len() > 2 {
+            let dw = join_gradients(division, Split::Rows, &each(parts, 2));
+            dw.assert_close(&dy.transposed().times(&x), T, 1, &format!("{what} dW"));
+        }
+    });
 }
 
 /// The same with the inputs divided.
 #[test]
 fn row_parallel_layers_multiply_rounded_numbers() {
     let (x, w, dy) = (uneven("x", T, 64), uneven("w", 32, 64), uneven("dy", T, 32));
-    for division in DIVISIONS {
-        let parts = on_ranks(division, |rank| {
-            let mut linear = RowParallelLinear { weight: rank.param("w", &w, Split::Columns) };
-            linear.weight.train_in_fp8(rank.ctx.device).unwrap();
-            let x = rank.columns(&x);
-            let y = linear.forward(&rank.ctx, &x);
-            let dx = linear.backward(&rank.ctx, &x, &rank.local(&dy));
-            [Matrix::of(&y), Matrix::of(&dx), gradient(&linear.weight)]
-        });
-        let each = |i: usize| parts.iter().map(|part| part[i].clone()).collect::<Vec<Matrix>>();
-        check(&join_tokens(division, &each(0)), (&x, &w), &format!("{division:?} y"));
-        check(&Matrix::beside(&each(1)), (&dy, &w.transposed()), &format!("{division:?} dx"));
-        let dw = join_gradients(division, Split::Columns, &each(2));
-        dw.assert_close(&dy.transposed().times(&x), T, 1, &format!("{division:?} dW"));
-    }
+    let of_rank = |rank: &Rank, scales: Fp8Scales, mode: Mode| {
+        let mut linear = RowParallelLinear { weight: rank.param("w", &w, Split::Columns) };
+        linear.weight.train_in_fp8(rank.ctx.device, scales).unwrap();
+        let x = rank.columns(&x);
+        let y = Matrix::of(&linear.forward(&rank.ctx, &x));
+        if mode == Mode::Reproducible {
+            return vec![y, Matrix::of(&linear.backward_input(&rank.ctx, &rank.local(&dy)))];
+        }
+        vec![y, Matrix::of(&linear.backward(&rank.ctx, &x, &rank.local(&dy))), gradient(&linear.weight)]
+    };
+    every_division(&of_rank, |division, parts, (scales, tokens), what| {
+        let y = join_tokens(division, &each(parts, 0));
+        check(&y, (&x, &w), (tokens, &starts_of(scales, w.rows)), &format!("{what} y"));
+        check(&Matrix::beside(&each(parts, 1)), (&dy, &w.transposed()), (tokens, &starts_of(scales, w.columns)), &format!("{what} dx"));
+        if parts[0].len() > 2 {
+            let dw = join_gradients(division, Split::Columns, &each(parts, 2));
+            dw.assert_close(&dy.transposed().times(&x), T, 1, &format!("{what} dW"));
+        }
+    });
 }
 
 /// A model whose weights are in steps of 16 on four ranks.
@@ -142,8 +191,15 @@ fn of(tp: usize, pp: usize, dp: usize, vp: usize) -> ParallelLayout {
 #[test]
 fn every_layout_gives_the_same_bits() {
     let llama = ModelConfig { norm: NormKind::RmsNorm, activation: Activation::Swiglu, tied_embeddings: true, ..model() };
-    for (dtype, model) in [(DType::F32, model()), (DType::BF16, model()), (DType::BF16, llama)] {
-        let reference = Run { model, ..run(dtype) };
+    let tensor = Linear::Fp8Tensor;
+    for (dtype, model, linear) in [
+        (DType::F32, model(), Linear::Fp8),
+        (DType::BF16, model(), Linear::Fp8),
+        (DType::BF16, llama.clone(), Linear::Fp8),
+        (DType::F32, model(), tensor),
+        (DType::BF16, llama, tensor),
+    ] {
+        let reference = Run { model, linear, ..run(dtype) };
         let expected = train(&reference, 3);
         let stored = train(&Run { linear: Linear::Stored, ..reference.clone() }, 3);
         assert!(stored.first_difference(&expected).is_some(), "FP8 changes nothing");
@@ -169,8 +225,13 @@ fn every_layout_gives_the_same_bits() {
 /// the tolerance of `prove` for FP8, whose derivation stands there.
 #[test]
 fn fast_numerics_stay_within_the_tolerance() {
-    let reference = Run { mode: Mode::Fast, ..run(DType::F32) };
-    let expected = train(&reference, 1).steps.remove(0);
+    for linear in [Linear::Fp8, Linear::Fp8Tensor] {
+        check_fast(&Run { mode: Mode::Fast, linear, ..run(DType::F32) });
+    }
+}
+
+fn check_fast(reference: &Run) {
+    let expected = train(reference, 1).steps.remove(0);
     let tolerance = Tolerance::new(&reference.model, DType::F32, 16 * numerics_runs::SEQ_LEN, 4).with_fp8(reference.model.n_layers);
     for (layout, micro) in [(of(2, 1, 1, 1), 1), (of(4, 1, 2, 1), 2), (of(1, 2, 1, 1), 4)] {
         let found = train(&Run { layout, micro, ..reference.clone() }, 1).steps.remove(0);
@@ -217,17 +278,21 @@ fn a_run_follows_the_one_without() {
         let mut recipe = recipe(dir.path());
         (recipe.train.precision, recipe.parallel.tp, recipe.parallel.dp) = (precision, tp, Some(2));
         (recipe.train.samples, recipe.optimizer.eps) = (80 * 8, 1e-8);
-        let mut both = Vec::new();
-        for linear in [Linear::Fp8, Linear::Stored] {
+        let mut all = Vec::new();
+        for linear in [Linear::Fp8, Linear::Fp8Tensor, Linear::Stored] {
             recipe.numerics.linear = linear;
             let out = dir.path().join(format!("{precision:?}-{linear:?}"));
             common::train(&recipe, &out, None).unwrap();
-            both.push(losses(&out));
+            all.push(losses(&out));
         }
-        let furthest = both[0].iter().zip(&both[1]).map(|(a, b)| (a - b).abs()).fold(0f64, f64::max);
-        println!("{precision:?}: {} to {} nats, furthest {furthest}", both[0][0], both[0].last().unwrap());
-        assert!(furthest > 0.0 && furthest <= 0.25, "{precision:?}: {furthest} nats apart, {both:?}");
-        assert!(both.iter().all(|losses| losses[0] - losses.last().unwrap() > 2.0), "{precision:?}: {both:?}");
+        let stored = all.pop().unwrap();
+        assert!(stored[0] - stored.last().unwrap() > 2.0, "{precision:?}: {stored:?}");
+        for (losses, scales) in all.iter().zip(["a scale for each token and channel", "one for each tensor"]) {
+            let furthest = losses.iter().zip(&stored).map(|(a, b)| (a - b).abs()).fold(0f64, f64::max);
+            println!("{precision:?}, {scales}: {} to {} nats, furthest {furthest}", losses[0], losses.last().unwrap());
+            assert!(furthest > 0.0 && furthest <= 0.25, "{precision:?}, {scales}: {furthest} nats apart, {losses:?}, {stored:?}");
+            assert!(losses[0] - losses.last().unwrap() > 2.0, "{precision:?}, {scales}: {losses:?}");
+        }
     }
 }
 

@@ -95,10 +95,12 @@ runs() {
   # Scales of rows need Hopper. Tensor cores add 8-bit products in less than f32, the CPU in f32; from then on both round to E4M3, whose
   # errors move a loss by less than 0.1 nats of at least 5 (tests/fp8_training.rs).
   if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | cut -d. -f1)" -ge 9 ]; then
-    for i in cpu cuda; do
-      "${train[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --set numerics.linear=fp8 --device $i --out $i-fp8 2>&1 | tail -n 2
+    for linear in fp8 fp8-tensor; do
+      for i in cpu cuda; do
+        "${train[@]}" --set parallel.tp=1 --set parallel.sequence_parallel=false --set numerics.linear=$linear --device $i --out $i-$linear 2>&1 | tail -n 2
+      done
+      compare cpu-$linear cuda-$linear 2e-2
     done
-    compare cpu-fp8 cuda-fp8 2e-2
   fi
   echo '{"id": "a", "prompt": "The device", "max_new_tokens": 32}' >requests.jsonl
   "$bin/trireme-generate" --checkpoint gpu --requests requests.jsonl --device cuda --out on-gpu

@@ -256,6 +256,8 @@ fn missing_keys_are_named() {
     assert!(!sound().to_toml().contains("linear"));
     let with_fp8 = parse(&sound().to_toml(), &["numerics.linear=fp8"]).unwrap();
     assert_eq!((with_fp8.numerics.linear, parse(&with_fp8.to_toml(), &[])), (Linear::Fp8, Ok(with_fp8)));
+    let of_tensors = parse(&sound().to_toml(), &["numerics.linear=fp8-tensor"]).unwrap();
+    assert_eq!((of_tensors.numerics.linear, parse(&of_tensors.to_toml(), &[])), (Linear::Fp8Tensor, Ok(of_tensors)));
 }
 
 /// A value of a wrong type is named with its place, what it is, and what it should be.

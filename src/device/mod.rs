@@ -61,16 +61,23 @@ pub enum Fp8Axis {
     Rows,
     /// Each column, which becomes a row: tensor cores sum 8 bits along rows only.
     Columns,
+    /// All elements; columns become rows.
+    Transposed,
 }
 
 impl Fp8Axis {
     /// How many scales a tensor of these rows and columns has.
     pub fn n_scales(self, (rows, columns): (usize, usize)) -> usize {
         match self {
-            Fp8Axis::All => 1,
+            Fp8Axis::All | Fp8Axis::Transposed => 1,
             Fp8Axis::Rows => rows,
             Fp8Axis::Columns => columns,
         }
+    }
+
+    /// Whether columns become rows.
+    pub fn transposes(self) -> bool {
+        matches!(self, Fp8Axis::Columns | Fp8Axis::Transposed)
     }
 }
 
@@ -368,9 +375,13 @@ pub trait Device: Send + Sync {
     fn run_together(&self, work: &mut (dyn FnMut() + Send)) {
         work();
     }
+    /// Whether `record` records.
+    fn records(&self) -> bool {
+        false
+    }
     /// Records the operations that `work` asks for without doing them; they must have been done before, once, on tensors of the same
-    /// shapes. They may neither move bytes between host and device nor return a number. `None` where this brings nothing or cannot be
-    /// done: then ask for them each time.
+    /// shapes. They may neither move bytes between host and device nor return a number; collectives among them are those of a recordable
+    /// communicator. `None` where this brings nothing or cannot be done: then ask for them each time.
     fn record(&self, _work: &mut dyn FnMut()) -> Option<Box<dyn Recording>> {
         None
     }
@@ -399,7 +410,7 @@ pub trait Device: Send + Sync {
     /// `scale` f32 holds sizes as [`Device::fp8_sizes`] made them (or the largest of several ranks') and becomes the scales: of each
     /// the smallest power of two s, at least 2^-117, with size <= 448 s; 1 for 0, and what is not finite as it is. out E4M3 assigned =
     /// x / s to nearest even, at most 448 in size, NaN for what is not a number or whose scale is infinite: [R, C], or transposed
-    /// [C, R] for scales of columns.
+    /// [C, R] for `Columns` and `Transposed`.
     ///
     /// With powers of two, x / s and s times an element are exact (in bf16 too), so scales can be taken out of a sum or left in it:
     /// sums keep their bits under every order that the same sums of floats have. A finer scale would gain nothing but at the edge of

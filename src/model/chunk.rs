@@ -256,6 +256,7 @@ impl Chunk {
         mut saved: Option<&mut ChunkSaved>,
         ready: OnPart,
     ) -> Output {
+        let ctx = &ctx.of_batch(batch);
         self.embedding_part().into_iter().for_each(&mut *ready);
         let mut passing = self.enter(ctx, input, batch);
         for idx in 0..self.blocks.len() {

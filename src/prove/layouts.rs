@@ -50,7 +50,7 @@ pub fn compare(recipe: &Pretrain, groups: &Groups, divided: &Trace, alone: Optio
     let stored = Tolerance::new(&recipe.model, dtype, tokens, groups.layout.tp);
     let tolerance = match recipe.numerics.linear {
         Linear::Stored => stored,
-        Linear::Fp8 => stored.with_fp8(recipe.model.n_layers),
+        Linear::Fp8 | Linear::Fp8Tensor => stored.with_fp8(recipe.model.n_layers),
     };
     let mut rows: Vec<Row> = Vec::new();
     if let Some(alone) = alone {

@@ -35,6 +35,10 @@ pub enum Linear {
     /// E4M3, with a scale for each token and each channel, for outputs and for the gradients of inputs; gradients of weights are made as
     /// with `Stored`. Sizes on a rank are multiples of 16.
     Fp8,
+    /// The same with one scale for each tensor: a weight, the inputs or gradients of a micro-batch; in reproducible numerics those of a
+    /// sample.
+    #[serde(rename = "fp8-tensor")]
+    Fp8Tensor,
 }
 
 impl Linear {

@@ -55,10 +55,13 @@ impl Trainer<'_> {
             let more = (n_blocks / dp).max(1).ilog2();
             log::info!("numerics    reproducible: the samples of a step in {n_blocks} blocks, {more} more gradients on each rank");
         }
-        if recipe.numerics.linear == Linear::Fp8 {
-            log::info!(
-                "linear      in E4M3, a scale for each token and channel: outputs and gradients of inputs of the blocks' four linear layers"
-            );
+        let scales = match recipe.numerics.linear {
+            Linear::Stored => None,
+            Linear::Fp8 => Some("a scale for each token and channel"),
+            Linear::Fp8Tensor => Some("one scale for each tensor"),
+        };
+        if let Some(scales) = scales {
+            log::info!("linear      in E4M3, {scales}: outputs and gradients of inputs of the blocks' four linear layers");
         }
         for phase in &self.data.phases {
             log::info!("data        phase {}: {} tokens a pass, order {}", phase.name, phase.order.n_tokens(), phase.order.fingerprint());

@@ -23,9 +23,10 @@ use crate::flight::{Phase, Times};
 use crate::metrics::{MetricsWriter, Row};
 use crate::model::chunk::MicroBatch;
 use crate::model::ctx::{Ctx, SequenceMode};
+use crate::model::fp8;
 use crate::model::numerics::Numerics;
 use crate::parallel::schedule::{self, Messages, PipelineShape, Schedule};
-use crate::recipe::{Linear, LrSchedule, Precision, Pretrain, StepPlan};
+use crate::recipe::{LrSchedule, Precision, Pretrain, StepPlan};
 use crate::tensor::DType;
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -300,8 +301,8 @@ pub(crate) fn new_state(device: &dyn Device, recipe: &Pretrain, groups: &Groups)
     let mut state = TrainState::with_stages(device, &recipe.model, groups, dtype_of(recipe), &stages)?;
     for (idx, chunk) in state.chunks.iter_mut().enumerate() {
         chunk.set_recompute(&recompute[stages.layers(&groups.layout, groups.at.pp, idx)]);
-        if recipe.numerics.linear == Linear::Fp8 {
-            chunk.train_in_fp8(device)?;
+        if let Some(scales) = fp8::scales_of(recipe.numerics.linear) {
+            chunk.train_in_fp8(device, scales)?;
         }
     }
     Ok(state)

@@ -165,7 +165,7 @@ fn products_are_those_of_the_numbers() {
 }
 
 /// y, dx and dW of a linear layer in training, whose weight has changed once since it was first rounded.
-fn trained(device: &dyn Device, dtype: DType, [x, w, dy]: [&[f32]; 3]) -> [Vec<f32>; 3] {
+fn trained(device: &dyn Device, scales: Fp8Scales, dtype: DType, [x, w, dy]: [&[f32]; 3]) -> [Vec<f32>; 3] {
     let (tp, scratch) = (Solo::new(), Scratch::new());
     let ctx = Ctx { device, tp: &tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
     let at = Coords { tp: 0, pp: 0, dp: 0 };
@@ -178,7 +178,7 @@ fn trained(device: &dyn Device, dtype: DType, [x, w, dy]: [&[f32]; 3]) -> [Vec<f
         place: Place::Head,
     };
     let mut weight = Param::new(device, spec, (&ParallelLayout::SINGLE, at), dtype, Purpose::Training).unwrap();
-    weight.train_in_fp8(device).unwrap();
+    weight.train_in_fp8(device, scales).unwrap();
     let mut layer = ColumnParallelLinear { weight };
     let (x, dy) = (tensor(device, &[67, 48], x, dtype), tensor(device, &[67, 80], dy, dtype));
     assert!(floats(&layer.forward(&ctx, &x)).iter().all(|y| *y == 0.0));
@@ -198,8 +198,11 @@ fn layers_in_training_have_the_codes_of_the_cpu() {
     let cuda = Cuda::with_backend(machine);
     let (t, o, i) = (67, 80, 48);
     let [x, w, dy] = [values(11, t * i), values(12, o * i), values(13, t * o)];
-    for (dtype, last_bit) in [(DType::F32, 0.0), (DType::BF16, 2f64.powi(-7))] {
-        let (found, expected) = (trained(&cuda, dtype, [&x, &w, &dy]), trained(&Cpu::new(), dtype, [&x, &w, &dy]));
+    let both = [Fp8Scales::Rows, Fp8Scales::Tensor];
+    for (scales, (dtype, last_bit)) in
+        both.into_iter().flat_map(|scales| [(DType::F32, 0.0), (DType::BF16, 2f64.powi(-7))].map(|of| (scales, of)))
+    {
+        let (found, expected) = (trained(&cuda, scales, dtype, [&x, &w, &dy]), trained(&Cpu::new(), scales, dtype, [&x, &w, &dy]));
         let sizes = [
             (i, (0..t * o).map(|at| (0..i).map(|k| size(x[at / o * i + k], w[at % o * i + k])).sum()).collect::<Vec<f64>>()),
             (o, (0..t * i).map(|at| (0..o).map(|k| size(dy[at / i * o + k], w[k * i + at % i])).sum()).collect()),
@@ -240,6 +243,11 @@ fn a_run_in_fp8_is_that_of_the_cpu() {
     assert!((found[0] - expected[0]).abs() < 0.1 && found.len() == 2 && found[1].is_finite(), "{found:?}, {expected:?}");
     let error = train_on(&|| Box::new(Cuda::with_backend(emulator().unwrap())), &recipe, &refused, None).unwrap_err().to_string();
     assert!(error.contains("compute capability 8.9") && error.contains("numerics.linear = \"stored\""), "{error}");
+    // One scale a tensor is enough for it.
+    recipe.numerics.linear = Linear::Fp8Tensor;
+    train_on(&|| Box::new(Cuda::with_backend(emulator().unwrap())), &recipe, &dir.path().join("tensor"), None).unwrap();
+    let (found, rows) = (losses(&dir.path().join("tensor")), losses(&on_cpu));
+    assert!((found[0] - rows[0]).abs() < 0.1, "{found:?}, {rows:?}");
 }
 
 /// In the process: how algorithms are chosen.

@@ -12,6 +12,7 @@ use trireme::exact::ExactSum;
 use trireme::model::chunk::{MicroBatch, Ratings};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::fp8;
 use trireme::model::numerics::Numerics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::schedule::{self, Messages, PipelineShape};
@@ -220,8 +221,8 @@ fn rank_steps(run: &Run, world: Box<dyn Communicator>, steps: std::ops::Range<u6
     for chunk in &mut state.chunks {
         let n_blocks = run.model.n_layers / layout.n_chunks();
         chunk.set_recompute(&vec![run.recompute; n_blocks]);
-        if run.linear == Linear::Fp8 {
-            chunk.train_in_fp8(device).unwrap();
+        if let Some(scales) = fp8::scales_of(run.linear) {
+            chunk.train_in_fp8(device, scales).unwrap();
         }
     }
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: run.sequence, numerics };

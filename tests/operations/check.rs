@@ -110,7 +110,7 @@ pub fn row_cases() -> Vec<Case> {
 /// Rows around vectors of 16 bytes and more than a block; sizes of nothing; products of one step of tensor cores and of several.
 pub fn fp8_cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for axis in [Fp8Axis::All, Fp8Axis::Rows, Fp8Axis::Columns] {
+    for axis in [Fp8Axis::All, Fp8Axis::Rows, Fp8Axis::Columns, Fp8Axis::Transposed] {
         for shape in [(0, 16), (3, 0), (1, 1), (3, 17), (67, 100), (64, 128), (2, 5000), (600, 3), (1000, 72)] {
             cases.push(cases::fp8::quantise(shape, axis, 3.0));
         }

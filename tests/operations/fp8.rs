@@ -12,7 +12,8 @@ pub fn scale_of(size: f64) -> f64 {
 /// Each element as the nearest E4M3 of its quotient, which is exact; each scale by the definition; columns become rows.
 pub fn quantise((rows, columns): (usize, usize), axis: Fp8Axis, deviation: f64) -> Case {
     let n = axis.n_scales((rows, columns));
-    let dims = if axis == Fp8Axis::Columns { [columns, rows] } else { [rows, columns] };
+    let is_turned = matches!(axis, Fp8Axis::Columns | Fp8Axis::Transposed);
+    let dims = if is_turned { [columns, rows] } else { [rows, columns] };
     Case {
         operation: "quantise",
         shape: format!("[{rows}, {columns}] {axis:?} {deviation:e}"),
@@ -23,7 +24,7 @@ pub fn quantise((rows, columns): (usize, usize), axis: Fp8Axis, deviation: f64) 
         }),
         oracle: Box::new(move |v, _| {
             let scale_at = |row: usize, column: usize| match axis {
-                Fp8Axis::All => 0,
+                Fp8Axis::All | Fp8Axis::Transposed => 0,
                 Fp8Axis::Rows => row,
                 Fp8Axis::Columns => column,
             };
@@ -35,7 +36,7 @@ pub fn quantise((rows, columns): (usize, usize), axis: Fp8Axis, deviation: f64) 
             let scale: Vec<f64> = sizes.iter().map(|size| scale_of(*size)).collect();
             let rounded = |at: usize| {
                 let (i, j) = (at / dims[1], at % dims[1]);
-                let (row, column) = if axis == Fp8Axis::Columns { (j, i) } else { (i, j) };
+                let (row, column) = if is_turned { (j, i) } else { (i, j) };
                 oracle::e4m3(oracle::nearest_e4m3(v[2][row * columns + column] / scale[scale_at(row, column)]))
             };
             vec![exact(&(0..rows * columns).map(rounded).collect::<Vec<f64>>()), exact(&scale)]

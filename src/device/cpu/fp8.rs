@@ -64,7 +64,7 @@ pub fn sizes(sizes: &mut Tensor, x: &Tensor, of: Fp8Axis) {
     float!(x.dtype(), E => {
         let x = elements::<E>(x);
         match of {
-            Fp8Axis::All => sizes[0] = largest(x),
+            Fp8Axis::All | Fp8Axis::Transposed => sizes[0] = largest(x),
             Fp8Axis::Rows => {
                 let sizes = Shared::new(sizes);
                 for_rows(rows, columns, |range| {
@@ -92,12 +92,12 @@ pub fn sizes(sizes: &mut Tensor, x: &Tensor, of: Fp8Axis) {
 /// See `Device::fp8_round`.
 pub fn round(out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
     let (rows, columns) = (x.n_rows(), x.row_len());
-    let dims = if of == Fp8Axis::Columns { (columns, rows) } else { (rows, columns) };
+    let dims = if of.transposes() { (columns, rows) } else { (rows, columns) };
     let fits = (out.n_rows(), out.row_len()) == dims && out.dtype() == DType::F8E4M3;
     assert!(fits && scale.n_elements() == of.n_scales((rows, columns)), "fp8_round {x:?} to {out:?}, {scale:?}, {of:?}");
     scale.f32_mut().iter_mut().for_each(|scale| *scale = scale_of(*scale));
     let scales = scale.f32();
-    let at = |i: usize| if of == Fp8Axis::All { 0 } else { i };
+    let at = |i: usize| if scales.len() == 1 { 0 } else { i };
     let out = Shared::new(out.bytes_mut());
     float!(x.dtype(), E => {
         let x = elements::<E>(x);
@@ -107,7 +107,7 @@ pub fn round(out: &mut Tensor, scale: &mut Tensor, x: &Tensor, of: Fp8Axis) {
             let out = unsafe { out.part(range.start * len..range.end * len) };
             for (i, row) in range.enumerate() {
                 let (to, by) = (&mut out[i * len..][..len], 1.0 / scales[at(row)]);
-                if of == Fp8Axis::Columns {
+                if of.transposes() {
                     to.iter_mut().enumerate().for_each(|(k, to)| *to = rounded(x[k * columns + row].get() * by));
                 } else {
                     to.iter_mut().zip(&x[row * columns..]).for_each(|(to, x)| *to = rounded(x.get() * by));

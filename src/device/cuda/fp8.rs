@@ -49,7 +49,7 @@ impl Cuda {
         };
         match of {
             Fp8Axis::Rows => of_rows(Cuda::arg_mut(sizes)),
-            Fp8Axis::All => {
+            Fp8Axis::All | Fp8Axis::Transposed => {
                 let most = self.workspace(n_rows * size_of::<f32>());
                 of_rows(most.arg());
                 let args = [Cuda::arg_mut(sizes), most.arg(), int(n_rows)];
@@ -80,8 +80,9 @@ impl Cuda {
         if n_rows * columns == 0 {
             return;
         }
-        if of == Fp8Axis::Columns {
-            let args = [Cuda::arg_mut(out), Cuda::arg(scale), Cuda::arg(x), int(n_rows), int(columns)];
+        if of.transposes() {
+            let step = Arg::Int(i32::from(of == Fp8Axis::Columns));
+            let args = [Cuda::arg_mut(out), Cuda::arg(scale), Cuda::arg(x), int(n_rows), int(columns), step];
             return self.backend.launch(&kernel("columns", x.dtype()), tiles(columns.div_ceil(TILE), n_rows.div_ceil(TILE)), &args);
         }
         let step = Arg::Int(i32::from(of == Fp8Axis::Rows));
@@ -105,7 +106,7 @@ impl Cuda {
     /// Panics unless the shapes are those of rounding; the number of scales.
     fn assert_rounds(&self, out: &Tensor, scale: &Tensor, x: &Tensor, of: Fp8Axis) -> usize {
         let shape = (x.n_rows(), x.row_len());
-        let dims = if of == Fp8Axis::Columns { (shape.1, shape.0) } else { shape };
+        let dims = if of.transposes() { (shape.1, shape.0) } else { shape };
         let fits = (out.n_rows(), out.row_len()) == dims && out.dtype() == DType::F8E4M3;
         assert!(fits && scale.n_elements() == of.n_scales(shape), "rounding {x:?} to {out:?}, {scale:?}, {of:?}");
         scale.n_elements()
