@@ -3,7 +3,17 @@
 //! call and its order; what a GPU does with them is not.
 
 mod collective_table;
+#[allow(dead_code)] // the models alone
+mod common;
+#[allow(dead_code)] // its libraries alone
+#[path = "kernels/emulator.rs"]
+mod emulator;
 mod mpi_job;
+#[allow(dead_code)]
+#[path = "operations/oracle.rs"]
+mod oracle;
+#[path = "nccl/recorded.rs"]
+mod recorded;
 
 use collective_table::{check_all, check_all_on};
 use mpi_job::{Case, Program};
@@ -23,10 +33,18 @@ use trireme::tensor::DType;
 const LIBRARIES: &str = "LD_LIBRARY_PATH";
 /// NCCL's sums in another order than that of the ranks.
 const REVERSE: (&str, &str) = ("STAND_IN_SUMS", "reverse");
+/// Communication goes on while its rank does something else, as a GPU's does: another stage may wait for a message whose sender never waits.
+const SENT_AT_ONCE: (&str, &str) = ("STAND_IN_EAGER", "252");
 const WITHOUT: (&str, &str) = ("STAND_IN_WITHOUT_NCCL", "1");
 const OLD: (&str, &str) = ("STAND_IN_NCCL_VERSION", "21704");
 const ONE_GPU: (&str, &str) = ("STAND_IN_ONE_GPU", "1");
 const FALLEN_BACK: &str = "collectives between GPUs go through host memory over MPI: ";
+
+const NOT_RECORDED: &str = "decode steps are not recorded: tensor-parallel ranks exchange through host memory";
+/// Of two and of four ranks.
+const SAME: [(&str, usize); 2] = [("responses are the same", 2), ("responses are the same", 4)];
+/// Where all steps are recorded, and where none are.
+const ALL: [(&str, usize); 2] = [(NOT_RECORDED, 0), (NOT_RECORDED, 8)];
 
 /// What cases set for the stand-ins.
 const SET: &[(&str, (&str, &str))] = &[
@@ -41,6 +59,11 @@ const SET: &[(&str, (&str, &str))] = &[
     ("old-asked", OLD),
     ("one-gpu", ONE_GPU),
     ("one-gpu-asked", ONE_GPU),
+    ("graphs-3", ("STAND_IN_EAGER", "1")),
+    ("recorded-tp", REVERSE),
+    ("recorded-pp", SENT_AT_ONCE),
+    ("recorded-tp-pp", SENT_AT_ONCE),
+    ("recorded-pp-mpi", ("STAND_IN_EAGER", "1")),
     ("failure", ("STAND_IN_FAIL", "1:5")),
     ("hang", ("STAND_IN_HANG", "0:3")),
 ];
@@ -66,6 +89,23 @@ const CASES: &[Case] = &[
     Case { name: "one-gpu", n_ranks: 3, run: fallen_back, code: Some(0), lines: &[("ranks 0 and 1 share one GPU", 1)] },
     Case { name: "one-gpu-asked", n_ranks: 2, run: demanded, code: Some(2), lines: &[("^error: --comm nccl: ranks 0", 1)] },
     Case { name: "by-mpi", n_ranks: 2, run: by_mpi, code: Some(0), lines: &[(FALLEN_BACK, 0), ("by NCCL", 0)] },
+    // Collectives recorded between kernels, whichever stream is late.
+    Case { name: "graphs-2", n_ranks: 2, run: recorded::collectives, code: Some(0), lines: &[("recorded collectives", 2)] },
+    Case { name: "graphs-3", n_ranks: 3, run: recorded::collectives, code: Some(0), lines: &[("recorded collectives", 3)] },
+    // Responses do not tell whether the steps of several ranks were recorded; where they cannot be it is said (four generations in each
+    // order of sums).
+    Case { name: "recorded-tp", n_ranks: 2, run: |runtime| recorded::by_nccl(runtime, 2, 1), code: Some(0), lines: &[SAME[0], ALL[0]] },
+    Case { name: "recorded-pp", n_ranks: 2, run: |runtime| recorded::by_nccl(runtime, 1, 2), code: Some(0), lines: &[SAME[0], ALL[0]] },
+    Case { name: "recorded-tp-pp", n_ranks: 4, run: |runtime| recorded::by_nccl(runtime, 2, 2), code: Some(0), lines: &[SAME[1], ALL[0]] },
+    Case { name: "recorded-pp-mpi", n_ranks: 2, run: |runtime| recorded::by_mpi(runtime, 1, 2), code: Some(0), lines: &[SAME[0], ALL[0]] },
+    Case { name: "apart-tp-mpi", n_ranks: 2, run: |runtime| recorded::by_mpi(runtime, 2, 1), code: Some(0), lines: &[SAME[0], ALL[1]] },
+    Case {
+        name: "astray",
+        n_ranks: 2,
+        run: recorded::astray,
+        code: None,
+        lines: &[("stand-in: expected 3 of 7, 2, another message came: 3 of 7, 1", 1)],
+    },
     // A failure on the way ends the job with a line that names who, what and how much, after NCCL was told to let go.
     Case {
         name: "failure",
@@ -101,6 +141,11 @@ fn main() -> ExitCode {
         println!("skipped: gcc does not start");
         return ExitCode::SUCCESS;
     }
+    let emulated = folder.path().join("emulated");
+    std::fs::create_dir(&emulated).expect("a folder in a fresh one");
+    for file in recorded::KERNELS {
+        std::fs::copy(emulator::library_of(file).0, emulated.join(format!("{file}.so"))).expect("a copy");
+    }
     let kernels = OsString::from(folder.path().join("kernels"));
     let path = |first: &Path| {
         let others = std::env::var_os(LIBRARIES).unwrap_or_default();
@@ -111,7 +156,9 @@ fn main() -> ExitCode {
         let set = SET.iter().find(|(name, _)| *name == case.name).map(|(_, set)| *set);
         let libraries = path(if set == Some(WITHOUT) { &without } else { &all });
         let all = [(LIBRARIES, libraries), ("TRIREME_KERNEL_CACHE", kernels.clone())];
-        all.into_iter().chain(set.map(|(name, value)| (name, value.into()))).collect()
+        let runs_kernels = case.name.starts_with("recorded-") || case.name.starts_with("apart-");
+        let folder = runs_kernels.then(|| ("STAND_IN_KERNELS", emulated.clone().into_os_string()));
+        all.into_iter().chain(set.map(|(name, value)| (name, value.into()))).chain(folder).collect()
     };
     mpi_job::main(&Program { cases: CASES, device: DeviceKind::Cuda, environment: &environment, check: |_, _| Ok(()) })
 }

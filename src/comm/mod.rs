@@ -131,6 +131,11 @@ pub trait Communicator: std::marker::Send + Sync {
     fn groups_are_in_order(&self) -> bool {
         false
     }
+    /// Whether collectives of a device's tensors may be among the work that `Device::record` records: nothing of them waits on the host. All
+    /// ranks then record the same work, and ask for it again together.
+    fn is_recordable(&self) -> bool {
+        self.size() == 1
+    }
 
     /// full[R*size, ..] = the shards [R, ..] in rank order.
     fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {

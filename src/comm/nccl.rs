@@ -11,6 +11,13 @@
 //! added by NCCL under [`Sums::Library`], in an order that depends on the library, the topology and the size (the same bits on
 //! all ranks, and in every run on the same machines), or in rank order too under [`Sums::Ordered`].
 //!
+//! Collectives can be recorded with the kernels around them (CUDA graphs, `device::cuda::recording`): the group's stream is drawn into the
+//! capture by the event it waits for, and the compute stream's wait for its end joins it again. What NCCL asks for then (its user guide,
+//! "Using NCCL with CUDA Graphs"): that a launch is captured is a property of all its ranks; each of them launches the graph of that
+//! capture, as a collective; and a communicator outlives its graphs (`ncclCommDestroy` would wait for them), which here borrows see to.
+//! Graphs and collectives that are not recorded may take turns on one communicator (NCCL_GRAPH_MIXING_SUPPORT, on by default). The
+//! event at the end of a captured operation cannot be asked whether it is done, so it is the launches of its graph that are watched.
+//!
 //! Messages between two ranks are matched by order: within a group of messages by tag, between groups by the order of the calls,
 //! which must be the same on both sides. Schedules are proven to keep to it (`Schedule::check`).
 
@@ -19,8 +26,9 @@ mod watch;
 
 use super::{Communicator, Pending, Recv, ReduceOp, Send, Staging, UsePieces};
 use crate::device::cuda::streams::{CommunicationStream, UnderWay};
-use crate::device::cuda::{Cuda, MOST_PAIRED, Pieces, Workspace};
+use crate::device::cuda::{Cuda, MOST_PAIRED, OnReplay, Pieces, Workspace};
 use crate::error::{Error, Result};
+use crate::recipe::Mode;
 use crate::tensor::{DType, Tensor};
 use library::{IN_PROGRESS, Library, SUCCESS, cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use std::ffi::{c_int, c_void};
@@ -40,6 +48,16 @@ pub enum Sums {
     Library,
     /// In rank order.
     Ordered,
+}
+
+impl Sums {
+    /// Those of an order of sums: where results are to have the same bits in every run, nothing is left to a library.
+    pub fn of(mode: Mode) -> Sums {
+        match mode {
+            Mode::Fast => Sums::Library,
+            Mode::Reproducible => Sums::Ordered,
+        }
+    }
 }
 
 /// How NCCL is used.
@@ -158,8 +176,21 @@ impl Nccl {
             let result = call(self.group.library, self.group.comm(), handle as cudaStream_t);
             self.settle(&operation, result);
         }));
-        self.watch.add(Flight::new(operation, Arc::clone(&under_way), Arc::clone(&self.group)));
+        if self.cuda.is_recording() {
+            self.cuda.when_replayed(Arc::as_ptr(&self.group) as usize, operation.bytes, || self.watch_replays());
+        } else {
+            self.watch.add(Flight::new(operation, Arc::clone(&under_way), Arc::clone(&self.group)));
+        }
         under_way
+    }
+
+    /// Puts what a recording does in this group under watch each time it is asked for.
+    fn watch_replays(&self) -> OnReplay {
+        let (watch, group) = (Arc::clone(&self.watch), Arc::clone(&self.group));
+        let operation = self.operation("recorded step", 0);
+        Box::new(move |bytes, under_way| {
+            watch.add(Flight::new(Operation { bytes, ..operation }, Arc::clone(under_way), Arc::clone(&group)))
+        })
     }
 
     /// Addresses of two tensors when this rank's GPU holds both.
@@ -333,6 +364,10 @@ impl Communicator for Nccl {
 
     // One stream carries them all out.
     fn groups_are_in_order(&self) -> bool {
+        true
+    }
+
+    fn is_recordable(&self) -> bool {
         true
     }
 

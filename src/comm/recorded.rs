@@ -1,6 +1,9 @@
 //! A communicator that writes what it does into the flight ledger, around any other. Only what this rank asks for is
 //! recorded: the byte primitives below a collective belong to it.
 //!
+//! A collective that is recorded on the device (`Device::record`) stands here once, when it is recorded: what is asked for again is not
+//! called again.
+//!
 //! Time from the call until it returns, and from the begin of the wait until its end, counts as blocked; time in between is
 //! overlapped with other work.
 
@@ -121,6 +124,10 @@ impl Communicator for Recorded {
 
     fn groups_are_in_order(&self) -> bool {
         self.inner.groups_are_in_order()
+    }
+
+    fn is_recordable(&self) -> bool {
+        self.inner.is_recordable()
     }
 
     fn start_all_gather<'a>(&'a self, shard: &'a Tensor, full: &'a mut Tensor) -> Pending<'a> {

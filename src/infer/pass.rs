@@ -81,6 +81,9 @@ impl<'a> Passes<'a> {
             Mode::Fast => Numerics::Fast,
             Mode::Reproducible => Numerics::of_inference(device, groups.layout.tp),
         };
+        if device.records() && !groups.tp.is_recordable() && groups.world.rank() == 0 {
+            log::info!("decode steps are not recorded: tensor-parallel ranks exchange through host memory");
+        }
         Ok(Passes { device, groups, chunk, numerics, caches, decoder: Decoder::default(), scratch: Scratch::of_any_rows() })
     }
 
@@ -103,30 +106,30 @@ impl<'a> Passes<'a> {
         let mut under_way = UnderWay { signal, choices: Vec::new(), hidden: None, told: None };
         let (device, n_valid) = (self.device, self.chunk.config().vocab_size);
         let choose = |logits: &Tensor| sampling::choose_rows(device, &*groups.tp, logits, n_valid, drawings);
-        if is_decode && rows.wanted.len() == rows.tokens.len() && groups.layout.tp * groups.layout.pp == 1 {
-            let new = NewTokens { tokens: &rows.tokens, positions: &rows.positions, spans: &rows.spans };
-            let (chunk, decoder, caches) = (self.chunk, &mut self.decoder, &mut self.caches);
-            self.device.run_together(&mut || under_way.choices = choose(decoder.logits(&ctx, chunk, &new, caches)));
-            return under_way;
-        }
-        let [tokens, positions] = [&rows.tokens, &rows.positions].map(|values| upload(&ctx, values));
+        let is_step = is_decode && rows.wanted.len() == rows.tokens.len() && self.steps_are_apart();
         let received = (at.pp > 0).then(|| self.receive_hidden(&ctx, rows.tokens.len()));
         if let Some((_, Signal::Stop)) = received {
             signal = Signal::Stop;
         }
-        let input = match &received {
-            None => CachedInput::Tokens(&tokens),
-            Some((hidden, _)) => CachedInput::Hidden(hidden),
-        };
-        let (chunk, caches) = (self.chunk, &mut self.caches);
-        let (mut input, mut output) = (Some(input), None);
+        let hidden = received.as_ref().map(|(hidden, _)| &**hidden);
+        let (chunk, decoder, caches) = (self.chunk, &mut self.decoder, &mut self.caches);
+        let (mut choices, mut output) = (Vec::new(), None);
         let mut forward = || {
-            let input = input.take().expect("it runs once");
-            let of_pass = chunk.forward_cached(&ctx, input, &positions, &rows.spans, caches, &rows.wanted);
-            if let CachedOutput::Logits(logits) = &of_pass {
-                under_way.choices = choose(logits);
+            if is_step {
+                let new = NewTokens { tokens: &rows.tokens, positions: &rows.positions, spans: &rows.spans };
+                match decoder.step(&ctx, chunk, &new, hidden, caches) {
+                    CachedOutput::Logits(logits) => choices = choose(logits),
+                    // The step's own is written by the next of its size.
+                    CachedOutput::Hidden(hidden) => output = Some(ctx.copy_of(hidden)),
+                }
+                return;
             }
-            output = Some(of_pass);
+            let [tokens, positions] = [&rows.tokens, &rows.positions].map(|values| upload(&ctx, values));
+            let input = hidden.map_or(CachedInput::Tokens(&tokens), CachedInput::Hidden);
+            match chunk.forward_cached(&ctx, input, &positions, &rows.spans, caches, &rows.wanted) {
+                CachedOutput::Logits(logits) => choices = choose(&logits),
+                CachedOutput::Hidden(hidden) => output = Some(hidden),
+            }
         };
         // Between tensor-parallel ranks a forward waits for others.
         if groups.layout.tp == 1 {
@@ -134,17 +137,20 @@ impl<'a> Passes<'a> {
         } else {
             forward()
         }
-        let output = output.expect("it ran");
         let is_last = at.pp + 1 == groups.layout.pp;
-        under_way.signal = signal;
-        match output {
-            CachedOutput::Hidden(hidden) if !is_last => under_way.hidden = Some(self.send_hidden(hidden, signal)),
-            CachedOutput::Hidden(_) | CachedOutput::Logits(_) => {} // no row is wanted, or all were chosen
-        }
+        (under_way.signal, under_way.choices) = (signal, choices);
+        // From the last stage there is one where no row is wanted.
+        under_way.hidden = output.filter(|_| !is_last).map(|hidden| self.send_hidden(hidden, signal));
         if is_last && groups.layout.pp > 1 {
             under_way.told = Some(self.tell(&under_way.choices, signal));
         }
         under_way
+    }
+
+    /// Whether decode steps are run by a `Decoder` of their own: where the device records them, or all of one is on this rank.
+    fn steps_are_apart(&self) -> bool {
+        let (tp, layout) = (&self.groups.tp, self.groups.layout);
+        layout.tp * layout.pp == 1 || self.device.records() && tp.is_recordable()
     }
 
     /// Ends the pass that was started first: its choices, one a wanted row, and whether to stop, the same on every rank of the replica.

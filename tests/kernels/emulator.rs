@@ -435,27 +435,32 @@ pub fn kernels_of(source: &str) -> Vec<(String, u32)> {
         .collect()
 }
 
+/// The library of a file of kernels, compiled when it is not there yet, and its kernels.
+pub fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
+    let source = kernels_folder().join(format!("{file}.cu"));
+    // The device's branch of common.cuh shows the kernels, the emulated one is hashed and compiled.
+    let seen = gcc(file, &["-E".as_ref(), "-P".as_ref(), "-x".as_ref(), "c++".as_ref(), "-std=c++17".as_ref(), source.as_ref()]);
+    let kernels = kernels_of(&seen);
+    let mut text = format!("#include {source:?}\n#include \"wrapper.h\"\n");
+    kernels.iter().for_each(|(name, _)| text.push_str(&format!("WRAPPED({name})\n")));
+    let wrapper = include_str!("wrapper.h");
+    let read = |name: &&str| std::fs::read_to_string(kernels_folder().join(name)).unwrap_or_else(|error| panic!("kernels/{name}: {error}"));
+    let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh", "attention_hopper.cuh"]
+        .iter()
+        .map(read)
+        .collect::<Vec<_>>()
+        .join("\0");
+    let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
+    if !path.is_file() {
+        compile(file, &text, &path);
+    }
+    (path, kernels)
+}
+
 impl Library {
     fn open(file: &str) -> Library {
-        let source = kernels_folder().join(format!("{file}.cu"));
-        // The device's branch of common.cuh shows the kernels, the emulated one is hashed and compiled.
-        let seen = gcc(file, &["-E".as_ref(), "-P".as_ref(), "-x".as_ref(), "c++".as_ref(), "-std=c++17".as_ref(), source.as_ref()]);
-        let kernels = kernels_of(&seen);
-        let mut text = format!("#include {source:?}\n#include \"wrapper.h\"\n");
-        kernels.iter().for_each(|(name, _)| text.push_str(&format!("WRAPPED({name})\n")));
-        let wrapper = include_str!("wrapper.h");
-        let read =
-            |name: &&str| std::fs::read_to_string(kernels_folder().join(name)).unwrap_or_else(|error| panic!("kernels/{name}: {error}"));
-        let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh", "attention_hopper.cuh"]
-            .iter()
-            .map(read)
-            .collect::<Vec<_>>()
-            .join("\0");
-        let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
-        if !path.is_file() {
-            compile(file, &text, &path);
-        }
+        let (path, kernels) = library_of(file);
         let symbols = kernels.into_iter().map(|(name, bound)| (open_symbol(&path, &format!("launch_{name}")), (name, bound)));
         Library { kernels: symbols.map(|(wrapper, (name, bound))| (name, (wrapper, bound))).collect() }
     }

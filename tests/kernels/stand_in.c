@@ -1,8 +1,11 @@
 // A stand-in for libcuda, libnvrtc and libcublasLt, as far as src/device/cuda calls them: device memory is the host's, a stream is a
 // list of work that is done as late as the rules allow (when somebody waits for it), or at once for the streams named in STAND_IN_EAGER
 // (a mask: 1 compute, 2 copies, 4 communication): a missing wait shows as wrong bytes in one of them. Copies and products are made,
-// by plain loops, the latter in cuBLASLt's column-major terms; of other kernels the launch is told. Every call worth a look is a line
-// of stderr.
+// by plain loops, the latter in cuBLASLt's column-major terms; other kernels are run from the libraries that emulator.rs makes of
+// them where STAND_IN_KERNELS names their folder, else their launch is told. Every call worth a look is a line of stderr.
+// What is captured is as strict as the driver: it may be neither waited for nor asked about, no host memory is read or written, nothing is
+// loaded or freed meanwhile, streams enter by an event of the capture and must have joined again at its end.
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +14,8 @@
 
 typedef unsigned long long Address;
 #define TELL(...) fprintf(stderr, "stand-in: " __VA_ARGS__)
-enum { OUT_OF_MEMORY = 2, INVALID = 1, NOT_READY = 600 };
+enum { OUT_OF_MEMORY = 2, INVALID = 1, NOT_READY = 600, NOT_SUPPORTED = 801, UNSUPPORTED = 900, UNJOINED = 904, ISOLATION = 905, CAPTURED = 907 };
+enum { MOST_STREAMS = 64 };
 
 // The driver: two GPUs.
 static __thread void* current;
@@ -49,20 +53,37 @@ typedef struct {
     Work* work;
     long n, n_done, room;
 } List;
+typedef struct Capture Capture;
 typedef struct {
     List list;
-    List* recorded; // instead, while it is captured
+    Capture* capture; // which records instead
     int number, may_block;
 } Stream;
+// In a capture: `of` is that, `at` counts the nodes of the stream, `seen` those of every stream that it comes after.
 typedef struct {
     Stream* stream;
     long at;
     int tells_time;
     float time_ms;
+    Capture* of;
+    long seen[MOST_STREAMS];
 } Event;
+// A node waits for `at` nodes of stream `after`, or is work; `forget` ends what its owner keeps for it.
+typedef struct {
+    int stream, after;
+    long at;
+    Work work;
+    void (*forget)(void*);
+} Node;
+struct Capture {
+    Node* nodes;
+    int n, room, origin, has_entered[MOST_STREAMS];
+    long n_of[MOST_STREAMS], seen[MOST_STREAMS][MOST_STREAMS];
+    Stream replayed[MOST_STREAMS]; // the streams of a launch but for the one it is launched into
+};
 static float clock_ms;
-static Stream streams[64];
-static int n_streams, n_blocked;
+static Stream streams[MOST_STREAMS];
+static int n_streams, n_blocked, n_captures, n_launched, is_refused;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 #define LOCKED(...) do { pthread_mutex_lock(&lock); __VA_ARGS__; pthread_mutex_unlock(&lock); } while (0)
 static void run_to(Stream* stream, long at) {
@@ -77,12 +98,24 @@ static void append(List* list, Work work) {
     if (list->n == list->room) list->work = realloc(list->work, (list->room = 2 * list->room + 64) * sizeof(Work));
     list->work[list->n++] = work;
 }
+static Node* record(Stream* stream, Node node) {
+    Capture* capture = stream->capture;
+    if (capture->n == capture->room) capture->nodes = realloc(capture->nodes, (capture->room = 2 * capture->room + 64) * sizeof(Node));
+    node.stream = stream->number;
+    capture->seen[stream->number][stream->number] = ++capture->n_of[stream->number];
+    capture->nodes[capture->n] = node;
+    return &capture->nodes[capture->n++];
+}
 static void ask_locked(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
     Work work = {run};
     memcpy(work.data, data, bytes);
-    append(stream->recorded ? stream->recorded : &stream->list, work);
+    if (stream->capture) {
+        record(stream, (Node){.after = -1, .work = work});
+        return;
+    }
+    append(&stream->list, work);
     const char* eager = getenv("STAND_IN_EAGER");
-    if (!stream->recorded && eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->list.n);
+    if (eager && atoi(eager) >> stream->number & 1) run_to(stream, stream->list.n);
 }
 static void ask(Stream* stream, void (*run)(void*), const void* data, size_t bytes) { LOCKED(ask_locked(stream, run, data, bytes)); }
 typedef struct { void (*run)(void*); void* of; } Blocking;
@@ -94,10 +127,12 @@ static void run_blocking(void* data) {
     pthread_mutex_lock(&lock);
     n_blocked--;
 }
-void stand_in_enqueue(Stream* stream, void (*run)(void*), void* of) {
+int stand_in_is_captured(Stream* stream) { return stream->capture != 0; }
+void stand_in_enqueue(Stream* stream, void (*run)(void*), void* of, void (*forget)(void*)) {
     Blocking work = {run, of};
     stream->may_block = 1;
     ask(stream, run_blocking, &work, sizeof work);
+    if (stream->capture) stream->capture->nodes[stream->capture->n - 1].forget = forget;
 }
 static void run_all(void) { for (int i = 0; i < n_streams; i++) run_to(&streams[i], streams[i].list.n); }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return 0; }
@@ -107,45 +142,101 @@ int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     *stream = &streams[n_streams++];
     return flags == 1 ? 0 : INVALID;
 }
-int cuStreamSynchronize(Stream* stream) { LOCKED(run_to(stream, stream->list.n)); return stream->recorded ? INVALID : 0; }
+int cuStreamSynchronize(Stream* stream) { LOCKED(run_to(stream, stream->list.n)); return stream->capture ? UNSUPPORTED : 0; }
 int cuStreamDestroy_v2(Stream* stream) { return stream->list.n_done == stream->list.n ? 0 : INVALID; }
 int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); (*event)->tells_time = !flags; return 0; }
 int cuEventDestroy_v2(Event* event) { free(event); return 0; }
 static void stamp(void* event) { (*(Event**)event)->time_ms = clock_ms; }
 int cuEventRecord(Event* event, Stream* stream) {
     if (event->tells_time) ask(stream, stamp, &event, sizeof event);
+    event->of = stream->capture;
     LOCKED(event->stream = stream; event->at = stream->list.n);
+    if (stream->capture) memcpy(event->seen, stream->capture->seen[stream->number], sizeof event->seen);
     return current ? 0 : INVALID;
 }
 int cuEventElapsedTime_v2(float* ms, Event* from, Event* to) { *ms = to->time_ms - from->time_ms; return 0; }
 static void wait_for(void* data) { Event* event = data; run_to(event->stream, event->at); }
-int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) { ask(stream, wait_for, event, sizeof *event); return 0; }
-int cuEventSynchronize(Event* event) { LOCKED(wait_for(event)); return 0; }
+typedef struct { Stream* stream; long at; } Point;
+static void wait_for_point(void* data) { Point* point = data; run_to(point->stream, point->at); }
+int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
+    if (!event->of) {
+        if (stream->capture) return ISOLATION;
+        Point point = {event->stream, event->at};
+        ask(stream, wait_for_point, &point, sizeof point);
+        return 0;
+    }
+    if (event->of != event->stream->capture || stream->capture && stream->capture != event->of) return CAPTURED;
+    stream->capture = event->of;
+    stream->capture->has_entered[stream->number] = 1;
+    long* seen = stream->capture->seen[stream->number];
+    record(stream, (Node){.after = event->stream->number, .at = event->seen[event->stream->number]});
+    for (int i = 0; i < MOST_STREAMS; i++) if (i != stream->number && event->seen[i] > seen[i]) seen[i] = event->seen[i];
+    return 0;
+}
+int cuEventSynchronize(Event* event) { if (event->of) return CAPTURED; LOCKED(wait_for(event)); return 0; }
 // Done the next time it is asked, unless that might block.
 int cuEventQuery(Event* event) {
     int ready;
+    if (event->of) return CAPTURED;
     LOCKED(ready = event->stream->list.n_done >= event->at; if (!n_blocked && !event->stream->may_block) wait_for(event));
     return ready ? 0 : NOT_READY;
 }
 
-// Graphs: lists of work.
-int cuStreamBeginCapture_v2(Stream* stream, int mode) { stream->recorded = calloc(1, sizeof(List)); return mode == 2 ? 0 : INVALID; }
-int cuStreamEndCapture(Stream* stream, List** graph) {
-    *graph = stream->recorded;
-    stream->recorded = 0;
-    TELL("graph of %ld calls\n", (*graph)->n);
+// Graphs. A launch does the work of each stream of the capture on one of its own, the origin's on the one it is launched into.
+void stand_in_refuse_captures(int refuse) { is_refused = refuse; }
+int stand_in_launched(void) { return n_launched; }
+int cuStreamBeginCapture_v2(Stream* stream, int mode) {
+    if (is_refused) return NOT_SUPPORTED;
+    if (mode != 2 || n_captures++) return INVALID; // relaxed: memory may be asked for
+    stream->capture = calloc(1, sizeof(Capture));
+    stream->capture->origin = stream->number;
     return 0;
 }
-int cuGraphInstantiateWithFlags(List** executable, List* graph, unsigned long long flags) {
-    *executable = malloc(sizeof(List));
+int cuStreamEndCapture(Stream* stream, Capture** graph) {
+    Capture* capture = stream->capture;
+    int unjoined = 0;
+    for (int i = 0; i < n_streams; i++) {
+        if (capture->has_entered[i] && i != capture->origin) unjoined |= capture->seen[capture->origin][i] < capture->n_of[i];
+        if (streams[i].capture == capture) streams[i].capture = 0;
+    }
+    n_captures--;
+    *graph = capture;
+    TELL("graph of %d calls\n", capture->n);
+    return unjoined || stream->number != capture->origin ? UNJOINED : 0;
+}
+int cuGraphInstantiateWithFlags(Capture** executable, Capture* graph, unsigned long long flags) {
+    *executable = malloc(sizeof(Capture));
     **executable = *graph;
     return flags == 0 ? 0 : INVALID;
 }
-int cuGraphDestroy(List* graph) { free(graph); return 0; }
-int cuGraphExecDestroy(List* executable) { TELL("graph ended\n"); free(executable->work); free(executable); return 0; }
-int cuGraphLaunch(List* executable, Stream* stream) {
+int cuGraphDestroy(Capture* graph) { free(graph); return 0; }
+int cuGraphExecDestroy(Capture* executable) {
+    TELL("graph ended\n");
+    for (int i = 0; i < executable->n; i++)
+        if (executable->nodes[i].forget) executable->nodes[i].forget(((Blocking*)executable->nodes[i].work.data)->of);
+    free(executable->nodes);
+    return 0; // launches under way still look at its streams
+}
+int cuGraphLaunch(Capture* executable, Stream* stream) {
     TELL("graph launched\n");
-    for (long i = 0; i < executable->n; i++) ask(stream, executable->work[i].run, executable->work[i].data, sizeof executable->work[i].data);
+    n_launched++;
+    long begin[MOST_STREAMS];
+    Point start = {stream, stream->list.n};
+    for (int i = 0; i < MOST_STREAMS; i++) {
+        Stream* on = i == executable->origin ? stream : &executable->replayed[i];
+        on->number = i;
+        on->may_block = 1;
+        if (on != stream && executable->has_entered[i]) ask(on, wait_for_point, &start, sizeof start);
+        begin[i] = on->list.n;
+    }
+    for (int i = 0; i < executable->n; i++) {
+        Node* node = &executable->nodes[i];
+        Stream* on = node->stream == executable->origin ? stream : &executable->replayed[node->stream];
+        Stream* after = node->after == executable->origin ? stream : &executable->replayed[node->after < 0 ? 0 : node->after];
+        Point point = {after, node->after < 0 ? 0 : begin[node->after] + node->at};
+        if (node->after < 0) ask(on, node->work.run, node->work.data, sizeof node->work.data);
+        else ask(on, wait_for_point, &point, sizeof point);
+    }
     return 0;
 }
 
@@ -166,6 +257,7 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
     return 0;
 }
 int cuMemFree_v2(Address at) {
+    if (n_captures) return UNSUPPORTED;
     LOCKED(run_all());
     __sync_fetch_and_sub(&used, *(size_t*)(at - 512));
     free((char*)at - 512);
@@ -173,6 +265,7 @@ int cuMemFree_v2(Address at) {
     return 0;
 }
 int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
+    if (n_captures) return UNSUPPORTED;
     TELL("%zu bytes page-locked\n", bytes);
     *at = aligned_alloc(4096, bytes);
     return 0;
@@ -185,8 +278,12 @@ static int ask_copy(Address to, Address from, size_t bytes, Stream* stream) {
     ask(stream, copy, &c, sizeof c);
     return current ? 0 : INVALID;
 }
-int cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) { return ask_copy(to, (Address)from, bytes, stream); }
-int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) { return ask_copy((Address)to, from, bytes, stream); }
+int cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) {
+    return stream->capture ? UNSUPPORTED : ask_copy(to, (Address)from, bytes, stream);
+}
+int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
+    return stream->capture ? UNSUPPORTED : ask_copy((Address)to, from, bytes, stream);
+}
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) { return ask_copy(to, from, bytes, stream); }
 typedef struct { Address at; size_t bytes; int value; } Fill;
 static void fill(void* data) { Fill* f = data; memset((void*)f->at, f->value, f->bytes); }
@@ -197,11 +294,33 @@ int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* strea
 }
 
 // Kernels.
-int cuModuleLoadData(void** module, const void* code) { TELL("loaded %s\n", (const char*)code); *module = &current; return 0; }
+// A kernel of an emulated library, as wrapper.h has it; no functions where there is none.
+typedef struct { int blocks[3], threads; long long shared_bytes; void* args; } Packed;
+typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); char name[80]; } Function;
+typedef struct { void (*run)(const Packed* how); Packed how; } Emulated;
+static void emulated(void* data) { Emulated* e = data; e->run(&e->how); }
+int cuModuleLoadData(void** module, const void* code) {
+    TELL("loaded %s\n", (const char*)code);
+    const char* folder = getenv("STAND_IN_KERNELS");
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%.*s.so", folder, (int)strcspn(code, "."), (const char*)code);
+    *module = folder ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : 0;
+    if (folder && !*module) TELL("%s\n", dlerror());
+    return folder && !*module ? INVALID : 0;
+}
 int cuModuleUnload(void* module) { return 0; }
-int cuModuleGetFunction(void** function, void* module, const char* name) { *function = strdup(name); return 0; }
-int cuFuncSetAttribute(void* function, int attribute, int value) {
-    TELL("%s may share %d (%d)\n", (char*)function, value, attribute);
+int cuModuleGetFunction(Function** function, void* module, const char* name) {
+    *function = calloc(1, sizeof(Function));
+    snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+    char of[100];
+    snprintf(of, sizeof of, "pack_%s", name);
+    if (module) (*function)->pack = dlsym(module, of);
+    snprintf(of, sizeof of, "run_packed_%s", name);
+    if (module) (*function)->run = dlsym(module, of);
+    return module && !(*function)->run ? INVALID : 0;
+}
+int cuFuncSetAttribute(Function* function, int attribute, int value) {
+    TELL("%s may share %d (%d)\n", function->name, value, attribute);
     return 0;
 }
 // A matrix for the copy engine: all that was asked; in its place the tokens of a box.
@@ -245,10 +364,16 @@ static void combine(void* data) {
         else ((float*)c->out)[i] = sum;
     }
 }
-// Two kernels of elementwise.cu and those of ordered.cu are run. Of the others arguments 2.. are shown as two
+// Without emulated libraries two kernels of elementwise.cu and those of ordered.cu are run. Of the others arguments 2.. are shown as two
 // matrices, a table, two ints and a float: those of attention on Hopper.
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
+int cuLaunchKernel(Function* of, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
                    Stream* stream, void** args, void** extra) {
+    const char* function = of->name;
+    if (of->run) {
+        Emulated e = {of->run, {{x, y, z}, threads, shared, of->pack(args)}};
+        ask(stream, emulated, &e, sizeof e);
+        return 0;
+    }
     if (!strcmp(function, "copy_f32_f32")) return ask_copy(*(Address*)args[0], *(Address*)args[1], 4 * *(long long*)args[2], stream);
     if (!strcmp(function, "scale_f32")) {
         Scale s = {*(float**)args[0], *(long long*)args[1], *(float*)args[2]};

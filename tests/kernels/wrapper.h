@@ -55,6 +55,26 @@ template <class... Types> static const char* run(const Launch& how, void (*kerne
     return run(how, kernel, std::index_sequence_for<Types...>());
 }
 
+// A launch as the driver gets it, without types: the arguments are taken out of what is pointed to, and run later. For stand_in.c.
+struct Packed {
+    int blocks[3], threads;
+    long long shared_bytes;
+    void* args;
+};
+template <class... Types, size_t... At>
+static void* pack(void** from, void (*)(Types...), std::index_sequence<At...>) {
+    return new std::tuple<Types...>(*(Types*)from[At]...);
+}
+template <class... Types> static void* pack(void** from, void (*kernel)(Types...)) {
+    return pack(from, kernel, std::index_sequence_for<Types...>());
+}
+template <class... Types> static void run_packed(const Packed& how, void (*kernel)(Types...)) {
+    emulate::launch({how.blocks[0], how.blocks[1], how.blocks[2]}, how.threads, how.shared_bytes,
+                    [&] { std::apply(kernel, *(std::tuple<Types...>*)how.args); });
+}
+
 // Null when it ran, else why it cannot.
 #define WRAPPED(name)                                                                                                                \
-    extern "C" __attribute__((visibility("default"))) const char* launch_##name(const Launch* how) { return run(*how, name); }
+    extern "C" __attribute__((visibility("default"))) const char* launch_##name(const Launch* how) { return run(*how, name); }       \
+    extern "C" __attribute__((visibility("default"))) void* pack_##name(void** args) { return pack(args, name); }                    \
+    extern "C" __attribute__((visibility("default"))) void run_packed_##name(const Packed* how) { run_packed(*how, name); }

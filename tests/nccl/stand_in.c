@@ -1,7 +1,8 @@
 // A stand-in for libnccl.so.2 that really moves data, between processes of one machine through shared memory. Compiled together with
 // the stand-in for CUDA (../kernels/stand_in.c), whose streams run what is put into them as late as the events allow.
 // It is as strict as the header allows: a communicator does not block, is busy for a while after each call and takes no other then;
-// both ends of a message must agree on size and type; and sums are made in the order that STAND_IN_SUMS says (rank or reverse).
+// both ends of a message must agree on size and type, and on whether it was captured into a graph and as which of the group's captured
+// operations, so that ranks that do not launch the same graphs in the same order are seen; a group outlives its graphs; and sums are made in the order that STAND_IN_SUMS says (rank or reverse).
 // Faults by the environment: STAND_IN_NCCL_VERSION=n, STAND_IN_FAIL=rank:n and STAND_IN_HANG=rank:n (after n operations of this rank
 // of the world).
 #include <fcntl.h>
@@ -14,7 +15,7 @@
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
 enum { F32 = 7, BF16 = 9 };
-enum { MOST_RANKS = 8, ROOM = 1 << 16, MOST_ITEMS = 64, BUSY_LOOKS = 3 };
+enum { MOST_RANKS = 8, ROOM = 1 << 16, MOST_ITEMS = 64, BUSY_LOOKS = 3, HEAD = 32 };
 
 // Bytes on their way from one rank to another.
 typedef struct {
@@ -29,7 +30,8 @@ typedef struct {
     char name[96];
     Shared* shared;
     int rank, size, busy;
-    _Atomic int failed;
+    _Atomic int failed, n_in_graphs;
+    int n_captured; // so far
 } Comm;
 typedef struct {
     char bytes[128];
@@ -42,11 +44,11 @@ typedef struct {
     int split_share;
 } Config;
 
-// One end of a message, in a group. A head with size and type travels before the bytes.
+// One end of a message, in a group. A head with size and type, and its place among captured ones, travels before the bytes.
 typedef struct {
     int is_send, peer;
     size_t bytes, done;
-    char head[16];
+    char head[HEAD];
     char* at;
 } Item;
 // What a stream runs: messages, then a sum or a copy.
@@ -56,10 +58,11 @@ typedef struct {
     Item items[MOST_ITEMS];
     char *temporary, *sum_to;
     size_t n;
-    int type;
+    int type, is_captured;
 } Job;
 
-void stand_in_enqueue(void* stream, void (*run)(void*), void* job);
+void stand_in_enqueue(void* stream, void (*run)(void*), void* job, void (*forget)(void*));
+int stand_in_is_captured(void* stream);
 
 static int parse(const char* name, int* n) {
     const char *text = getenv(name), *rank = getenv("OMPI_COMM_WORLD_RANK");
@@ -109,6 +112,10 @@ int ncclCommAbort(Comm* comm) {
 }
 // In progress until every rank has come here.
 int ncclCommFinalize(Comm* comm) {
+    if (comm->n_in_graphs) {
+        fprintf(stderr, "stand-in: a communicator ends before its graphs\n");
+        abort();
+    }
     comm->shared->left++;
     comm->busy = BUSY_LOOKS;
     return IN_PROGRESS;
@@ -127,6 +134,7 @@ static Job* job_of(Comm* comm, void* stream) {
     if (!open_job) {
         open_job = calloc(1, sizeof(Job));
         open_job->comm = comm;
+        open_job->is_captured = stand_in_is_captured(stream) ? ++comm->n_captured : 0;
         open_stream = stream;
     }
     return open_job;
@@ -134,27 +142,27 @@ static Job* job_of(Comm* comm, void* stream) {
 static void item(Job* job, int is_send, int peer, const void* at, size_t n, int type) {
     Item* item = &job->items[job->n_items++];
     *item = (Item){.is_send = is_send, .peer = peer, .bytes = n * size_of(type), .at = (char*)at};
-    snprintf(item->head, 16, "%zu of %d", n, type);
+    snprintf(item->head, HEAD, "%zu of %d, %d", n, type, job->is_captured);
 }
 
 static size_t minimum(size_t a, size_t b) { return a < b ? a : b; }
 // Bytes between memory and a channel, as many as go; the head first.
 static int move(Channel* channel, Item* item) {
-    size_t before = item->done, whole = item->bytes + 16;
+    size_t before = item->done, whole = item->bytes + HEAD;
     while (item->done < whole) {
         size_t written = channel->written, read = channel->read;
         size_t free_or_full = item->is_send ? ROOM - (written - read) : written - read;
         size_t at = (item->is_send ? written : read) % ROOM;
-        int in_head = item->done < 16;
-        size_t n = minimum(minimum(free_or_full, ROOM - at), in_head ? 16 - item->done : whole - item->done);
+        int in_head = item->done < HEAD;
+        size_t n = minimum(minimum(free_or_full, ROOM - at), in_head ? HEAD - item->done : whole - item->done);
         if (n == 0) break;
         if (item->is_send) {
-            memcpy(channel->bytes + at, in_head ? item->head + item->done : item->at + item->done - 16, n);
+            memcpy(channel->bytes + at, in_head ? item->head + item->done : item->at + item->done - HEAD, n);
             channel->written += n;
         } else {
-            if (!in_head) memcpy(item->at + item->done - 16, channel->bytes + at, n);
+            if (!in_head) memcpy(item->at + item->done - HEAD, channel->bytes + at, n);
             else if (memcmp(channel->bytes + at, item->head + item->done, n)) {
-                fprintf(stderr, "stand-in: expected %s, another message came\n", item->head);
+                fprintf(stderr, "stand-in: expected %s, another message came: %.*s\n", item->head, (int)n, channel->bytes + at);
                 abort();
             }
             channel->read += n;
@@ -186,6 +194,7 @@ static void run(void* whole) {
     if (parse("STAND_IN_FAIL", &n) && number >= n) comm->failed = REMOTE;
     int hangs = parse("STAND_IN_HANG", &n) && number >= n;
     while (comm->failed || hangs) usleep(1000);
+    for (int i = 0; i < job->n_items; i++) job->items[i].done = 0;
     // Messages of one channel and direction go one after another, the channels side by side.
     for (int left = 1; left;) {
         int moved = 0;
@@ -194,10 +203,10 @@ static void run(void* whole) {
             Item* item = &job->items[i];
             int first = 1;
             for (int j = 0; j < i; j++)
-                if (job->items[j].is_send == item->is_send && job->items[j].peer == item->peer && job->items[j].done < job->items[j].bytes + 16) first = 0;
-            if (!first || item->done == item->bytes + 16) { left |= !first; continue; }
+                if (job->items[j].is_send == item->is_send && job->items[j].peer == item->peer && job->items[j].done < job->items[j].bytes + HEAD) first = 0;
+            if (!first || item->done == item->bytes + HEAD) { left |= !first; continue; }
             moved |= move(item->is_send ? &comm->shared->channels[comm->rank][item->peer] : &comm->shared->channels[item->peer][comm->rank], item);
-            left |= item->done < item->bytes + 16;
+            left |= item->done < item->bytes + HEAD;
         }
         if (left && !moved) usleep(50);
     }
@@ -211,6 +220,13 @@ static void run(void* whole) {
         }
         put(job->sum_to, i, job->type, sum);
     }
+    if (job->is_captured) return; // until its graph ends
+    free(job->temporary);
+    free(job);
+}
+static void forget(void* whole) {
+    Job* job = whole;
+    job->comm->n_in_graphs--;
     free(job->temporary);
     free(job);
 }
@@ -220,7 +236,8 @@ static int call(Comm* comm) {
     return SUCCESS;
 }
 static int finish(Comm* comm) {
-    stand_in_enqueue(open_stream, run, open_job);
+    comm->n_in_graphs += open_job->is_captured != 0;
+    stand_in_enqueue(open_stream, run, open_job, forget);
     comm->busy = BUSY_LOOKS;
     open_job = 0;
     return IN_PROGRESS;

@@ -209,7 +209,7 @@ impl Tables {
 impl Cuda {
     /// The tables of a call: those of the layer before, where they are the same.
     fn tables(&self, call: Call) -> Arc<Tables> {
-        if let Some(tape) = &mut *self.tape.lock().expect("no panic while holding the tape") {
+        if let Some(tape) = &mut *self.tape() {
             let tables = tape.tables.get_or_insert_with(|| {
                 let most = call.spans.len() * call.n_pages;
                 Arc::new(Tables::new(self, call.clone(), most))

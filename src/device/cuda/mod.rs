@@ -33,9 +33,10 @@ use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
 use backend::{Algorithms, Arg, Backend};
 pub(crate) use ordered::{MOST_PAIRED, Pieces};
+pub(crate) use recording::OnReplay;
 use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The device.
 pub struct Cuda {
@@ -45,8 +46,6 @@ pub struct Cuda {
     use_of_memory: Arc<Use>,
     /// Of the last call of attention over a cache.
     last_tables: Mutex<Option<Arc<Tables>>>,
-    /// While work is recorded.
-    tape: Mutex<Option<Tape>>,
 }
 
 /// Live and peak memory, and what else of a machine is counted once.
@@ -57,6 +56,8 @@ struct Use {
     live_bytes: AtomicUsize,
     peak_bytes: AtomicUsize,
     n_tensors: AtomicUsize,
+    /// While work is recorded, by whichever of those that share the machine.
+    tape: Mutex<Option<Tape>>,
 }
 
 /// Memory of a tensor; goes back to the backend with the tensor's last view.
@@ -103,6 +104,15 @@ impl Drop for Memory {
 pub(crate) struct Workspace(Arc<Memory>);
 
 impl Workspace {
+    /// Whether nobody but one keeper has it.
+    fn is_free(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
+    fn n_bytes(&self) -> usize {
+        self.0.bytes
+    }
+
     /// Its address.
     pub(crate) fn address(&self) -> u64 {
         self.0.address
@@ -195,12 +205,19 @@ impl Cuda {
 
     /// Memory for one call. Panics when there is none left.
     pub(crate) fn workspace(&self, bytes: usize) -> Workspace {
-        let memory = Memory::new(self, bytes).unwrap_or_else(|| panic!("no {bytes} bytes of device memory for a workspace"));
-        let workspace = Workspace(Arc::new(memory));
-        if let Some(tape) = &mut *self.tape.lock().expect("no panic while holding the tape") {
-            tape.kept.push(workspace.clone());
+        let ask = || {
+            let memory = Memory::new(self, bytes).unwrap_or_else(|| panic!("no {bytes} bytes of device memory for a workspace"));
+            Workspace(Arc::new(memory))
+        };
+        match &mut *self.tape() {
+            Some(tape) => tape.workspace(bytes, ask),
+            None => ask(),
         }
-        workspace
+    }
+
+    fn tape(&self) -> MutexGuard<'_, Option<Tape>> {
+        // A panic in work that is recorded leaves it as it was.
+        self.use_of_memory.tape.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Memory that the device keeps from one call to the next, which is not counted as in use. Panics when there is none left.

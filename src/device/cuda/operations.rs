@@ -58,6 +58,10 @@ impl Device for Cuda {
         self.backend.finish();
     }
 
+    fn records(&self) -> bool {
+        true
+    }
+
     fn record(&self, work: &mut dyn FnMut()) -> Option<Box<dyn Recording>> {
         self.record_work(work)
     }

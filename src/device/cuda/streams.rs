@@ -50,6 +50,14 @@ impl CommunicationStream {
     }
 }
 
+impl Cuda {
+    /// The device's own work up to here, which what is asked for next follows anyway.
+    pub(super) fn under_way(&self) -> UnderWay {
+        let end = self.backend.record(Stream::Compute);
+        UnderWay { end, is_joined: AtomicBool::new(true), backend: Arc::clone(&self.backend) }
+    }
+}
+
 /// Work on the communication stream that the device's own work does not wait for yet. Dropped, it joins.
 #[must_use = "the device's work is behind it only after join()"]
 pub struct UnderWay {
@@ -66,7 +74,8 @@ impl UnderWay {
         }
     }
 
-    /// Whether it is done. For those who watch over a job; the result does not depend on asking.
+    /// Whether it is done. For those who watch over a job; the result does not depend on asking. Not for what is recorded: it is not
+    /// done at all before the recording is asked for.
     pub fn is_done(&self) -> bool {
         self.backend.is_complete(self.end)
     }
