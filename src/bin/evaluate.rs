@@ -165,9 +165,11 @@ fn evaluate(args: &EvaluateArgs, runtime: &Runtime) -> Result<()> {
 /// Makes the answers that the journal in `dir` does not have. Collective; all ranks leave with the same result.
 fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Path) -> Result<()> {
     let (world, Prepared { stored, tokenizer, questions, .. }) = (runtime.world(), prepared);
-    let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
-    let device = &*device;
     let weights = args.model.weights;
+    // Of its two halves, scores and responses, the latter are reproducible wherever the former are.
+    let sums = Sums::of(generate::mode(args.scoring.numerics));
+    let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(sums))?;
+    let device = &*device;
     let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, prepared.layout, weights))?;
     let made = score_journal::resume(world, dir, numerics, questions.pairs.len())?;
     let mut done = Done::nothing(&questions.requests);

@@ -123,7 +123,8 @@ fn generate(args: &Args, runtime: &Runtime) -> Result<()> {
     let mut done = Done::nothing(&prepared.file.requests);
     journal::resume(world, &dir, &mut done)?;
     if done.n_made() < done.n_samples() {
-        let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(Sums::Library))?;
+        let sums = Sums::of(generate::mode(args.numerics));
+        let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(sums))?;
         make(args, runtime, &prepared, (&*device, &groups), (&done, &dir))?;
     }
     let mut merged = Merged::default();

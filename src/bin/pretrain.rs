@@ -9,7 +9,7 @@ use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
 use trireme::device::ceiling;
 use trireme::error::Result;
-use trireme::recipe::{Mode, Pretrain};
+use trireme::recipe::Pretrain;
 use trireme::runtime::{Patience, Runtime, walltime};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::{self, Ended, Job};
@@ -67,8 +67,7 @@ fn run(args: &Args) -> Result<()> {
 
 fn pretrain(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let layout = agree(runtime.world(), recipe.check(runtime.world().size()))?;
-    let sums = if recipe.numerics.mode == Mode::Reproducible { Sums::Ordered } else { Sums::Library };
-    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(sums))?;
+    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::of(recipe.numerics.mode)))?;
     let limit = |seconds: f64| (seconds > 0.0).then_some(seconds);
     let patience = Patience { step_s: limit(recipe.observe.hang_after_s), files_s: limit(recipe.observe.hang_in_files_after_s) };
     let _watchdog = runtime.watch(&groups.flight, patience);

@@ -12,7 +12,7 @@ use trireme::infer::load::{check_layout, layout_for};
 use trireme::prove::gradients::{self, Reference};
 use trireme::prove::layouts::{self, ProofSize};
 use trireme::prove::table::Table;
-use trireme::recipe::{Mode, Pretrain};
+use trireme::recipe::Pretrain;
 use trireme::runtime::Runtime;
 use trireme::tensor::DType;
 
@@ -99,8 +99,7 @@ fn main() -> ExitCode {
 fn prove_layout(args: &Args, recipe: &Pretrain, runtime: &Runtime) -> Result<()> {
     let size = ProofSize { layers: args.layers, samples: args.samples };
     let (small, layout) = agree(runtime.world(), layouts::plan(recipe, size, runtime.world().size()))?;
-    let sums = if small.numerics.mode == Mode::Reproducible { Sums::Ordered } else { Sums::Library };
-    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(sums))?;
+    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::of(small.numerics.mode)))?;
     let table = layouts::prove(&small, &*device, &groups)?;
     if runtime.is_first() {
         let (tp, pp, dp, vp) = (layout.tp, layout.pp, layout.dp, layout.vp);

@@ -151,7 +151,8 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let (stored, input, layout) = agree(world, prepare(what, args, world.size()))?;
     let Some(begun) = runtime.begin(&args.out, || begin(what, args, &stored, &input))? else { return Ok(()) };
     let dir = begun.journal_dir(world);
-    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::Library))?;
+    let mode = scorer::mode(args.scoring.numerics, layout, args.model.weights);
+    let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::of(mode)))?;
     let device = &*device;
     let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, layout, args.model.weights))?;
     let made = score_journal::resume(world, &dir, numerics, input.n())?;

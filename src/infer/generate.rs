@@ -50,7 +50,12 @@ pub fn order(asked: Option<Mode>, device: &dyn Device, layout: ParallelLayout, w
     if asked == Some(Mode::Reproducible) {
         scorer::numerics(asked, device, layout, weights)?;
     }
-    Ok(asked.unwrap_or(Mode::Reproducible))
+    Ok(mode(asked))
+}
+
+/// The same before there is a device: what devices are opened for.
+pub fn mode(asked: Option<Mode>) -> Mode {
+    asked.unwrap_or(Mode::Reproducible)
 }
 
 /// How requests are batched, on each replica. Responses do not depend on it.

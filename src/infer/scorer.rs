@@ -53,6 +53,20 @@ pub struct TokenScores {
     pub is_greedy: Vec<bool>,
 }
 
+/// What keeps a layout and a form of weights from the same bits under every batch and layout.
+fn in_the_way(layout: ParallelLayout, weights: Option<WeightFormat>) -> Option<String> {
+    if TP_PIECES % layout.tp != 0 {
+        return Some(format!("--tp {} does not divide the {TP_PIECES} pieces of each sum", layout.tp));
+    }
+    (weights == Some(WeightFormat::Fp8(Fp8Scales::Tensor))).then(|| "one FP8 scale is for all that runs together".into())
+}
+
+/// The order of sums that [`numerics`] will find on a device with canonical sums: what devices are opened for.
+pub fn mode(asked: Option<Mode>, layout: ParallelLayout, weights: Option<WeightFormat>) -> Mode {
+    let possible = if in_the_way(layout, weights).is_none() { Mode::Reproducible } else { Mode::Fast };
+    asked.unwrap_or(possible)
+}
+
 /// The order of sums that `asked` means: reproducible unless something is in its way, which the log then says. Err: asked for, and
 /// something is in its way.
 pub fn numerics<'a>(
@@ -64,11 +78,10 @@ pub fn numerics<'a>(
     if asked == Some(Mode::Fast) {
         return Ok(Numerics::Fast);
     }
-    let in_the_way = match device.canonical() {
-        None => format!("{} has no sums in a canonical order", device.name()),
-        Some(_) if TP_PIECES % layout.tp != 0 => format!("--tp {} does not divide the {TP_PIECES} pieces of each sum", layout.tp),
-        Some(_) if weights == Some(WeightFormat::Fp8(Fp8Scales::Tensor)) => "one FP8 scale is for all that runs together".into(),
-        Some(sums) => {
+    let in_the_way = match (device.canonical(), in_the_way(layout, weights)) {
+        (None, _) => format!("{} has no sums in a canonical order", device.name()),
+        (Some(_), Some(in_the_way)) => in_the_way,
+        (Some(sums), None) => {
             // Only a backward pass asks how samples are cut.
             let blocks = BatchBlocks { samples: 1, per_replica: 1 };
             return Ok(Numerics::Reproducible(Canonical { sums, blocks, batch: None }));
@@ -262,4 +275,34 @@ fn micro_batch(device: &dyn Device, work: &[Work], pass: &Pass) -> Result<MicroB
         sequence_starts.push(tokens.len());
     }
     MicroBatch::new(device, [&tokens, &targets, &positions], &vec![0.0; tokens.len()], sequence_starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::nccl::Sums;
+    use crate::device::cpu::Cpu;
+
+    /// Devices are opened for the order of sums that scores then have: with measured algorithms, which two runs may choose differently, or
+    /// the library's sums over ranks, for fast scores only.
+    #[test]
+    fn devices_are_opened_for_the_order_of_sums() {
+        let cpu = Cpu::new();
+        let formats =
+            [None, Some(WeightFormat::Stored), Some(WeightFormat::Fp8(Fp8Scales::Rows)), Some(WeightFormat::Fp8(Fp8Scales::Tensor))];
+        let mut n_of_each = [0, 0];
+        for tp in [1, 2, 3, 4, 6, 8, 16] {
+            let layout = ParallelLayout { tp, ..ParallelLayout::SINGLE };
+            for (asked, weights) in
+                [None, Some(Mode::Fast), Some(Mode::Reproducible)].into_iter().flat_map(|asked| formats.map(|of| (asked, of)))
+            {
+                let Ok(found) = numerics(asked, &cpu, layout, weights) else { continue };
+                let is_reproducible = matches!(found, Numerics::Reproducible(_));
+                let sums = Sums::of(mode(asked, layout, weights));
+                assert_eq!(sums == Sums::Ordered, is_reproducible, "{asked:?}, tp {tp}, {weights:?}");
+                n_of_each[usize::from(is_reproducible)] += 1;
+            }
+        }
+        assert!(n_of_each.iter().all(|n| *n > 10), "{n_of_each:?}");
+    }
 }
