@@ -33,8 +33,9 @@ fn products_match_the_oracle() {
 #[test]
 fn products_are_the_sum_written_down() {
     with_cuda(|cuda| {
-        // Few rows, few tiles, many tiles: 16 x 64, 64 x 64, 128 x 64 and, with one piece, 128 x 128.
-        for (m, n, k) in [(1, 1, 1), (3, 70, 264), (16, 9, 1000), (33, 65, 250), (140, 130, 300)] {
+        // Few rows, few tiles, many tiles: 16 x 64, 64 x 64, 128 x 64 and, with one piece, 128 x 128; more tiles than one band of eight has
+        // downwards, and many side by side.
+        for (m, n, k) in [(1, 1, 1), (3, 70, 264), (16, 9, 1000), (33, 65, 250), (140, 130, 300), (1100, 3, 24), (9, 700, 24)] {
             let (a, b) = (values("a", m * k), values("b", n * k));
             let narrow = |x: &[f32]| x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect::<Vec<f32>>();
             for n_pieces in [1, 2, 4, 8] {
