@@ -29,6 +29,7 @@ __device__ __forceinline__ void produce_keys(QueryShared<D, KEYS>& shared, const
     mbarrier_arrive_expect(&shared.rows_here, sizeof shared.q + sizeof shared.dout);
     tile_load<D>(shared.q, &queries, 128, query_head(head, per_kv), first, &shared.rows_here);
     tile_load<D>(shared.dout, &douts, 128, head, first, &shared.rows_here);
+#pragma unroll 1
     for (int i = 0; i < n_blocks; i++) {
         int stage = i % STAGES, token = tile.first_token + (n_blocks - 1 - i) * KEYS;
         mbarrier_wait(&shared.free[stage], i / STAGES % 2 ^ 1);
@@ -129,7 +130,7 @@ struct Steps {
     __device__ int block(int step) const { return step % n_blocks; }
 };
 
-// One thread copies tiles; the warp after its own, lane by lane, lse and delta.
+// One thread copies tiles; the warp after its own, lane by lane, lse and delta. Unrolled, the loops would not fit into its registers.
 template <int D, int KEYS, int QUERIES>
 __device__ __forceinline__ void produce_queries(KeyShared<D, KEYS, QUERIES>& shared, const float* delta, const float* lse,
                                                 const TensorMap& keys, const TensorMap& queries, const TensorMap& douts, const Tile& tile,
@@ -140,6 +141,7 @@ __device__ __forceinline__ void produce_queries(KeyShared<D, KEYS, QUERIES>& sha
         mbarrier_arrive_expect(&shared.keys_here, sizeof shared.k + sizeof shared.v);
         tile_load<D>(shared.k, &keys, KEYS, key, first, &shared.keys_here);
         tile_load<D>(shared.v, &keys, KEYS, key + 1, first, &shared.keys_here);
+#pragma unroll 1
         for (int i = 0; i < steps.n; i++) {
             int stage = i % STAGES, head = steps.head(i), token = first + steps.block(i) * QUERIES;
             mbarrier_wait(&shared.free[stage], i / STAGES % 2 ^ 1);
@@ -148,6 +150,7 @@ __device__ __forceinline__ void produce_queries(KeyShared<D, KEYS, QUERIES>& sha
             tile_load<D>(shared.dout[stage], &douts, QUERIES, head, token, &shared.here[stage]);
         }
     } else if (threadIdx.x / 32 == 1) {
+#pragma unroll 1
         for (int i = 0; i < steps.n; i++) {
             int stage = i % STAGES, row = tile.first_row + steps.block(i) * QUERIES;
             size_t at = (size_t)steps.head(i) * n_tokens + tile.first_token + row;

@@ -62,6 +62,7 @@ __device__ __forceinline__ void produce(ForwardShared<D, CONSUMERS, KEYS>& share
     tensor_prefetch(&keys);
     mbarrier_arrive_expect(&shared.q_here, sizeof shared.q);
     tile_load<D>(shared.q, &queries, CONSUMERS * 64, query, tile.first_token + tile.first_row, &shared.q_here);
+#pragma unroll 1
     for (int i = 0; i < n_blocks; i++) {
         int stage = i % STAGES, parity = i / STAGES % 2, token = tile.first_token + (n_blocks - 1 - i) * KEYS;
         mbarrier_wait(&shared.k_free[stage], parity ^ 1);
