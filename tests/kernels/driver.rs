@@ -147,3 +147,17 @@ fn free_memory_goes_back_when_there_is_none_left() {
         [mib(32), mib(100), test(100), mib(100), test(100), test(100), test(110), mib(110), "end with 0 pieces of memory".into()];
     assert_eq!(log, expected);
 }
+
+/// A library of an older CUDA, whose declarations are others, is refused before anything is asked of it, in one line that says what to do.
+#[test]
+fn an_older_library_is_refused() {
+    if is_inside() {
+        let error = Cuda::open(0).err().expect("12.9 is too old").to_string();
+        assert!(error.contains("libcublasLt is 12.9 on this machine, 13.0 is needed") && !error.contains('\n'), "{error}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(()) = stand_ins(folder.path()) else { return };
+    let log = inside(folder.path(), "driver::an_older_library_is_refused", &[("STAND_IN_VERSION", "120900")]);
+    assert!(log.is_empty(), "{log:?}");
+}

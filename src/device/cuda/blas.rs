@@ -18,6 +18,8 @@ use std::sync::Mutex;
 
 /// What the library may use beside the operands: its recommendation for Hopper.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
+/// As `cublasLtGetVersion` counts: 13.0.0.
+const OLDEST: usize = 130_000;
 /// The largest alignment it asks about.
 const MOST_ALIGNMENT: u32 = 256;
 
@@ -98,14 +100,20 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
-/// Err when there is no cuBLASLt on this machine.
+/// Err when there is no cuBLASLt on this machine, or one that is older than the declarations that are used.
 pub fn check_present() -> Result<()> {
+    let refused =
+        |wrong: String| Err(Error::recipe(wrong).remedy("install CUDA 13 or add its lib64 to LD_LIBRARY_PATH, or run with --device cpu"));
     // SAFETY: only opens a library.
-    if unsafe { sys::is_culib_present() } {
-        return Ok(());
+    if !unsafe { sys::is_culib_present() } {
+        return refused("no CUDA matrix library: libcublasLt.so.13 was not found on this machine".into());
     }
-    let wrong = "no CUDA matrix library: libcublasLt.so.13 was not found on this machine";
-    Err(Error::recipe(wrong).remedy("install CUDA 13 or add its lib64 to LD_LIBRARY_PATH, or run with --device cpu"))
+    // SAFETY: reads a constant of the library.
+    let version = unsafe { sys::cublasLtGetVersion() };
+    if version < OLDEST {
+        return refused(format!("libcublasLt is {}.{} on this machine, 13.0 is needed", version / 10_000, version / 100 % 100));
+    }
+    Ok(())
 }
 
 impl Blas {

@@ -42,14 +42,27 @@ const HEADERS: &[(&str, &str)] = &[
 /// Bytes before a cached result: the hash of what follows, so that a torn file is not loaded.
 const SEAL_BYTES: usize = 8;
 
-/// Err when there is no NVRTC on this machine. Every call of this file's other functions needs it.
+/// Err when there is no NVRTC on this machine, or one older than 13.0. Every call of this file's other functions needs it.
 pub fn check_present() -> Result<()> {
+    let refused =
+        |wrong: String| Err(Error::recipe(wrong).remedy("install CUDA 13 or add its lib64 to LD_LIBRARY_PATH, or run with --device cpu"));
     // SAFETY: only opens a library.
-    if unsafe { sys::is_culib_present() } {
-        return Ok(());
+    if !unsafe { sys::is_culib_present() } {
+        return refused("no CUDA run-time compiler: libnvrtc.so.13 was not found on this machine".into());
     }
-    let wrong = "no CUDA run-time compiler: libnvrtc.so.13 was not found on this machine";
-    Err(Error::recipe(wrong).remedy("install CUDA 13 or add its lib64 to LD_LIBRARY_PATH, or run with --device cpu"))
+    let (major, minor) = version();
+    if major < 13 {
+        return refused(format!("libnvrtc is {major}.{minor} on this machine, 13.0 is needed"));
+    }
+    Ok(())
+}
+
+/// Major and minor; 0 when the library does not say.
+fn version() -> (c_int, c_int) {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two integers.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    (major, minor)
 }
 
 /// Machine code of a file of kernels for an architecture ("sm_90a"), from the cache or compiled now.
@@ -77,9 +90,7 @@ fn options(architecture: &str) -> [String; 2] {
 fn hash_of(source: &str, architecture: &str) -> u64 {
     let mut all = format!("{source}\0{:?}\0", options(architecture));
     HEADERS.iter().for_each(|(name, text)| all.push_str(&format!("{name}\0{text}\0")));
-    let (mut major, mut minor): (c_int, c_int) = (0, 0);
-    // SAFETY: writes two integers; 0 when it fails, which is as good a part of a hash.
-    unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    let (major, minor) = version();
     xxh3_64(format!("{all}{major}.{minor}").as_bytes())
 }
 
