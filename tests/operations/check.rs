@@ -1,7 +1,7 @@
 //! The cases that every device is held to, and how: each output against the oracle, each input against itself.
 
 use crate::cases::{self, Case, Kind, Role, Vocabulary, widened};
-use crate::oracle::{HeadCounts, U};
+use crate::oracle::{HeadCounts, Near, U};
 use trireme::device::{Activation, Device, Direction, Fp8Axis, Fp8Scales, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -60,7 +60,7 @@ pub fn canonical_gemm_cases() -> Vec<Case> {
 }
 
 /// (query heads, kv heads, head dim).
-const HEADS: [HeadCounts; 6] = [(1, 1, 8), (4, 2, 64), (6, 2, 128), (2, 1, 192), (3, 3, 40), (5, 1, 34)];
+pub const HEADS: [HeadCounts; 6] = [(1, 1, 8), (4, 2, 64), (6, 2, 128), (2, 1, 192), (3, 3, 40), (5, 1, 34)];
 
 pub fn row_cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -131,19 +131,21 @@ pub fn fp8_cases() -> Vec<Case> {
 }
 
 pub fn attention_cases() -> Vec<Case> {
+    HEADS.into_iter().flat_map(attention_cases_of).collect()
+}
+
+pub fn attention_cases_of(heads: HeadCounts) -> Vec<Case> {
     let mut cases = Vec::new();
-    for heads in HEADS {
-        for starts in [vec![0, 1], vec![0, 3, 3, 10, 11, 45], vec![0, 131], vec![0, 64, 128, 193], vec![0, 17, 290]] {
-            cases.push(cases::attention(starts.clone(), heads));
-            cases.push(cases::attention_backward(starts, heads));
-        }
-        cases.push(cases::attention(vec![0, 0], heads));
-        cases.push(cases::attention_backward(vec![0, 0], heads));
-        cases.push(cases::attention_cached(&[(0, 0, 1)], heads));
-        cases.push(cases::attention_cached(&[(0, 299, 1), (0, 5, 1), (0, 0, 9), (3, 200, 70), (0, 7, 0), (4, 256, 5)], heads));
-        let decode: Vec<_> = (0..37).map(|i| (0, 3 * i, 1)).collect();
-        cases.push(cases::attention_cached(&decode, heads));
+    for starts in [vec![0, 1], vec![0, 3, 3, 10, 11, 45], vec![0, 131], vec![0, 64, 128, 193], vec![0, 17, 290]] {
+        cases.push(cases::attention(starts.clone(), heads));
+        cases.push(cases::attention_backward(starts, heads));
     }
+    cases.push(cases::attention(vec![0, 0], heads));
+    cases.push(cases::attention_backward(vec![0, 0], heads));
+    cases.push(cases::attention_cached(&[(0, 0, 1)], heads));
+    cases.push(cases::attention_cached(&[(0, 299, 1), (0, 5, 1), (0, 0, 9), (3, 200, 70), (0, 7, 0), (4, 256, 5)], heads));
+    let decode: Vec<_> = (0..37).map(|i| (0, 3 * i, 1)).collect();
+    cases.push(cases::attention_cached(&decode, heads));
     cases
 }
 
@@ -152,8 +154,13 @@ pub fn fresh(case: &Case, dtype: DType) -> Vec<Tensor> {
     case.tensors(dtype, &|which, index| stream.normal(which << 40 | index))
 }
 
-/// Runs a case on a device and compares each output with the oracle and each input with itself.
+/// Runs a case on a device and compares each output with the oracle and each input with itself. Panics with what is off.
 pub fn check(device: &dyn Device, case: &Case, dtype: DType) {
+    worst(device, case, dtype).unwrap_or_else(|wrong| panic!("{wrong}"));
+}
+
+/// The same; the largest difference as a share of what is allowed, or in one line what is off: how many elements, the worst and the first.
+pub fn worst(device: &dyn Device, case: &Case, dtype: DType) -> Result<f64, String> {
     let round = move |v: f64| match dtype {
         DType::BF16 => f64::from(half::bf16::from_f32(v as f32).to_f32()),
         _ => f64::from(v as f32),
@@ -165,25 +172,44 @@ pub fn check(device: &dyn Device, case: &Case, dtype: DType) {
     (case.run)(device, &mut tensors);
     let tensors: Vec<Tensor> = tensors.iter().map(|x| on_host(device, x)).collect();
     let mut expected = expected.iter();
+    let mut largest = 0.0f64;
     for (at, arg) in case.args.iter().enumerate() {
         let label = format!("{} {} {dtype:?} on {}, argument {at}", case.operation, case.shape, device.name());
         let now = widened(&tensors[at]);
         if arg.role == Role::Input {
-            assert!(now == before[at], "{label}: an input was changed");
+            if now != before[at] {
+                return Err(format!("{label}: an input was changed"));
+            }
             continue;
         }
         let want = expected.next().expect("one expectation for each output");
         assert_eq!(want.len(), now.len(), "{label}");
+        let unit = if tensors[at].dtype() == DType::BF16 { U_BF16 } else { U };
+        let mut off: Vec<(usize, f64)> = Vec::new();
         for (i, (now, want)) in now.iter().zip(want).enumerate() {
-            let unit = if tensors[at].dtype() == DType::BF16 { U_BF16 } else { U };
-            // Exact outputs (a copy, a maximum, a gathered row) get no allowance but the rounding of a narrower store.
-            let exact = want.bound == 0.0 && want.value == round(want.value);
-            let allowed = if exact { 0.0 } else { want.bound + unit * (want.value.abs() + want.bound) };
+            let allowed = allowed(want, unit, &round);
             let equal = *now == want.value || (now - want.value).abs() <= allowed;
-            assert!(equal, "{label}, element {i}: {now} is not within {allowed:e} of {}", want.value);
+            let share = if *now == want.value { 0.0 } else { (now - want.value).abs() / allowed };
+            if equal {
+                largest = largest.max(share);
+            } else {
+                off.push((i, if share.is_nan() { f64::INFINITY } else { share }));
+            }
         }
+        let Some(first) = off.first() else { continue };
+        let most = off.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("one at least");
+        let told =
+            |i: usize| format!("element {i} is {} and not within {:e} of {}", now[i], allowed(&want[i], unit, &round), want[i].value);
+        return Err(format!("{label}: {} of {} are off; worst {}; first {}", off.len(), now.len(), told(most.0), told(first.0)));
     }
     assert!(expected.next().is_none());
+    Ok(largest)
+}
+
+/// Exact outputs (a copy, a maximum, a gathered row) get no allowance but the rounding of a narrower store.
+fn allowed(want: &Near, unit: f64, round: &dyn Fn(f64) -> f64) -> f64 {
+    let exact = want.bound == 0.0 && want.value == round(want.value);
+    if exact { 0.0 } else { want.bound + unit * (want.value.abs() + want.bound) }
 }
 
 /// The same elements in memory of the device.
