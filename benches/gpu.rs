@@ -5,7 +5,7 @@
 //! kernels/matmul.cu, which add in a canonical order, beside them (gemm_in_pairs, gemm_in_turn). Without a GPU it says so and ends, with
 //! exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
-//! `cargo bench --bench gpu [-- WORD]` prints a markdown table (of the operations that contain WORD).
+//! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the operations that contain one of the words, or none of them).
 
 #[allow(dead_code)]
 #[path = "../tests/operations/cases.rs"]
@@ -179,10 +179,15 @@ impl Noise {
             };
             let mut tensor = cuda.alloc(&arg.dims, dtype).unwrap_or_else(|error| panic!("{error}"));
             let given = |values: &[f64]| values.iter().map(|v| *v as u32).collect::<Vec<u32>>();
+            let repeated = |block: &[u8]| {
+                let mut bytes = block.repeat(tensor.n_bytes().div_ceil(block.len()));
+                bytes.truncate(tensor.n_bytes());
+                bytes
+            };
             let bytes: Vec<u8> = match (&arg.init, dtype) {
                 (Init::Given(values), DType::U32) => bytemuck::cast_slice(&given(values)).to_vec(),
-                (_, DType::BF16) => bytemuck::cast_slice(&self.bf16).iter().copied().cycle().take(tensor.n_bytes()).collect(),
-                _ => bytemuck::cast_slice(&self.f32).iter().copied().cycle().take(tensor.n_bytes()).collect(),
+                (_, DType::BF16) => repeated(bytemuck::cast_slice(&self.bf16)),
+                _ => repeated(bytemuck::cast_slice(&self.f32)),
             };
             cuda.upload(&bytes, &mut tensor);
             tensor
@@ -203,7 +208,10 @@ fn measure(cuda: &Cuda, case: &Case, mut tensors: Vec<Tensor>, ceiling: &mut Cei
 }
 
 fn main() {
-    let word = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    let mut words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let all_but = words.first().is_some_and(|word| word == "but");
+    words.drain(..usize::from(all_but));
+    let is_wanted = |text: &str| words.is_empty() || words.iter().any(|word| text.contains(word)) != all_but;
     let cuda = match Cuda::open(0) {
         Ok(cuda) => cuda,
         Err(error) => {
@@ -215,11 +223,15 @@ fn main() {
     println!("Device: {}. T = {T}, bf16.\n", cuda.name());
     let (mut ceiling, noise) = (Ceiling::new(&cuda), Noise::new());
     for (work, unit, scale) in [(Work::Flops, "TFLOP/s", 1e12), (Work::Bytes, "GB/s", 1e9)] {
-        println!("| model | operation | shape | {unit} | ceiling | share |\n|---|---|---|---:|---:|---:|");
+        let mut is_begun = false;
         for model in &MODELS {
             for case in if work == Work::Flops { products(model) } else { passes(model) } {
-                if !format!("{} {}", case.operation, case.shape).contains(&word) {
+                if !is_wanted(&format!("{} {}", case.operation, case.shape)) {
                     continue;
+                }
+                if !is_begun {
+                    println!("| model | operation | shape | {unit} | ceiling | share |\n|---|---|---|---:|---:|---:|");
+                    is_begun = true;
                 }
                 let mut devices = vec![(&cuda, "")];
                 if ["attention", "attention_backward"].contains(&case.operation) && cuda.has_hopper_kernels() {
@@ -237,7 +249,7 @@ fn main() {
                 }
             }
         }
-        if work == Work::Flops && "attention_backward".contains(&word) {
+        if work == Work::Flops && is_wanted("attention_backward") {
             print_peer();
         }
         println!();

@@ -12,7 +12,7 @@
 mod common;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
@@ -98,7 +98,8 @@ fn peer(device: &str, size: &Size, dtype: &str, compile: bool) -> Option<f64> {
     if let Some(outer) = std::env::var_os("TRIREME_OUTER_LIBRARY_PATH") {
         command.env("LD_LIBRARY_PATH", outer);
     }
-    let output = command.output().ok()?;
+    // What it has to say goes where ours goes: else a peer that fails would only be missing.
+    let output = command.stderr(Stdio::inherit()).output().ok()?;
     let line = String::from_utf8_lossy(&output.stdout).lines().last()?.to_string();
     serde_json::from_str::<serde_json::Value>(&line).ok()?.get("tokens_per_s")?.as_f64()
 }
@@ -107,16 +108,22 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let is_wanted = |word: &str, all: &[&str]| !wanted.iter().any(|w| all.contains(&w.as_str())) || wanted.iter().any(|w| w == word);
     let on_gpu = wanted.iter().any(|word| word == "cuda");
-    let (device, name): (Box<dyn Device>, _) = match on_gpu.then(|| Cuda::open(0)) {
-        None => (Box::new(Cpu::new()), "cpu"),
-        Some(Ok(cuda)) => (Box::new(cuda), "cuda"),
-        Some(Err(error)) => {
-            println!("not run: {error}");
-            std::process::exit(2);
+    let name = if on_gpu { "cuda" } else { "cpu" };
+    // Anew for each measurement, so that the memory it keeps is there for the peer.
+    let open = || -> Box<dyn Device> {
+        if !on_gpu {
+            return Box::new(Cpu::new());
+        }
+        match Cuda::open(0) {
+            Ok(cuda) => Box::new(cuda),
+            Err(error) => {
+                println!("not run: {error}");
+                std::process::exit(2);
+            }
         }
     };
     let linear = if wanted.iter().any(|word| word == "fp8") { Linear::Fp8 } else { Linear::Stored };
-    println!("{}\n", device.name());
+    println!("{}\n", open().name());
     println!("| model | storage | tokens/s | share of GEMM ceiling | PyTorch eager | compiled | ours / best |");
     println!("|---|---|---|---|---|---|---|");
     for size in if on_gpu { &CUDA_SIZES } else { &CPU_SIZES } {
@@ -126,7 +133,8 @@ fn main() {
                 continue;
             }
             let eager = peer(name, size, dtype, false);
-            let (tokens_per_s, share) = ours(&*device, size, (precision, linear));
+            let (tokens_per_s, share) = ours(&*open(), size, (precision, linear));
+            eprintln!("{} {dtype}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling; PyTorch compiles", size.name);
             let compiled = peer(name, size, dtype, true);
             let text = |rate: Option<f64>| rate.map_or("not run".into(), |rate| format!("{rate:.0}"));
             let best = eager.unwrap_or(0.0).max(compiled.unwrap_or(0.0));
