@@ -2,10 +2,11 @@
 # Everything to run Trireme in one folder and one archive: the programs, the MPI with its plugins, HDF5 and all other libraries but
 # the C library. Runs where nothing is installed, on any x86-64 Linux with glibc 2.36 or newer (Debian 12, Ubuntu 23.04, RHEL 10).
 #
-#   bash slurm/bundle.sh [--tests] [FOLDER]      makes FOLDER (target/bundle/trireme) and FOLDER.tar.xz
+#   bash slurm/bundle.sh [--gpu] [FOLDER]        makes FOLDER (target/bundle/trireme) and FOLDER.tar.xz
 #   tar -xf trireme.tar.xz; trireme/bin/trireme-pretrain --help; trireme/bin/mpirun -n 2 trireme/bin/trireme-pretrain ..
 #
-# --tests adds the test programs and benches (bin/test/NAME, bin/bench/NAME), for a machine with a GPU and without a compiler; tests/gpu.sh runs them.
+# --gpu: what tests/gpu.sh runs on a machine with a GPU and without a compiler, and no more, for the archive travels: the programs that
+# train and generate, the test of the CUDA device and its benches (bin/test/NAME, bin/bench/NAME).
 # On a cluster with an interconnect of its own the MPI of that cluster is faster: build there instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,12 +16,12 @@ case ":$PATH:" in *":$HOME/.cargo/bin:"*) ;; *) export PATH=$PATH:$HOME/.cargo/b
 
 die() { echo "bundle: $1" >&2; exit "${2:-1}"; }
 
-with_tests=0 out=target/bundle/trireme
+with_gpu=0 out=target/bundle/trireme
 for word in "$@"; do
   case $word in
-    --tests) with_tests=1 ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    -*) die "unknown option $word (there is --tests)" 2 ;;
+    --gpu) with_gpu=1 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) die "unknown option $word (there is --gpu)" 2 ;;
     *) out=$word ;;
   esac
 done
@@ -29,14 +30,16 @@ if [ -e "$out" ] && [ ! -e "$out/bin/trireme-pretrain" ]; then
 fi
 for tool in ldd strip xz tar; do command -v $tool >/dev/null || die "$tool is missing: bash slurm/install.sh"; done
 
-cargo build --release --bins --quiet
+programs=(--bins)
 tests=() # "test/NAME FILE", "bench/NAME FILE"
-if [ $with_tests = 1 ]; then
-  # The library's own tests count as a test called trireme.
-  built() { sed -n 's/.*"kind":\["\('"$1"'\)"\].*"executable":"\([^"]*\)-[0-9a-f]*".*/\2 &/p' | sed -n 's/^[^ ]*\/\([^ /]*\) .*"executable":"\([^"]*\)".*/\1 \2/p' | sort -u; }
-  while IFS= read -r line; do tests+=("test/$line"); done < <(cargo test --release --no-run --message-format=json --quiet | built 'test\|lib')
-  while IFS= read -r line; do tests+=("bench/$line"); done < <(cargo bench --no-run --message-format=json --quiet | built bench)
+if [ $with_gpu = 1 ]; then
+  programs=(--bin trireme-pretrain --bin trireme-generate --bin trireme-tokenize --bin trireme-train-tokenizer)
+  built() { sed -n 's/.*"kind":\["'"$1"'"\].*"executable":"\([^"]*\)-[0-9a-f]*".*/\1 &/p' | sed -n 's/^[^ ]*\/\([^ /]*\) .*"executable":"\([^"]*\)".*/\1 \2/p' | sort -u; }
+  while IFS= read -r line; do tests+=("test/$line"); done < <(cargo test --release --test gpu --no-run --message-format=json --quiet | built test)
+  while IFS= read -r line; do tests+=("bench/$line"); done < <(cargo bench --bench gpu --bench decode --bench train_step --no-run --message-format=json --quiet | built bench)
+  [ ${#tests[@]} = 4 ] || die "the test and the three benches of the GPU did not build"
 fi
+cargo build --release "${programs[@]}" --quiet
 
 new=$out.new
 rm -rf "$new"
@@ -61,6 +64,7 @@ program() { # FILE PATH
 
 objects=()
 for path in target/release/trireme-*; do
+  if [ $with_gpu = 1 ] && [[ " ${programs[*]} " != *" $(basename "$path") "* ]]; then continue; fi
   if [ -x "$path" ] && [ -f "$path" ]; then program "$path" "$(basename "$path")"; fi
 done
 for line in ${tests[@]+"${tests[@]}"}; do program "${line#* }" "${line%% *}"; done
