@@ -61,7 +61,7 @@ part() { # NAME LIMIT_S: the function of that name
   end_session
   names+=("$name") outcomes+=("$(outcome_of "$code" "$limit")") seconds+=($((SECONDS - started)))
 }
-session=$repository/target/gpu/session
+session=$repository/target/gpu/session.$$
 end_session() { if [ -e "$session" ]; then pkill -KILL -s "$(cat "$session")"; rm -f "$session"; fi; }
 trap 'end_session; exit 130' INT TERM
 
@@ -69,7 +69,9 @@ trap 'end_session; exit 130' INT TERM
 step() { # NAME LIMIT_S LINES COMMAND..
   local name=$1 limit=$2 lines=$3 started=$SECONDS code=0
   shift 3
+  touch "$work/$name.begun"
   timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1 </dev/null || code=$?
+  rm -f "$work/$name.begun"
   printf '%-60s %-12s %3d s\n' "$name" "$(outcome_of $code "$limit")" $((SECONDS - started))
   if [ $code != 0 ] && [ $code != 77 ] && [ "$lines" -lt 12 ]; then lines=12; fi
   if [ "$lines" != 0 ]; then tail -n "$lines" "$work/$name.log" | cut -c1-600 | sed 's/^/    /'; fi
@@ -80,8 +82,18 @@ begin() { # PART: an empty folder for its logs
   rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 1
   export work
 }
-all_logs() { # FILE: all logs of a part in one, however it ends
-  trap 'for log in "$work"/*.log; do printf "\n=== %s\n" "$(basename "$log" .log)"; cat "$log"; done >"$out/'"$1"'"; [ ! -e "$work/failed" ]; exit' EXIT
+all_logs() { # FILE: all logs of a part in one, however it ends; what was not through, with its last line
+  # shellcheck disable=SC2064
+  trap "end_logs '$1'" EXIT
+}
+end_logs() {
+  local log
+  for log in "$work"/*.log; do printf '\n=== %s\n' "$(basename "$log" .log)"; cat "$log"; done >"$out/$1"
+  for log in "$work"/*.begun; do
+    if [ -e "$log" ]; then printf '%-60s not through: %s\n' "$(basename "$log" .begun)" "$(tail -n 1 "${log%.begun}.log" | cut -c1-300)"; fi
+  done
+  test ! -e "$work/failed"
+  exit $?
 }
 
 # The device first: without it the others would each say the same. Then the simplest first, four at a time.
@@ -118,9 +130,11 @@ import json, os, sys
 for run in sys.argv[1:3]:
     if not os.path.exists(run + "/metrics.jsonl"):
         sys.exit(f"{run} has no metrics")
-a, b = ([json.loads(line)["loss"] for line in open(run + "/metrics.jsonl")] for run in sys.argv[1:3])
+# A line is of a step or, where a job begins, of the job.
+steps = lambda run: [row["loss"] for row in map(json.loads, open(run + "/metrics.jsonl")) if "step" in row]
+a, b = map(steps, sys.argv[1:3])
 worst = max((abs(x - y) / x for x, y in zip(a, b)), default=float("inf"))
-print(f"{len(a)} and {len(b)} steps, losses {a[0]:.4f} .. {a[-1]:.4f}, apart by {worst:.1e} at most, allowed {sys.argv[3]}")
+print(f"{len(a)} and {len(b)} steps, losses {a[:1]} .. {a[-1:]}, apart by {worst:.1e} at most, allowed {sys.argv[3]}")
 sys.exit(not (len(a) == len(b) > 0 and worst <= float(sys.argv[3])))
 PYTHON
 }
@@ -193,7 +207,7 @@ train() {
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee "$out/machine.log" ||
   { echo "no nvidia-smi: is this a machine with an NVIDIA GPU?" >&2; exit 2; }
-export -f outcome_of step begin all_logs one_test tests sanitized sanitizer compare tokens same_tokens runs operations decode train
+export -f outcome_of step begin all_logs end_logs one_test tests sanitized sanitizer compare tokens same_tokens runs operations decode train
 export bin repository out
 for name in $wanted; do
   case $name in
