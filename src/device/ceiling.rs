@@ -21,6 +21,8 @@ const SIDE: usize = 1536;
 const PRODUCT_S: f64 = 0.002;
 /// Most side of the product.
 const MOST_SIDE: usize = 12_288;
+/// Random numbers, which are repeated: to make as many as a GPU's matrix has would take a host longer than all else here.
+const NOISE: usize = (1 << 22) - 3;
 /// Elements of the copy: far more than any cache.
 const COPY_ELEMENTS: usize = 1 << 25;
 /// Time for each of the two.
@@ -61,7 +63,9 @@ pub fn read_bytes_per_s(device: &dyn Device) -> f64 {
 fn product_s(device: &dyn Device, dtype: DType, side: usize) -> f64 {
     let alloc = |dtype| device.alloc(&[side, side], dtype).unwrap_or_else(|error| panic!("{error}"));
     let noise = Random::new(1, "ceiling");
-    let values: Vec<f32> = (0..(side * side) as u64).map(|i| noise.uniform(i) as f32 - 0.5).collect();
+    let block: Vec<f32> = (0..NOISE.min(side * side) as u64).map(|i| noise.uniform(i) as f32 - 0.5).collect();
+    let mut values = block.repeat((side * side).div_ceil(block.len()));
+    values.truncate(side * side);
     let mut wide = alloc(DType::F32);
     device.upload(bytemuck::cast_slice(&values), &mut wide);
     let (mut a, mut b, mut out) = (alloc(dtype), alloc(dtype), alloc(dtype));
