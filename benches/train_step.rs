@@ -55,8 +55,9 @@ fn recipe(size: &Size, (precision, linear): (Precision, Linear), shards: &Path) 
     recipe
 }
 
-/// Median tokens/s and share of the ceiling over the steps after the first two.
-fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64, f64) {
+/// Median tokens/s, share of the ceiling, and utilization of what the GPU's maker states where that is known, over the steps after the
+/// first two.
+fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64, f64, Option<f64>) {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shards = dir.path().join("shards");
     common::write_megatron(&shards, "train", &common::counting_documents(600 * size.seq_len / 512, size.model[6] as u32, 1));
@@ -81,7 +82,8 @@ fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64,
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
-    (median(&|row| row.tokens_per_s), median(&|row| row.share_of_gemm_ceiling))
+    let mfu = rows[0].mfu.map(|_| median(&|row| row.mfu.unwrap_or(0.0)));
+    (median(&|row| row.tokens_per_s), median(&|row| row.share_of_gemm_ceiling), mfu)
 }
 
 /// The peer's tokens/s, eager and compiled, or None without a Python that has PyTorch.
@@ -124,8 +126,8 @@ fn main() {
     };
     let linear = if wanted.iter().any(|word| word == "fp8") { Linear::Fp8 } else { Linear::Stored };
     println!("{}\n", open().name());
-    println!("| model | storage | tokens/s | share of GEMM ceiling | PyTorch eager | compiled | ours / best |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("| model | storage | tokens/s | share of GEMM ceiling | MFU | PyTorch eager | compiled | ours / best |");
+    println!("|---|---|---|---|---|---|---|---|");
     for size in if on_gpu { &CUDA_SIZES } else { &CPU_SIZES } {
         for (dtype, precision) in [("f32", Precision::F32), ("bf16", Precision::Bf16)] {
             let is_left_out = on_gpu && precision == Precision::F32;
@@ -133,7 +135,7 @@ fn main() {
                 continue;
             }
             let eager = peer(name, size, dtype, false);
-            let (tokens_per_s, share) = ours(&*open(), size, (precision, linear));
+            let (tokens_per_s, share, mfu) = ours(&*open(), size, (precision, linear));
             eprintln!("{} {dtype}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling; PyTorch compiles", size.name);
             let compiled = peer(name, size, dtype, true);
             let text = |rate: Option<f64>| rate.map_or("not run".into(), |rate| format!("{rate:.0}"));
@@ -141,7 +143,9 @@ fn main() {
             let ratio = if best > 0.0 { format!("{:.2}", tokens_per_s / best) } else { "-".into() };
             let (model, share) = (size.name, 100.0 * share);
             let dtype = if linear == Linear::Fp8 { format!("{dtype}, products in E4M3") } else { dtype.into() };
-            println!("| {model} | {dtype} | {tokens_per_s:.0} | {share:.0} % | {} | {} | {ratio} |", text(eager), text(compiled));
+            let mfu = mfu.map_or("-".into(), |mfu| format!("{:.1} %", 100.0 * mfu));
+            let (eager, compiled) = (text(eager), text(compiled));
+            println!("| {model} | {dtype} | {tokens_per_s:.0} | {share:.0} % | {mfu} | {eager} | {compiled} | {ratio} |");
         }
     }
 }
