@@ -45,11 +45,12 @@ fn most(x: &Matrix, starts: &[usize]) -> Vec<f64> {
     starts.windows(2).flat_map(of).collect()
 }
 
-/// Rows of sizes from 2^-20 to 2^20 and elements of all sizes among them: one scale for all rows would lose most of them.
+/// Rows of sizes from 2^-20 to 2^20 and elements of 2^29 sizes in each: one scale for all rows, or for a rank's part of a row, would round
+/// most of them to other numbers.
 fn uneven(name: &str, rows: usize, columns: usize) -> Matrix {
     let noise = Matrix::random(name, rows, columns, 1.0);
     Matrix::from_fn(rows, columns, |row, column| {
-        let size = 2f64.powi((11 * row % 41) as i32 - 20 - (5 * column % 9) as i32);
+        let size = 2f64.powi((11 * row % 41) as i32 - 20 - (13 * column % 29) as i32);
         f64::from((noise.at(row, column) * size) as f32)
     })
 }
@@ -324,6 +325,14 @@ fn what_cannot_be_is_refused() {
     let error = common::train(&narrow, &dir.path().join("narrow"), None).unwrap_err().to_string();
     let all = ["layers.0.mlp.up.weight has 24 x 32", "no multiples of 16", "numerics.linear = \"stored\""];
     assert!(all.iter().all(|part| error.contains(part)), "{error}");
+    // One dim is as bad as the other.
+    for (rows, columns) in [(32, 24), (24, 32)] {
+        let refused = on_ranks(DIVISIONS[0], |rank| {
+            let mut param = rank.param("w", &Matrix::from_fn(rows, columns, |_, _| 1.0), Split::Columns);
+            param.train_in_fp8(rank.ctx.device, Fp8Scales::Rows).unwrap_err().to_string()
+        });
+        assert!(refused[0].contains(&format!("w has {rows} x {columns}")), "{refused:?}");
+    }
     let mut begun = recipe(dir.path());
     let out = dir.path().join("begun");
     common::train(&begun, &out, Some(1)).unwrap();
