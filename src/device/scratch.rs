@@ -3,44 +3,16 @@
 
 use super::Device;
 use crate::tensor::{DType, Shape, Tensor};
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 
-type Shelf = Mutex<HashMap<(Shape, DType), Vec<Tensor>, BuildHasherDefault<Mixed>>>;
-
-/// A hash of a few small numbers of our own, hundreds of times a decode step.
-#[derive(Default)]
-struct Mixed(u64);
-
-impl Hasher for Mixed {
-    fn finish(&self) -> u64 {
-        self.0.rotate_left(32)
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for bytes in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..bytes.len()].copy_from_slice(bytes);
-            self.write_u64(u64::from_le_bytes(word));
-        }
-    }
-    fn write_u64(&mut self, x: u64) {
-        // An odd factor with bits everywhere, 2^64 over the golden ratio: what was mixed is in the high bits, so they are turned down.
-        self.0 = (self.0.rotate_left(32) ^ x).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-    fn write_usize(&mut self, x: usize) {
-        self.write_u64(x as u64);
-    }
-    fn write_isize(&mut self, x: isize) {
-        self.write_u64(x as u64);
-    }
-}
+/// What lies ready of each shape and type. They are few, and looking through them takes less time than a hash.
+type Shelves = Mutex<Vec<((Shape, DType), Vec<Tensor>)>>;
 
 /// The pool. Cheap to clone; clones share the memory.
 #[derive(Clone, Default)]
 pub struct Scratch {
-    shelf: Arc<Shelf>,
+    shelves: Arc<Shelves>,
     rows: Rows,
 }
 
@@ -70,9 +42,15 @@ impl Scratch {
     pub fn take(&self, device: &dyn Device, shape: &[usize], dtype: DType) -> ScratchTensor {
         let n_rows = if self.rows == Rows::Rounded { shape[0].next_power_of_two() } else { shape[0] };
         let key = (Shape::new(shape).with_rows(n_rows), dtype);
-        let kept = self.shelf.lock().expect("no panic while holding the shelf").get_mut(&key).and_then(Vec::pop);
+        let mut shelves = self.shelves.lock().expect("no panic while holding the shelves");
+        let shelf = shelves.iter().position(|(of, _)| *of == key).unwrap_or_else(|| {
+            shelves.push((key, Vec::new()));
+            shelves.len() - 1
+        });
+        let kept = shelves[shelf].1.pop();
+        drop(shelves);
         let tensor = kept.unwrap_or_else(|| device.alloc(key.0.dims(), dtype).unwrap_or_else(|error| panic!("{error}")));
-        ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf: Arc::clone(&self.shelf) }
+        ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf, shelves: Arc::clone(&self.shelves) }
     }
 }
 
@@ -81,7 +59,9 @@ pub struct ScratchTensor {
     tensor: Option<Tensor>,
     /// Rows that its memory was taken for.
     n_rows: usize,
-    shelf: Arc<Shelf>,
+    /// Which of them is its own.
+    shelf: usize,
+    shelves: Arc<Shelves>,
 }
 
 impl Deref for ScratchTensor {
@@ -99,9 +79,8 @@ impl DerefMut for ScratchTensor {
 
 impl Drop for ScratchTensor {
     fn drop(&mut self) {
-        if let (Some(tensor), Ok(mut shelf)) = (self.tensor.take(), self.shelf.lock()) {
-            let tensor = tensor.with_rows(self.n_rows);
-            shelf.entry((tensor.shape(), tensor.dtype())).or_default().push(tensor);
+        if let (Some(tensor), Ok(mut shelves)) = (self.tensor.take(), self.shelves.lock()) {
+            shelves[self.shelf].1.push(tensor.with_rows(self.n_rows));
         }
     }
 }

@@ -9,6 +9,8 @@
 
 use crate::device::Draw;
 use crate::device::cpu::exponentials::{self, BINS};
+use crate::device::cpu::for_tasks;
+use std::sync::OnceLock;
 
 /// How to sample.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -74,7 +76,7 @@ pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
     let how = drawing.sampling;
     let penalised = (how.repetition_penalty != 1.0).then(|| penalise(logits, drawing));
     let (scores, top_score) = penalised.as_deref().map_or((logits, top), |scores| (scores, largest(scores)));
-    let sum = || exponentials::sum(exponentials::isa(), logits, f64::from(top));
+    let sum = || total_weight(logits, f64::from(top));
     let (token, sum) = if how.temperature == 0.0 {
         (first_of(scores, top_score), sum())
     } else {
@@ -98,7 +100,7 @@ fn largest(logits: &[f32]) -> f32 {
 
 /// Where this value stands first; 0 when it is nowhere, among numbers that are none.
 fn first_of(scores: &[f32], value: f32) -> usize {
-    scores.iter().position(|&score| score == value).unwrap_or(0)
+    exponentials::first_of(exponentials::isa(), scores, value)
 }
 
 /// The logits after the repetition penalty; however often a token stands there, it counts once.
@@ -111,8 +113,20 @@ fn penalise(logits: &[f32], drawing: &Drawing) -> Vec<f32> {
     scores
 }
 
-/// Elements that are weighed together.
+/// Elements that are weighed together: the weights of a row are summed in blocks, added in order.
 const BLOCK: usize = 1024;
+/// An exponential takes as long as so many simple operations.
+const WEIGHING: usize = 16;
+
+/// The sum of exp(logit - top): the total of `Descending` with temperature 1.
+fn total_weight(logits: &[f32], top: f64) -> f64 {
+    let sums: Vec<OnceLock<f64>> = logits.chunks(BLOCK).map(|_| OnceLock::new()).collect();
+    for_tasks(sums.len(), WEIGHING * logits.len(), |i| {
+        let block = &logits[i * BLOCK..((i + 1) * BLOCK).min(logits.len())];
+        sums[i].get_or_init(|| exponentials::sum(exponentials::isa(), block, top));
+    });
+    sums.into_iter().map(|sum| sum.into_inner().expect("each was summed")).sum()
+}
 
 /// The tokens of a row, most likely first: by bins, and inside of a bin by sorting the few that are in it. How much comes before a bin is
 /// known without looking at its tokens.
@@ -158,19 +172,18 @@ struct Walked {
 
 impl<'a> Descending<'a> {
     fn new(logits: &'a [f32], top: f64, temperature: f64) -> Descending<'a> {
-        let (mut weights, mut sums, isa) = ([0.0; BLOCK], [0.0; exponentials::LANES], exponentials::isa());
+        let (mut weights, mut total, isa) = ([0.0; BLOCK], 0.0, exponentials::isa());
         let mut bins = vec![0; logits.len()];
         let (mut counts, mut masses) = (vec![0; BINS], vec![0.0; BINS]);
         for (logits, bins) in logits.chunks(BLOCK).zip(bins.chunks_mut(BLOCK)) {
             let weights = &mut weights[..logits.len()];
-            exponentials::weigh(isa, logits, top, temperature, weights, bins, &mut sums);
+            total += exponentials::weigh(isa, logits, top, temperature, weights, bins);
             for (weight, bin) in weights.iter().zip(bins) {
                 counts[usize::from(*bin)] += 1;
                 masses[usize::from(*bin)] += weight;
             }
         }
-        let (total, sorted) = (sums.iter().sum(), (BINS, Vec::new()));
-        Descending { logits, top, temperature, bins, counts, masses, total, sorted }
+        Descending { logits, top, temperature, bins, counts, masses, total, sorted: (BINS, Vec::new()) }
     }
 
     /// The tokens of a bin with their weights, in order.
@@ -181,8 +194,7 @@ impl<'a> Descending<'a> {
             tokens.sort_unstable_by_key(|token| key(self.logits[*token as usize], *token));
             let logits: Vec<f32> = tokens.iter().map(|token| self.logits[*token as usize]).collect();
             let (mut weights, mut bins) = (vec![0.0; logits.len()], vec![0; logits.len()]);
-            let sums = &mut [0.0; exponentials::LANES];
-            exponentials::weigh(exponentials::isa(), &logits, self.top, self.temperature, &mut weights, &mut bins, sums);
+            exponentials::weigh(exponentials::isa(), &logits, self.top, self.temperature, &mut weights, &mut bins);
             self.sorted = (bin, tokens.into_iter().zip(weights).collect());
         }
         &self.sorted.1

@@ -66,22 +66,24 @@ fn weighed(logit: f32, top: f64, temperature: f64) -> (f64, u16) {
 }
 
 kernel! {
-    /// weights = exp((logit - top) / temperature), bins = the bins of (top - logit) / temperature; all of one length. sums += the weights,
-    /// the i-th to the i-th sum in turn: what `sum` gives when the temperature is 1.
-    pub fn weigh over V [] (logits: &[f32], top: f64, temperature: f64, weights: &mut [f64], bins: &mut [u16], sums: &mut [f64; LANES]) {
+    /// weights = exp((logit - top) / temperature), bins = the bins of (top - logit) / temperature; all of one length. Returns the sum of
+    /// the weights, what `sum` gives when the temperature is 1.
+    pub fn weigh over V [] (logits: &[f32], top: f64, temperature: f64, weights: &mut [f64], bins: &mut [u16]) -> f64 {
+        let mut sums = [0.0; LANES];
         let (blocks, rest) = logits.as_chunks::<LANES>();
         let (weights, last_weights) = weights.as_chunks_mut::<LANES>();
         let (bins, last_bins) = bins.as_chunks_mut::<LANES>();
         for ((logits, weights), bins) in blocks.iter().zip(weights).zip(bins) {
-            for (((logit, weight), bin), sum) in logits.iter().zip(weights).zip(bins).zip(&mut *sums) {
+            for (((logit, weight), bin), sum) in logits.iter().zip(weights).zip(bins).zip(&mut sums) {
                 (*weight, *bin) = weighed(*logit, top, temperature);
                 *sum += *weight;
             }
         }
-        for (((logit, weight), bin), sum) in rest.iter().zip(last_weights).zip(last_bins).zip(sums) {
+        for (((logit, weight), bin), sum) in rest.iter().zip(last_weights).zip(last_bins).zip(&mut sums) {
             (*weight, *bin) = weighed(*logit, top, temperature);
             *sum += *weight;
         }
+        sums.iter().sum()
     }
 }
 
@@ -111,6 +113,19 @@ kernel! {
                 places.extend((0..bins.len()).filter(|i| bins[*i] == bin).map(|i| (64 * block + i) as u32));
             }
         }
+    }
+}
+
+kernel! {
+    /// Where this number stands first; 0 when it is nowhere.
+    pub fn first_of over V [] (logits: &[f32], number: f32) -> usize {
+        for (block, logits) in logits.chunks(64).enumerate() {
+            // Most blocks do not have it: one comparison of all of it says so.
+            if logits.iter().map(|logit| u32::from(*logit == number)).sum::<u32>() > 0 {
+                return 64 * block + logits.iter().position(|logit| *logit == number).unwrap_or(0);
+            }
+        }
+        0
     }
 }
 
@@ -148,8 +163,8 @@ mod tests {
     fn exponentials_are_accurate_and_the_same_everywhere() {
         let logits: Vec<f32> = (0..100_003).map(|i| -(i as f32) * 0.0071).chain([-1e30, f32::NEG_INFINITY, f32::NAN]).collect();
         let weighed = |isa: Isa, temperature: f64| {
-            let (mut weights, mut bins, mut sums) = (vec![0.0; logits.len()], vec![0; logits.len()], [0.0; LANES]);
-            weigh(isa, &logits, 0.0, temperature, &mut weights, &mut bins, &mut sums);
+            let (mut weights, mut bins) = (vec![0.0; logits.len()], vec![0; logits.len()]);
+            weigh(isa, &logits, 0.0, temperature, &mut weights, &mut bins);
             let places = |bin: u16| -> Vec<u32> { (0..bins.len() as u32).filter(|i| bins[*i as usize] == bin).collect() };
             for bin in [0, 1, 777, BINS as u16 - 1] {
                 let mut found = Vec::new();
@@ -174,10 +189,16 @@ mod tests {
                 let (others, other_bins) = weighed(isa, temperature);
                 assert!(bits(&others[..finite.len()]) == bits(&weights[..finite.len()]) && other_bins == bins, "{isa:?}");
                 assert_eq!(sum(isa, finite, 0.0).to_bits(), sum(Isa::Portable, finite, 0.0).to_bits(), "{isa:?}");
-                let (mut weights, mut bins, mut sums) = (vec![0.0; finite.len()], vec![0; finite.len()], [0.0; LANES]);
-                weigh(isa, finite, 0.0, 1.0, &mut weights, &mut bins, &mut sums);
-                assert_eq!(sums.iter().sum::<f64>().to_bits(), sum(isa, finite, 0.0).to_bits(), "{isa:?}");
+                let (mut weights, mut bins) = (vec![0.0; finite.len()], vec![0; finite.len()]);
+                let total = weigh(isa, finite, 0.0, 1.0, &mut weights, &mut bins);
+                assert_eq!(total.to_bits(), sum(isa, finite, 0.0).to_bits(), "{isa:?}");
                 assert_eq!(largest(isa, &logits), 0.0);
+                // The first of all, behind others, the last, and of none.
+                for place in [0, 1, 63, 64, 700, finite.len() - 1] {
+                    let first = finite.iter().position(|logit| *logit == finite[place]);
+                    assert_eq!(Some(first_of(isa, &logits, finite[place])), first, "{isa:?}");
+                }
+                assert_eq!((first_of(isa, &logits, 1.0), first_of(isa, &[], 1.0)), (0, 0), "{isa:?}");
             }
         }
     }

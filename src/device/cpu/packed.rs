@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
 use int8::RowScales;
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::sync::{Arc, RwLock};
 use team::Reads;
 use tiles::{Job, Out, Scales};
@@ -139,19 +139,19 @@ impl Stream {
     }
 }
 
-/// Which weight came after which when it last passed: in a decode step the same as in the step before.
+/// The weights in the order in which they last passed: in a decode step the same as in the step before, so what passed longest ago
+/// comes next.
 #[derive(Default)]
-pub struct Passing {
-    last: usize,
-    after: HashMap<usize, Stream>,
-}
+pub struct Passing(VecDeque<Stream>);
 
 impl Passing {
-    /// What came after this one, which passes now.
-    fn next_after(&mut self, now: Stream) -> Option<Stream> {
-        self.after.insert(self.last, now);
-        self.last = now.at;
-        self.after.get(&now.at).copied()
+    /// What comes after this one, which passes now, the next first. What stood before it has not come again.
+    fn next_after(&mut self, now: Stream) -> impl Iterator<Item = Stream> {
+        if let Some(place) = self.0.iter().position(|stream| stream.at == now.at) {
+            self.0.drain(..=place);
+        }
+        self.0.push_back(now);
+        self.0.iter().take(self.0.len() - 1).copied()
     }
 }
 
@@ -171,11 +171,9 @@ impl PackedProducts for Cpu {
         assert_eq!(sizes.n_elements(), weight.n_rows(), "sizes of the rows of {weight:?} to {sizes:?}");
         let (n, k, sizes) = (weight.n_rows(), weight.row_len(), Shared::new(sizes.f32_mut()));
         for_rows(n, k, |rows| {
-            let mut wide = self.pool.take(k);
             // SAFETY: the ranges are disjoint.
             for (size, row) in unsafe { sizes.part(rows.clone()) }.iter_mut().zip(rows) {
-                float!(weight.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(weight)[row * k..][..k]));
-                *size = int8::size(self.isa, &wide);
+                *size = float!(weight.dtype(), E => int8::size(self.isa, &elements::<E>(weight)[row * k..][..k]));
             }
         });
     }
@@ -192,10 +190,9 @@ impl PackedProducts for Cpu {
         for_tasks(n.div_ceil(LANES), n * k, |panel| {
             // SAFETY: each panel is packed by one task.
             let to = unsafe { to.part(panel * size..(panel + 1) * size) };
-            let mut wide = self.pool.take(k);
             for (row, scale) in scales.iter().enumerate().take((panel + 1) * LANES).skip(panel * LANES) {
-                float!(weight.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(weight)[row * k..][..k]));
-                int8::set_lane(self.isa, to, row % LANES, &wide, *scale, &order);
+                let lane = row % LANES;
+                float!(weight.dtype(), E => int8::set_lane(self.isa, to, lane, &elements::<E>(weight)[row * k..][..k], *scale, &order));
             }
         });
         Ok(PackedWeight { form, n_rows: n, row_len: k, n_pieces, words, scale: Some(scale) })
@@ -216,25 +213,25 @@ impl PackedProducts for Cpu {
         let order = self.order(word, k, weight.n_pieces);
         let (words, rows) = (order.words(), tiles::rows_of_tile(self.isa, m));
         let n_row_panels = m.div_ceil(rows);
-        let mut packed = self.pool.take(n_row_panels * rows * words);
-        let mut scales = self.pool.take(if word == Word::Bytes { 2 * n_row_panels * rows * weight.n_pieces } else { 0 });
-        let half = scales.len() / 2;
-        let (row_scales, begin) = scales.split_at_mut(half);
-        match word {
-            Word::Bytes => self.pack_bytes((&mut packed, row_scales, begin), (x, rows), &order),
-            Word::Single | Word::Pair => float!(x.dtype(), E => self.pack_floats::<E>(&mut packed, (x, rows), &order)),
-        }
+        let (len, n_scales) = (n_row_panels * rows * words, if word == Word::Bytes { n_row_panels * rows * weight.n_pieces } else { 0 });
+        let mut memory = self.pool.take(len + 2 * n_scales);
+        let (packed, scales) = memory.split_at_mut(len);
+        let (row_scales, begin) = scales.split_at_mut(n_scales);
+        float!(x.dtype(), E => match word {
+            Word::Bytes => self.pack_bytes::<E>((packed, row_scales, begin), (x, rows), &order),
+            Word::Single | Word::Pair => self.pack_floats::<E>(packed, (x, rows), &order),
+        });
         let scales = weight.scale.as_ref().map(|scale| Scales { weight: scale.f32(), rows: row_scales, begin });
         let out = match out.dtype() {
             DType::F32 => Out::Single(Shared::new(out.f32_mut())),
             _ => Out::Half(Shared::new(elements_mut(out))),
         };
-        let job = Job { word, x: &packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
+        let job = Job { word, x: packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
         let n_panels = n.div_ceil(LANES);
         let stream = Stream { at: weight.words.f32().as_ptr() as usize, n_panels, panel_bytes: words * LANES * size_of::<f32>() };
         if streams(m) {
-            let next = self.passing.lock().expect("no panic under the lock").next_after(stream);
-            next.into_iter().for_each(|next| team::read_next(next.reads(m)));
+            let mut passing = self.passing.lock().expect("no panic under the lock");
+            team::read_next(passing.next_after(stream).map(|next| next.reads(m)));
         }
         let (unit, n_units) = stream.units(m);
         let n_tasks = stream.n_tasks(m);
@@ -302,8 +299,9 @@ impl Cpu {
     }
 
     /// Rows of x, so many a panel, as integers: (words, scales, what sums begin with). Rows past the last one have all 0.
-    fn pack_bytes(&self, to: (&mut [f32], &mut [f32], &mut [f32]), (x, width): (&Tensor, usize), order: &Order) {
+    fn pack_bytes<E: Element>(&self, to: (&mut [f32], &mut [f32], &mut [f32]), (x, width): (&Tensor, usize), order: &Order) {
         let (m, k, n_words, n_scales) = (x.n_rows(), x.row_len(), order.words(), width * order.n_runs.len());
+        let x = elements::<E>(x);
         let (words, scales, begin) = (Shared::new(to.0), Shared::new(to.1), Shared::new(to.2));
         for_tasks(m.div_ceil(width), m * k, |panel| {
             let of_scales = panel * n_scales..(panel + 1) * n_scales;
@@ -311,13 +309,10 @@ impl Cpu {
             let (scales, begin) = unsafe { (scales.part(of_scales.clone()), begin.part(of_scales)) };
             // SAFETY: as above.
             let words = unsafe { words.part(panel * width * n_words..(panel + 1) * width * n_words) };
-            let (mut wide, mut to) = (self.pool.take(k), RowScales { scales, begin });
-            let mut set_row = |words: &mut [f32], row: usize| {
-                match panel * width + row {
-                    at if at < m => float!(x.dtype(), E => elementwise::convert(self.isa, &mut wide, &elements::<E>(x)[at * k..][..k])),
-                    _ => wide.fill(0.0),
-                }
-                to.set_row(self.isa, words, (row, width), &wide, order);
+            let mut to = RowScales { scales, begin };
+            let mut set_row = |words: &mut [f32], row: usize| match panel * width + row {
+                at if at < m => to.set_row(self.isa, words, (row, width), &x[at * k..][..k], order),
+                _ => to.clear_row(words, (row, width)),
             };
             if width == 1 {
                 return set_row(words, 0);

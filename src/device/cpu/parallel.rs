@@ -12,6 +12,11 @@ pub const GRAIN: usize = 32 * 1024;
 /// The team takes tasks so many times smaller.
 const TEAM_TASKS: usize = 8;
 
+/// Whether there is nobody to share work with.
+fn is_alone() -> bool {
+    rayon::current_num_threads() == 1 || team::is_at_work()
+}
+
 /// `grain`, or less of it where tasks cost next to nothing.
 fn grain_here(grain: usize) -> usize {
     if team::leads() { (grain / TEAM_TASKS).max(1) } else { grain }
@@ -20,7 +25,7 @@ fn grain_here(grain: usize) -> usize {
 /// Calls `work` with ranges that cover 0..n, of at least `grain` (but the last), in parallel when there is more than one.
 pub fn for_ranges(n: usize, grain: usize, work: impl Fn(Range<usize>) + Sync) {
     let n_ranges = n.div_ceil(grain_here(grain).max(1)).min(4 * rayon::current_num_threads());
-    if n_ranges <= 1 || rayon::current_num_threads() == 1 {
+    if n_ranges <= 1 || is_alone() {
         if n > 0 {
             work(0..n);
         }
@@ -40,7 +45,7 @@ pub fn for_rows(n_rows: usize, row_elements: usize, work: impl Fn(Range<usize>) 
 
 /// Tasks 0..n, one at a time to whoever is free; on the calling thread when all of them together are `cost` < one grain.
 pub fn for_tasks(n: usize, cost: usize, work: impl Fn(usize) + Sync) {
-    if n <= 1 || cost < grain_here(GRAIN) || rayon::current_num_threads() == 1 {
+    if n <= 1 || cost < grain_here(GRAIN) || is_alone() {
         (0..n).for_each(work);
     } else if !team::share_out(n, &work) {
         (0..n).into_par_iter().with_max_len(1).for_each(&work);

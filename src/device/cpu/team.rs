@@ -37,6 +37,8 @@ pub const MOST_TASKS: usize = 1 << 15;
 
 /// Most bytes that a helper fetches of what is read next: no more than its second-level cache keeps beside other things.
 const MOST_FETCHED: usize = 512 * 1024;
+/// Later operations of which it is known what they read.
+pub const MOST_NEXT: usize = 4;
 /// Bytes that it fetches between two looks for an operation.
 const FETCHED: usize = 1024;
 
@@ -46,6 +48,8 @@ type Work = *const (dyn Fn(usize) + Sync);
 thread_local! {
     /// The crew that this thread leads, while no task of it runs here.
     static LEADS: Cell<Option<*const Crew>> = const { Cell::new(None) };
+    /// Whether this thread does a task of a crew.
+    static IS_AT_WORK: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The threads of a device that wait for work; none before the first pass.
@@ -89,8 +93,8 @@ struct Crew {
     /// Number of the operation at hand.
     operation: AtomicU32,
     work: UnsafeCell<Option<Work>>,
-    /// What some later operation reads: a `Reads`. Nothing depends on it, so it may be read half written.
-    next: [AtomicUsize; 3],
+    /// What later operations read, the next first: a `Reads` each. Nothing depends on it, so it may be read half written.
+    next: [[AtomicUsize; 3]; MOST_NEXT],
     /// Tasks of the operation that are not done.
     n_left: AtomicUsize,
     /// When it was hired.
@@ -141,12 +145,19 @@ pub fn leads() -> bool {
     LEADS.get().is_some()
 }
 
-/// Says what an operation after the next one reads first, for helpers that wait.
-pub fn read_next(reads: Reads) {
+/// Whether this thread does a task of a crew, all of whose members are at work: what the task asks for is best done here.
+pub fn is_at_work() -> bool {
+    IS_AT_WORK.get()
+}
+
+/// Says what operations after the next one read, in order, for helpers that wait; of no more than `MOST_NEXT`.
+pub fn read_next(reads: impl Iterator<Item = Reads>) {
     if let Some(crew) = LEADS.get() {
         // SAFETY: `lead` holds the crew for as long as it stands there.
         let next = unsafe { &(*crew).next };
-        next.iter().zip([reads.at, reads.of_unit, reads.n_units]).for_each(|(to, x)| to.store(x, Ordering::Relaxed));
+        for (to, reads) in next.iter().zip(reads.chain(std::iter::repeat(Reads::default()))) {
+            to.iter().zip([reads.at, reads.of_unit, reads.n_units]).for_each(|(to, x)| to.store(x, Ordering::Relaxed));
+        }
     }
 }
 
@@ -155,8 +166,10 @@ pub fn share_out(n: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
     let Some(crew) = LEADS.get().filter(|_| n <= MOST_TASKS) else { return false };
     // A task that shares out work itself must not find the crew that is busy with it.
     LEADS.set(None);
+    IS_AT_WORK.set(true);
     // SAFETY: `lead` holds the crew for as long as it stands there.
     let outcome = unsafe { &*crew }.run(n, work);
+    IS_AT_WORK.set(false);
     LEADS.set(Some(crew));
     outcome.unwrap_or_else(|panic| resume_unwind(panic));
     true
@@ -226,7 +239,7 @@ impl Crew {
     }
 
     /// Waits for the tasks of helpers, after so many of its own since then.
-    fn wait(&self, begun: Instant, n_done: u32) {
+    fn wait(&self, begun: Instant, n_done: usize) {
         let (mut n_looks, mut waits_since) = (0, None);
         while self.n_left.load(Ordering::Acquire) > 0 {
             n_looks += 1;
@@ -239,7 +252,7 @@ impl Crew {
             }
         }
         let Some(since) = waits_since else { return };
-        let (waited, of_task) = (since.elapsed(), (since - begun) / n_done.max(1));
+        let (waited, of_task) = (since.elapsed(), (since - begun) / n_done.max(1) as u32);
         if waited > WAIT + TASKS_OF_WAIT * of_task {
             self.stalled(waited);
         }
@@ -279,7 +292,8 @@ impl Crew {
     }
 
     /// Does tasks of the operation at hand until none is left to begin: its own in order, then the last of another member. How many.
-    fn take_part(&self, idx: usize) -> u32 {
+    /// They are counted together, at the end: the count is everybody's, and passing it around takes as long as a small task.
+    fn take_part(&self, idx: usize) -> usize {
         let (n, mut n_done) = (self.members.len(), 0);
         for (place, member) in (0..n).map(|i| (i, &self.members[(idx + i) % n])) {
             while let Some(task) = member.take(place == 0) {
@@ -288,16 +302,19 @@ impl Crew {
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(task))) {
                     self.panic.lock().expect("nobody panics under the lock").get_or_insert(panic);
                 }
-                self.n_left.fetch_sub(1, Ordering::Release);
                 n_done += 1;
             }
+        }
+        if n_done > 0 {
+            self.n_left.fetch_sub(n_done, Ordering::Release);
         }
         n_done
     }
 
     /// What a helper does.
     fn help(&self, idx: usize) {
-        let (mut seen, mut fetched) = (0, Fetched::default());
+        IS_AT_WORK.set(true);
+        let (mut seen, mut fetched) = (0, [Fetched::default(); MOST_NEXT]);
         loop {
             self.fetch(idx, seen, &mut fetched);
             seen = self.next_operation(idx, seen);
@@ -309,18 +326,21 @@ impl Crew {
     }
 
     /// Fetches what is read next until there is another operation than `seen`.
-    fn fetch(&self, idx: usize, seen: u32, fetched: &mut Fetched) {
-        let [at, of_unit, n_units] = self.next.each_ref().map(|x| x.load(Ordering::Relaxed));
-        let reads = Reads { at, of_unit, n_units };
-        if fetched.of != reads {
-            *fetched = Fetched { of: reads, n_bytes: 0 };
-        }
-        let [first, end] = [idx, idx + 1].map(|i| i * n_units / self.members.len() * of_unit);
-        let n_bytes = (end - first).min(MOST_FETCHED);
-        while fetched.n_bytes < n_bytes && self.operation.load(Ordering::Relaxed) == seen {
-            let from = at + first + fetched.n_bytes;
-            (0..FETCHED).step_by(64).for_each(|line| prefetch_near((from + line) as *const u8));
-            fetched.n_bytes += FETCHED;
+    fn fetch(&self, idx: usize, seen: u32, fetched: &mut [Fetched; MOST_NEXT]) {
+        let before = std::mem::take(fetched);
+        let mut room = MOST_FETCHED;
+        for (next, fetched) in self.next.iter().zip(fetched) {
+            let [at, of_unit, n_units] = next.each_ref().map(|x| x.load(Ordering::Relaxed));
+            let reads = Reads { at, of_unit, n_units };
+            *fetched = before.iter().find(|before| before.of == reads).copied().unwrap_or(Fetched { of: reads, n_bytes: 0 });
+            let [first, end] = [idx, idx + 1].map(|i| i * n_units / self.members.len() * of_unit);
+            let n_bytes = (end - first).min(room);
+            room -= n_bytes;
+            while fetched.n_bytes < n_bytes && self.operation.load(Ordering::Relaxed) == seen {
+                let from = at + first + fetched.n_bytes;
+                (0..FETCHED).step_by(64).for_each(|line| prefetch_near((from + line) as *const u8));
+                fetched.n_bytes += FETCHED;
+            }
         }
     }
 
@@ -366,7 +386,7 @@ impl Crew {
 }
 
 /// How much a helper has fetched of what.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Fetched {
     of: Reads,
     n_bytes: usize,
@@ -437,6 +457,7 @@ mod tests {
                         leads()
                             && share_out(n, &|task| {
                                 counts[task].fetch_add(1, Ordering::Relaxed);
+                                assert!(is_at_work());
                                 assert!(!share_out(1, &|_| unreachable!("nobody is free")));
                             })
                     );
@@ -448,7 +469,7 @@ mod tests {
                 }
                 assert!(!share_out(MOST_TASKS + 1, &|_| unreachable!("too many")));
             });
-            assert!(led && !leads() && n_operations == 2042);
+            assert!(led && !leads() && !is_at_work() && n_operations == 2042);
         }
     }
 

@@ -4,7 +4,7 @@
 //! scale, and every product with it.
 
 use super::{LANES, Order};
-use crate::device::cpu::lanes::kernel;
+use crate::device::cpu::lanes::{Element, kernel};
 
 /// The largest integer.
 const LARGEST: f32 = 127.0;
@@ -19,9 +19,9 @@ pub fn scale_of(size: f32) -> f32 {
 
 kernel! {
     /// The size of the largest; not finite where one is not.
-    pub fn size over V [] (x: &[f32]) -> f32 {
+    pub fn size over V [E] (x: &[E]) -> f32 {
         // Without the sign, numbers are ordered as their bits are, and what is not finite comes last.
-        f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & 0x7fff_ffff)))
+        f32::from_bits(x.iter().fold(0, |most, x| most.max(x.get().to_bits() & 0x7fff_ffff)))
     }
 }
 
@@ -30,14 +30,14 @@ const TO_INTEGER: f32 = 12_582_912.0; // 1.5 * 2^23
 
 kernel! {
     /// to[i] = x[i] by this scale; returns their sum.
-    pub fn integers over V [] (to: &mut [i8], x: &[f32], scale: f32) -> i32 {
+    pub fn integers over V [E] (to: &mut [i8], x: &[E], scale: f32) -> i32 {
         if scale == 0.0 || !scale.is_finite() {
             to.fill(0);
             return 0;
         }
         let mut sum = 0;
         for (to, x) in to.iter_mut().zip(x) {
-            let integer = ((x / scale).clamp(-LARGEST, LARGEST) + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits()) as i32;
+            let integer = ((x.get() / scale).clamp(-LARGEST, LARGEST) + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits()) as i32;
             *to = integer as i8;
             sum += integer;
         }
@@ -56,7 +56,7 @@ pub struct RowScales<'a> {
 
 impl RowScales<'_> {
     /// Row `row` of so many: words of four integers each, and its scales.
-    pub fn set_row(&mut self, isa: super::Isa, words: &mut [f32], (row, rows): (usize, usize), x: &[f32], order: &Order) {
+    pub fn set_row<E: Element>(&mut self, isa: super::Isa, words: &mut [f32], (row, rows): (usize, usize), x: &[E], order: &Order) {
         let integers: &mut [i8] = bytemuck::cast_slice_mut(words);
         for (piece, run) in order.runs.iter().enumerate() {
             let (x, to) = (&x[run.terms.clone()], &mut integers[4 * run.words.start..4 * run.words.end]);
@@ -68,10 +68,18 @@ impl RowScales<'_> {
             self.begin[piece * rows + row] = f32::from_bits((-OFFSET * sum) as u32);
         }
     }
+
+    /// The same of a row of zeros.
+    pub fn clear_row(&mut self, words: &mut [f32], (row, rows): (usize, usize)) {
+        words.fill(0.0);
+        for of_rows in [&mut *self.scales, &mut *self.begin] {
+            of_rows[row..].iter_mut().step_by(rows).for_each(|x| *x = 0.0);
+        }
+    }
 }
 
 /// Row `lane` of a panel of W, [words][LANES], by its scale.
-pub fn set_lane(isa: super::Isa, panel: &mut [f32], lane: usize, w: &[f32], scale: f32, order: &Order) {
+pub fn set_lane<E: Element>(isa: super::Isa, panel: &mut [f32], lane: usize, w: &[E], scale: f32, order: &Order) {
     let mut integers = vec![0i8; 4 * order.words()];
     for run in &order.runs {
         self::integers(isa, &mut integers[4 * run.words.start..][..run.terms.len()], &w[run.terms.clone()], scale);
