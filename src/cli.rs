@@ -66,7 +66,7 @@ pub struct Scoring {
     /// Order of sums in log-probabilities: reproducible, or fast; left out, reproducible where it can be had
     #[arg(long, value_parser = parse_numerics)]
     pub numerics: Option<Mode>,
-    /// Before which contexts and prompts the beginning-of-sequence token stands: empty ones, always, or auto, as the model's
+    /// Before which contexts, prompts and texts the beginning-of-sequence token stands: empty contexts, always, or auto, as the model's
     /// tokenizer.json asks for (lm-evaluation-harness's add_bos_token: False, True, and left out)
     #[arg(long, value_name = "auto|empty|always", default_value = "auto")]
     pub bos: BeginOfSequence,

@@ -108,6 +108,23 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// What is wrong with a text of JSON on one line: `column C: cause`.
+pub fn wrong_json(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let cause = text.rsplit_once(" at line ").map_or(text.as_str(), |(cause, _)| cause);
+    let cause = match cause {
+        "unexpected end of hex escape" => "a lone surrogate (\\ud800 to \\udbff without its second half)",
+        "lone leading surrogate in hex escape" => "a lone surrogate (\\udc00 to \\udfff without its first half)",
+        cause => cause,
+    };
+    format!("column {}: {cause}", error.column())
+}
+
+/// A text without the mark of UTF-8 (the byte order mark) at its beginning, which some programs write.
+pub fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
+}
+
 /// Adds what was being done to the error of a result.
 pub trait Context<T> {
     /// `load(path).doing(|| format!("loading layer {layer}"))?`

@@ -221,7 +221,7 @@ fn prepare(args: &EvaluateArgs, n_ranks: usize) -> Result<Prepared> {
         let wrong = format!("a reward model of {n} attributes has no likelihoods");
         return Err(Error::file(&args.model.checkpoint, wrong).remedy("use the checkpoint of a language model"));
     }
-    let tokenizer = stored.tokenizer()?.ok_or_else(|| {
+    let tokenizer = hf::tokenizer(&stored)?.ok_or_else(|| {
         Error::file(&args.model.checkpoint, "has no tokenizer").remedy("use a checkpoint that was trained or imported with its tokenizer")
     })?;
     let load = |asked: &Asked| task::load(asked, args.data.as_deref(), &args.shots, args.limit.map(|limit| limit as usize));

@@ -10,6 +10,7 @@ use trireme::comm::nccl::Sums;
 use trireme::comm::{Groups, agree};
 use trireme::device::Device;
 use trireme::error::{Error, Result};
+use trireme::infer::choices::{BeginOfSequence, Start};
 use trireme::infer::generate::{self, Batching, Generator};
 use trireme::infer::journal::{self, Merged};
 use trireme::infer::kv_memory::Room;
@@ -30,10 +31,10 @@ use trireme::text::chat::NEMOTRON_TURN;
 ///   {"id": "a", "prompt": "Once upon", "max_new_tokens": 64, "temperature": 0.8, "top_p": 0.95, "stop": ["\n\n"]}
 ///
 ///   id                  a text, of its own for every request
-///   prompt              the prompt as text, or in its place
+///   prompt              the prompt as text (see --bos), or in its place
 ///   messages              [{"role": "user", "content": "Hello"}, ..], by the model's chat template, or Nemotron's
 ///   tokens                [1, 523, ..], its token ids
-///   max_new_tokens      the longest response
+///   max_new_tokens      the longest response; it also ends where the model's longest sequence does
 ///   temperature         1    0 takes the most likely token
 ///   top_k               0    draw from this many most likely tokens; 0: all
 ///   top_p               1    draw from the fewest most likely tokens that have this probability together
@@ -92,6 +93,10 @@ struct Args {
     /// "error" and "error": what was wrong; all others are made, the exit code is 0)
     #[arg(long, default_value = "refuse", value_name = "refuse|record", value_parser = cli::parse_on_bad)]
     on_bad_request: OnBad,
+    /// Before which prompts that are texts the beginning-of-sequence token stands: empty ones, always, or auto, as the model's
+    /// tokenizer.json asks for, and before empty ones. Never before tokens, and before messages as the chat template writes it
+    #[arg(long, value_name = "auto|empty|always", default_value = "auto")]
+    bos: BeginOfSequence,
     /// Order of sums: reproducible, the same bytes whatever runs together and under every layout; or fast, which on GPUs takes cuBLASLt's
     /// products and FP8 tensor cores. Left out: reproducible where it can be had
     #[arg(long, value_parser = cli::parse_numerics)]
@@ -180,6 +185,7 @@ struct Prepared {
     eos_ids: Vec<u32>,
     file: RequestFile,
     layout: trireme::parallel::layout::ParallelLayout,
+    start: Start,
 }
 
 fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
@@ -189,23 +195,35 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
         let wrong = format!("a reward model of {n} attributes generates no text");
         return Err(Error::file(&args.model.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
     }
-    let tokenizer = stored.tokenizer()?;
-    let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
-    let limits =
-        Limits { vocab_size: model.vocab_size, max_tokens: model.max_tokens, tokenizer: tokenizer.as_ref(), template: template.as_ref() };
+    let tokenizer = hf::tokenizer(&stored)?;
+    // One that cannot be read is in nobody's way who has no messages.
+    let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose();
+    let template = template.map(Option::flatten).map_err(|error| error.to_string());
+    let template = template.as_ref().map_err(String::as_str);
+    let start = Start::of(&stored, args.bos)?;
+    let limits = Limits {
+        vocab_size: model.vocab_size,
+        max_tokens: model.max_tokens,
+        tokenizer: tokenizer.as_ref(),
+        template: template.and_then(|template| template.as_ref().ok_or("the checkpoint has no chat template")),
+        start,
+    };
     let file = read_requests(&args.requests, limits, args.on_bad_request)?;
     let mut eos_ids = hf::eos_ids(&stored)?;
     // In Nemotron's format the next turn's mark ends an answer.
     eos_ids.extend(tokenizer.as_ref().and_then(|tokenizer| tokenizer.id_of(NEMOTRON_TURN)));
-    Ok(Prepared { stored, tokenizer, eos_ids, file, layout })
+    Ok(Prepared { stored, tokenizer, eos_ids, file, layout, start })
 }
 
 fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
     let on_bad = cli::on_bad_name(args.on_bad_request);
-    let recipe = serde_json::json!({
+    let mut recipe = serde_json::json!({
         "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights),
         "numerics": cli::numerics_name(args.numerics), "on_bad_request": on_bad,
     });
+    if prepared.start.always.is_some() {
+        recipe["bos"] = "always".into();
+    }
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin_or_continue(&args.out, "responses", recipe, inputs)
 }

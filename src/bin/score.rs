@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use trireme::artifact::{self, ArtifactWriter, Begin};
-use trireme::checkpoint::Stored;
+use trireme::checkpoint::{Stored, hf};
 use trireme::cli;
 use trireme::comm::agree;
 use trireme::comm::nccl::Sums;
@@ -119,8 +119,8 @@ impl Files {
 enum Input {
     /// For the log-probabilities of their tokens.
     Texts(Vec<Sequence>),
-    /// For the likelihoods of their choices, which follow, with what begins a sequence.
-    Questions(Vec<Question>, Vec<Pair>, Start),
+    /// For the likelihoods of their choices, which follow.
+    Questions(Vec<Question>, Vec<Pair>),
     /// For their attributes.
     Answers(Vec<Sequence>),
 }
@@ -148,8 +148,9 @@ impl What {
 
 fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let world = runtime.world();
-    let (stored, input, layout) = agree(world, prepare(what, args, world.size()))?;
-    let Some(begun) = runtime.begin(&args.out, || begin(what, args, &stored, &input))? else { return Ok(()) };
+    let prepared = agree(world, prepare(what, args, world.size()))?;
+    let Some(begun) = runtime.begin(&args.out, || begin(what, args, &prepared))? else { return Ok(()) };
+    let Prepared { stored, input, layout, .. } = prepared;
     let dir = begun.journal_dir(world);
     let mode = scorer::mode(args.scoring.numerics, layout, args.model.weights);
     let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::of(mode)))?;
@@ -174,7 +175,7 @@ impl Input {
     fn n(&self) -> usize {
         match self {
             Input::Texts(sequences) | Input::Answers(sequences) => sequences.len(),
-            Input::Questions(_, pairs, _) => pairs.len(),
+            Input::Questions(_, pairs) => pairs.len(),
         }
     }
 
@@ -193,7 +194,7 @@ impl Input {
             |wanted: &[Wanted]| score_journal::keep(groups, dir, numerics, |sink| scorer.tokens_into(chunks, wanted, made, sink));
         match self {
             Input::Texts(sequences) => tokens(&score::wanted(sequences)),
-            Input::Questions(_, pairs, _) => tokens(&choices::wanted(pairs, &pairs.iter().map(Pair::joined).collect::<Vec<_>>())),
+            Input::Questions(_, pairs) => tokens(&choices::wanted(pairs, &pairs.iter().map(Pair::joined).collect::<Vec<_>>())),
             Input::Answers(sequences) => {
                 let tokens = score::tokens(sequences);
                 score_journal::keep(groups, dir, numerics, |sink| scorer.attributes_into(chunks, &tokens, made, sink))
@@ -223,7 +224,15 @@ impl Input {
     }
 }
 
-fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Input, ParallelLayout)> {
+/// What every rank reads for itself.
+struct Prepared {
+    stored: Stored,
+    input: Input,
+    layout: ParallelLayout,
+    start: Start,
+}
+
+fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<Prepared> {
     let (stored, layout) = args.model.open(args.layout, n_ranks)?;
     let model = &stored.meta().model;
     match (what, model.head) {
@@ -241,30 +250,31 @@ fn prepare(what: &What, args: &ScoreArgs, n_ranks: usize) -> Result<(Stored, Inp
         }
         _ => {}
     }
-    let tokenizer = stored.tokenizer()?;
+    let tokenizer = hf::tokenizer(&stored)?;
     let (vocab_size, max_tokens) = (model.vocab_size, model.max_tokens);
+    let start = Start::of(&stored, args.scoring.bos)?;
+    let texts = (tokenizer.as_ref(), start);
     let input = match what {
         // The last token is a target only.
-        What::Logprobs(_) => Input::Texts(read_sequences(&args.input, vocab_size, max_tokens + 1, tokenizer.as_ref())?),
-        What::Rewards(_) => Input::Answers(read_sequences(&args.input, vocab_size, max_tokens, tokenizer.as_ref())?),
+        What::Logprobs(_) => Input::Texts(read_sequences(&args.input, vocab_size, max_tokens + 1, texts)?),
+        What::Rewards(_) => Input::Answers(read_sequences(&args.input, vocab_size, max_tokens, texts)?),
         What::Choices(_) => {
-            let start = Start::of(&stored, args.scoring.bos)?;
             let limits = Limits { vocab_size, max_tokens, tokenizer: tokenizer.as_ref(), start };
             let questions = read_questions(&args.input, limits)?;
             let pairs = choices::pairs(&questions);
-            Input::Questions(questions, pairs, start)
+            Input::Questions(questions, pairs)
         }
     };
-    Ok((stored, input, layout))
+    Ok(Prepared { stored, input, layout, start })
 }
 
-fn begin(what: &What, args: &ScoreArgs, stored: &Stored, input: &Input) -> Result<Begin> {
+fn begin(what: &What, args: &ScoreArgs, Prepared { stored, start, .. }: &Prepared) -> Result<Begin> {
     let formats: Vec<&str> = args.format.formats().iter().map(|format| format.name()).collect();
     let mut recipe = serde_json::json!({
         "what": what.name(), "dtype": args.model.dtype.name(), "weights": cli::weights_name(args.model.weights), "formats": formats,
         "numerics": cli::numerics_name(args.scoring.numerics),
     });
-    if let Input::Questions(_, _, Start { always: Some(_), .. }) = input {
+    if start.always.is_some() {
         recipe["bos"] = "always".into();
     }
     let inputs = vec![artifact::input("checkpoint", stored.dir())?, artifact::input("sequences", &args.input)?];

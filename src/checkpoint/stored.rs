@@ -5,7 +5,7 @@ use super::hf::COMPANIONS;
 use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardFile, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES};
-use crate::artifact::{FileEntry, Manifest, verify_file};
+use crate::artifact::{FileEntry, MANIFEST, Manifest, verify_file};
 use crate::error::{Error, IoContext, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
@@ -56,6 +56,10 @@ pub struct Wanted<'a> {
 
 /// Opens a checkpoint, or of a run the newest one that is whole. Skipping a damaged one is told as a warning.
 pub fn open(path: &Path) -> Result<Stored> {
+    if path.join("config.json").is_file() && !path.join(MANIFEST).exists() {
+        let wrong = "a model in Hugging Face's form, not a checkpoint";
+        return Err(Error::file(path, wrong).remedy("turn it into one: trireme-checkpoint import HF_DIR --out CHECKPOINT"));
+    }
     if !path.join("checkpoints").is_dir() {
         return Stored::open_dir(path);
     }

@@ -4,7 +4,7 @@
 
 use super::scorer::{Scorer, TokenScores, Wanted};
 use crate::checkpoint::{Stored, hf};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, without_mark, wrong_json};
 use crate::model::chunk::Chunk;
 use crate::text::Tokenizer;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,9 @@ pub struct Start {
 }
 
 impl Start {
+    /// Texts begin with their own tokens, and what has none cannot be asked.
+    pub const NOTHING: Start = Start { empty: None, always: None };
+
     /// Of a model. Err: `Always` of a model without a beginning-of-sequence token.
     pub fn of(stored: &Stored, when: BeginOfSequence) -> Result<Start> {
         let bos = hf::bos_id(stored)?;
@@ -232,8 +235,8 @@ pub fn read_questions(path: &Path, limits: Limits) -> Result<Vec<Question>> {
         if line.trim().is_empty() {
             continue;
         }
-        let line: Line = serde_json::from_str(&line)
-            .map_err(|error| wrong(error.to_string(), "a line is {\"id\", \"context\", \"choices\": [..]}, texts or lists of tokens"))?;
+        let line: Line = serde_json::from_slice(if number == 0 { without_mark(line.as_bytes()) } else { line.as_bytes() })
+            .map_err(|error| wrong(wrong_json(&error), "a line is {\"id\", \"context\", \"choices\": [..]}, texts or lists of tokens"))?;
         questions.push(checked(line, limits).map_err(|what| wrong(what, "correct the line"))?);
     }
     if questions.is_empty() {

@@ -47,8 +47,14 @@ pub struct Generator<'a> {
 /// The order of sums that `asked` means for responses: reproducible as far as it can be had, so that a response does not depend on what
 /// runs beside it, nor on the layout. Err: asked for, and something is in its way.
 pub fn order(asked: Option<Mode>, device: &dyn Device, layout: ParallelLayout, weights: Option<WeightFormat>) -> Result<Mode> {
-    if asked == Some(Mode::Reproducible) {
-        scorer::numerics(asked, device, layout, weights)?;
+    match asked {
+        Some(Mode::Reproducible) => drop(scorer::numerics(asked, device, layout, weights)?),
+        Some(Mode::Fast) => {}
+        None => {
+            if let Some(in_the_way) = scorer::in_the_way(layout, weights) {
+                log::info!("responses may differ from those of other layouts or batches, because {in_the_way}");
+            }
+        }
     }
     Ok(mode(asked))
 }

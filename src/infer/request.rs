@@ -1,8 +1,9 @@
 //! Requests and responses of batch generation: what they hold, and the file of requests, checked line by line before anything starts.
 
+use super::choices::Start;
 use super::request_line::{self, Wrong};
 use super::sampler::{Drawing, Sampling};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, without_mark};
 use crate::rng::Random;
 use crate::text::Tokenizer;
 use crate::text::chat::ChatTemplate;
@@ -123,8 +124,10 @@ pub struct Limits<'a> {
     pub max_tokens: usize,
     /// Needed for text prompts and stop strings.
     pub tokenizer: Option<&'a Tokenizer>,
-    /// Needed for messages.
-    pub template: Option<&'a ChatTemplate>,
+    /// Needed for messages; or why there is none.
+    pub template: std::result::Result<&'a ChatTemplate, &'a str>,
+    /// What begins the prompts that are texts; templates write it themselves.
+    pub start: Start,
 }
 
 /// What becomes of a wrong request.
@@ -175,8 +178,9 @@ pub fn read_requests(path: &Path, limits: Limits, on_bad: OnBad) -> Result<Reque
             break;
         }
         let filled = together.par_iter().filter(|(_, line)| !line.iter().all(u8::is_ascii_whitespace));
-        let checked: Vec<(usize, std::result::Result<Request, Wrong>)> =
-            filled.map(|(number, line)| (*number, request_line::check(line, limits))).collect();
+        let checked: Vec<(usize, std::result::Result<Request, Wrong>)> = filled
+            .map(|(number, line)| (*number, request_line::check(if *number == 1 { without_mark(line) } else { line }, limits)))
+            .collect();
         for (number, request) in checked {
             match request.and_then(|request| once(request, &mut ids)) {
                 Ok(request) => found.requests.push(request),
@@ -208,7 +212,13 @@ fn once(request: Request, ids: &mut HashSet<String>) -> std::result::Result<Requ
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { vocab_size: 100, max_tokens: 8, tokenizer: None, template: None };
+    const LIMITS: Limits = Limits {
+        vocab_size: 100,
+        max_tokens: 8,
+        tokenizer: None,
+        template: Err("the checkpoint has no chat template"),
+        start: Start::NOTHING,
+    };
 
     fn read(text: &str, on_bad: OnBad) -> Result<RequestFile> {
         let dir = tempfile::tempdir().unwrap();
@@ -256,6 +266,8 @@ mod tests {
             (r#"{"id":"a","max_new_tokens":1}"#.into(), &["needs one of"]),
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1"#.into(), &["column"]),
             ("[1]".into(), &["request"]),
+            (r#"{"id":"a","prompt":"\ud800","max_new_tokens":1}"#.into(), &["column 27: a lone surrogate"]),
+            (r#"{"id":"a","messages":"x","max_new_tokens":1}"#.into(), &["messages are a list of", "sequence"]),
         ];
         for (line, expected) in cases {
             let error = read(&format!("\n{{\"id\":\"first\",\"tokens\":[1],\"max_new_tokens\":1}}\n{line}\n"), OnBad::Refuse).unwrap_err();
@@ -285,5 +297,8 @@ mod tests {
         let sampling = Sampling { temperature: 0.0, top_p: 0.5, top_k: 7, min_p: 0.25, repetition_penalty: 1.5 };
         let expected = Request { sampling, seed: u64::MAX, n: 4, logprobs: Some(2), ..Request::new("b", vec![5], 0) };
         assert_eq!(read(&text, OnBad::Refuse).unwrap().requests, [expected]);
+        // The mark of UTF-8 at the beginning, line ends of Windows, blank lines; and a response that may be of any length.
+        let text = "\u{feff}{\"id\":\"c\",\"tokens\":[1],\"max_new_tokens\":18446744073709551615}\r\n \r\n";
+        assert_eq!(read(text, OnBad::Refuse).unwrap().requests, [Request::new("c", vec![1], 8)]);
     }
 }

@@ -1,8 +1,10 @@
 //! One line of a request file, strictly: an unknown key, a key twice, a value of another type or outside its range is refused, with
 //! the value and what it may be.
 
+use super::choices;
 use super::request::{Limits, Request};
 use super::sampler::Sampling;
+use crate::error::wrong_json;
 use crate::recipe::nearest_key;
 use crate::text::chat::Message;
 use serde::Deserialize;
@@ -47,7 +49,7 @@ pub(super) struct Wrong {
 pub(super) fn check(line: &[u8], limits: Limits) -> Result<Request, Wrong> {
     let whole: Entries = serde_json::from_slice(line).map_err(|error| Wrong {
         id: None,
-        what: error.to_string(),
+        what: wrong_json(&error),
         remedy: "a request is {\"id\", \"prompt\", \"messages\" or \"tokens\", \"max_new_tokens\", ..}, in UTF-8, on one line".into(),
     })?;
     let id = whole.0.iter().find(|(key, _)| key == "id").and_then(|(_, value)| value.as_str()).map(String::from);
@@ -70,7 +72,8 @@ fn request(mut fields: Fields, limits: Limits) -> Result<Request, String> {
         other => return Err(unfit("id", other, "a text in quotes that is not empty")),
     };
     let max_new_tokens = match fields.take("max_new_tokens") {
-        Some(value) if value.is_u64() => value.as_u64().expect("seen") as usize,
+        // More than the model can make is as good as no limit, and sums of lengths stay small.
+        Some(value) if value.is_u64() => value.as_u64().expect("seen").min(limits.max_tokens as u64) as usize,
         other => return Err(unfit("max_new_tokens", other, "a whole number from 0 up")),
     };
     let sampling = Sampling {
@@ -90,24 +93,26 @@ fn request(mut fields: Fields, limits: Limits) -> Result<Request, String> {
 
 /// The prompt's tokens, however it is given.
 fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
-    let encode = |prompt: &str| match limits.tokenizer {
-        Some(tokenizer) => Ok(tokenizer.encode(prompt)),
-        None => Err("has text, but the checkpoint has no tokenizer: give its prompt as \"tokens\"".to_string()),
-    };
+    let tokenizer = || limits.tokenizer.ok_or("has text, but the checkpoint has no tokenizer: give its prompt as \"tokens\"");
+    let mut may_begin = None;
     let tokens = match (fields.take("prompt"), fields.take("messages"), fields.take("tokens")) {
         (None, None, Some(tokens)) => ids(tokens)?,
-        (Some(Value::String(prompt)), None, None) => encode(&prompt)?,
+        (Some(Value::String(prompt)), None, None) => {
+            may_begin = limits.start.empty;
+            choices::encode(tokenizer()?, &prompt, limits.start)
+        }
         (Some(other), None, None) => return Err(unfit("prompt", Some(other), "a text in quotes")),
         (None, Some(messages), None) => {
             let messages: Vec<Message> = serde_json::from_value(messages)
-                .map_err(|error| format!("messages are wrong: {error}, expected a list of {{\"role\", \"content\"}}"))?;
+                .map_err(|error| format!("messages are a list of {{\"role\": a text, \"content\": a text}}, here: {error}"))?;
             match limits.template {
-                Some(template) => encode(&template.prompt(&messages)?)?,
-                None => return Err("has messages, but the checkpoint has no chat template: write them as a \"prompt\"".into()),
+                Ok(template) => tokenizer()?.encode_named(&template.prompt(&messages)?),
+                Err(why) => return Err(format!("has messages, but {why}: write them as a \"prompt\"")),
             }
         }
         _ => return Err("needs one of \"prompt\", \"messages\" and \"tokens\"".into()),
     };
+    let tokens = if tokens.is_empty() { Vec::from_iter(may_begin) } else { tokens };
     if tokens.is_empty() {
         return Err("the prompt is empty, the model needs at least one token to continue".into());
     }

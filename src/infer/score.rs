@@ -1,7 +1,8 @@
 //! Log-probabilities of given text, and reward attributes; the forward passes are those of `scorer`.
 
+use super::choices::{self, Start};
 use super::scorer::{Scorer, TokenScores, Wanted};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, without_mark, wrong_json};
 use crate::model::chunk::Chunk;
 use crate::text::Tokenizer;
 use serde::{Deserialize, Serialize};
@@ -48,8 +49,10 @@ pub struct Rated {
     pub attributes: Vec<f32>,
 }
 
-/// Reads and checks an input file of sequences of at most `longest` tokens; the first wrong line is an error that names it.
-pub fn read_sequences(path: &Path, vocab_size: usize, longest: usize, tokenizer: Option<&Tokenizer>) -> Result<Vec<Sequence>> {
+/// Reads and checks an input file of sequences of at most `longest` tokens, of which those that are texts begin with `start`; the first
+/// wrong line is an error that names it.
+pub fn read_sequences(path: &Path, vocab_size: usize, longest: usize, text: (Option<&Tokenizer>, Start)) -> Result<Vec<Sequence>> {
+    let (tokenizer, start) = text;
     let file = std::fs::File::open(path).at(path)?;
     let mut sequences = Vec::new();
     for (number, line) in std::io::BufReader::new(file).lines().enumerate() {
@@ -58,11 +61,11 @@ pub fn read_sequences(path: &Path, vocab_size: usize, longest: usize, tokenizer:
         if line.trim().is_empty() {
             continue;
         }
-        let line: Line =
-            serde_json::from_str(&line).map_err(|error| wrong(error.to_string(), "a line is {\"id\", \"tokens\" or \"text\"}"))?;
+        let line: Line = serde_json::from_slice(if number == 0 { without_mark(line.as_bytes()) } else { line.as_bytes() })
+            .map_err(|error| wrong(wrong_json(&error), "a line is {\"id\", \"tokens\" or \"text\"}"))?;
         let tokens = match (line.tokens, line.text, tokenizer) {
             (Some(tokens), None, _) => tokens,
-            (None, Some(text), Some(tokenizer)) => tokenizer.encode(&text),
+            (None, Some(text), Some(tokenizer)) => choices::encode(tokenizer, &text, start),
             (None, Some(_), None) => return Err(wrong("has text, but the checkpoint has no tokenizer".into(), "give tokens")),
             _ => return Err(wrong("needs either \"tokens\" or \"text\"".into(), "give one of them")),
         };

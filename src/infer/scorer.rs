@@ -54,7 +54,7 @@ pub struct TokenScores {
 }
 
 /// What keeps a layout and a form of weights from the same bits under every batch and layout.
-fn in_the_way(layout: ParallelLayout, weights: Option<WeightFormat>) -> Option<String> {
+pub(super) fn in_the_way(layout: ParallelLayout, weights: Option<WeightFormat>) -> Option<String> {
     if TP_PIECES % layout.tp != 0 {
         return Some(format!("--tp {} does not divide the {TP_PIECES} pieces of each sum", layout.tp));
     }

@@ -10,11 +10,15 @@ use super::table::{Differences, Judge, Row, Table};
 use super::tolerance::Tolerance;
 use crate::artifact;
 use crate::checkpoint::Stored;
-use crate::checkpoint::hf::names::{Mapped, mapping};
+use crate::checkpoint::hf::{
+    self,
+    names::{Mapped, mapping},
+};
 use crate::checkpoint::safetensors::{Element, Planned, Weights, Writer};
 use crate::comm::{Groups, agree};
 use crate::device::{Device, Scratch};
 use crate::error::{Context, Error, Kind, Result};
+use crate::infer::choices::Start;
 use crate::infer::score::{self, Sequence};
 use crate::model::chunk::MicroBatch;
 use crate::model::config::{HeadKind, ModelConfig, ParamSpec};
@@ -40,7 +44,7 @@ pub fn read_batch(stored: &Stored, path: &Path) -> Result<Vec<Sequence>> {
         let wrong = format!("a reward model of {n} attributes, which predicts no tokens");
         return Err(Error::file(stored.dir(), wrong).remedy("use the checkpoint of a language model"));
     }
-    let sequences = score::read_sequences(path, model.vocab_size, model.max_tokens + 1, stored.tokenizer()?.as_ref())?;
+    let sequences = score::read_sequences(path, model.vocab_size, model.max_tokens + 1, (hf::tokenizer(stored)?.as_ref(), Start::NOTHING))?;
     match sequences.iter().find(|sequence| sequence.tokens.len() < 2) {
         None => Ok(sequences),
         Some(sequence) => {

@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::ValueKind;
 use minijinja::{Environment, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -38,13 +39,17 @@ pub struct Message {
     pub content: String,
 }
 
-/// What a template may ask for besides the messages: the texts of two special tokens.
+/// What a template may ask for besides the messages: the texts of special tokens, empty where there is none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct SpecialTokens {
     /// `bos_token`
     pub bos: String,
     /// `eos_token`
     pub eos: String,
+    /// `pad_token`
+    pub pad: String,
+    /// `unk_token`
+    pub unk: String,
 }
 
 /// A template, compiled.
@@ -68,7 +73,10 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |text: String| -> std::result::Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
         });
-        environment.add_template_owned(NAME, text.to_string()).map_err(|error| {
+        // There is no `strftime_now`: a prompt with today's date would not be the same bytes tomorrow. Templates that ask whether there is
+        // one have a date of their own.
+        environment.add_filter("tojson", to_json);
+        environment.add_template_owned(NAME, without_marks_of_training(text)).map_err(|error| {
             Error::file(origin, format!("a chat template that cannot be read: {}", one_line(&error))).remedy("correct it")
         })?;
         Ok(ChatTemplate { environment, special })
@@ -88,9 +96,51 @@ impl ChatTemplate {
             add_generation_prompt => true,
             bos_token => self.special.bos.as_str(),
             eos_token => self.special.eos.as_str(),
+            pad_token => self.special.pad.as_str(),
+            unk_token => self.special.unk.as_str(),
+            // As transformers leaves them when nobody names any: templates ask whether they are none.
+            tools => (),
+            documents => (),
         };
         template.render(context).map_err(|error| format!("the chat template refuses the messages: {}", one_line(&error)))
     }
+}
+
+/// `{% generation %}` .. `{% endgeneration %}` tell transformers which part of a text is trained on; what they enclose is rendered as it is.
+fn without_marks_of_training(text: &str) -> String {
+    let (mut out, mut rest) = (String::with_capacity(text.len()), text);
+    while let Some(open) = rest.find("{%") {
+        let (before, statement) = rest.split_at(open + 2);
+        let Some(end) = statement.find("%}") else { break };
+        let (statement, after) = statement.split_at(end);
+        let renamed = match statement.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+') {
+            "generation" => statement.replace("generation", " if true "),
+            "endgeneration" => statement.replace("endgeneration", " endif "),
+            _ => statement.to_string(),
+        };
+        out.push_str(before);
+        out.push_str(&renamed);
+        rest = after;
+    }
+    out + rest
+}
+
+/// As Python's `json.dumps` with `ensure_ascii=False`.
+fn to_json(value: &Value) -> std::result::Result<String, minijinja::Error> {
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let items = || value.try_iter().map(|items| items.collect::<Vec<Value>>());
+    Ok(match value.kind() {
+        ValueKind::String => quoted(value.as_str().unwrap_or_default()),
+        ValueKind::Seq | ValueKind::Iterable => {
+            format!("[{}]", items()?.iter().map(to_json).collect::<std::result::Result<Vec<_>, _>>()?.join(", "))
+        }
+        ValueKind::Map => {
+            let entry = |key: &Value| Ok(format!("{}: {}", quoted(&key.to_string()), to_json(&value.get_item(key)?)?));
+            format!("{{{}}}", items()?.iter().map(entry).collect::<std::result::Result<Vec<_>, minijinja::Error>>()?.join(", "))
+        }
+        ValueKind::None | ValueKind::Undefined => "null".into(),
+        _ => value.to_string(),
+    })
 }
 
 /// What went wrong, without the template's source below it.
@@ -129,6 +179,13 @@ mod tests {
                     {% endfor %}\n{% if add_generation_prompt %}A:{% endif %}";
         let special = SpecialTokens { eos: "</s>".into(), ..SpecialTokens::default() };
         let template = ChatTemplate::new(text, special, Path::new("x")).unwrap();
+        let odd = "{%- if tools is not none -%}T{%- endif -%}{% generation %}\n{% for m in messages %}{% if m.content == 'b' %}{% continue %}{% endif %}\
+                   {{ m.content|tojson }}{{ m|tojson }}{% break %}{% endfor %}{%- endgeneration -%} {{ pad_token }}.";
+        let odd = ChatTemplate::new(odd, SpecialTokens { pad: "<p>".into(), ..SpecialTokens::default() }, Path::new("x")).unwrap();
+        let said = odd.prompt(&messages(&[("user", "b"), ("user", "\u{e9} \"<\n"), ("user", "c")])).unwrap();
+        // As jinja2 with transformers' extensions renders it.
+        let quoted = r#""é \"<\n""#;
+        assert_eq!(said, format!(r#"{quoted}{{"role": "user", "content": {quoted}}}<p>."#));
         // By hand from jinja2's rules for trim_blocks and lstrip_blocks.
         assert_eq!(template.prompt(&messages(&[("user", "  hi "), ("user", "b")])).unwrap(), "U:hi</s>\nU:b</s>\nA:");
         let broken = ChatTemplate::new("{% for %}", SpecialTokens::default(), Path::new("dir/chat_template.jinja")).err().unwrap();

@@ -15,10 +15,10 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// The text of the ids.
-    pub fn decode(&self, pieces: &[Piece], ids: &[u32]) -> String {
+    /// The text of the ids, of which `piece` has the pieces.
+    pub fn decode<'p>(&self, piece: impl Fn(u32) -> Option<&'p Piece>, ids: &[u32]) -> String {
         let mut decoding = Decoding::default();
-        ids.iter().for_each(|&id| decoding.push(self, pieces.get(id as usize)));
+        ids.iter().for_each(|&id| decoding.push(self, piece(id)));
         decoding.finish()
     }
 }

@@ -23,7 +23,7 @@ enum How<'a> {
 #[derive(Default)]
 struct Window {
     ids: Vec<u32>,
-    /// Bytes of the first one's text when it parts the text, which are settled; else 0.
+    /// Bytes of the first one's text when it parts the text and they are settled; else 0.
     parting_bytes: usize,
 }
 
@@ -53,8 +53,11 @@ impl<'a> GrowingText<'a> {
                 window.ids.push(id);
                 self.text.push_str(&json.decode(&window.ids)[window.parting_bytes..]);
                 if json.is_anchor(id) {
-                    *window = Window { ids: vec![id], parting_bytes: json.decode(&[id]).len() };
-                    self.settled = self.text.len();
+                    let n_bytes = json.decode(&[id]).len();
+                    // What may become another text stays in the window.
+                    let parting_bytes = if json.last_is_other() { 0 } else { n_bytes };
+                    *window = Window { ids: vec![id], parting_bytes };
+                    self.settled = self.text.len() - (n_bytes - parting_bytes);
                 }
             }
         }

@@ -19,6 +19,8 @@ pub struct JsonTokenizer {
     vocab_size: usize,
     /// See [`JsonTokenizer::is_anchor`].
     decodes_locally: bool,
+    /// The last token decodes to another text when one follows.
+    last_is_other: bool,
 }
 
 impl JsonTokenizer {
@@ -38,7 +40,8 @@ impl JsonTokenizer {
             return Err(wrong(&"its vocabulary is empty"));
         }
         let decodes_locally = tokenizer.get_decoder().is_none_or(decodes_locally);
-        Ok(JsonTokenizer { tokenizer, vocab_size, decodes_locally })
+        let last_is_other = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::BPE(_)));
+        Ok(JsonTokenizer { tokenizer, vocab_size, decodes_locally, last_is_other })
     }
 
     /// Appends the ids of a text.
@@ -59,13 +62,18 @@ impl JsonTokenizer {
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
 
-    /// Whether this token parts a text: with it as their first, the tokens behind decode to its text alone and then what they decode to
-    /// behind all the tokens before. Not so for a token that is invisible, ends or begins inside a character, or may be part of a run
+    /// Whether this token parts a text: with it as their first, the tokens behind decode to its text (alone, or before others, see
+    /// [`JsonTokenizer::last_is_other`]) and then what they decode to behind all the tokens before. Not so for a token that is invisible, ends or begins inside a character, or may be part of a run
     /// of bytes.
     pub fn is_anchor(&self, id: u32) -> bool {
         let is_byte = || self.token_of(id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
         let is_clear = |text: String| !text.is_empty() && !text.contains('\u{FFFD}');
         self.decodes_locally && is_clear(self.decode(&[id])) && !is_byte()
+    }
+
+    /// Whether the last token decodes to another text when one follows (BPE with a suffix at ends of words, which becomes a space).
+    pub fn last_is_other(&self) -> bool {
+        self.last_is_other
     }
 
     /// One more than the highest id.
@@ -90,11 +98,16 @@ impl JsonTokenizer {
     }
 }
 
-/// Whether a decoder looks at one token at a time, but for the first token and for runs of bytes: so do byte-level BPE, WordPiece and
-/// what SentencePiece's models are converted to. Without a decoder tokens stand apart by a space.
+/// Whether a decoder looks at one token at a time, but for the first and the last token, for runs of bytes, and for whether the token before
+/// is the same (CTC): so do byte-level BPE, BPE with a suffix, WordPiece and what SentencePiece's models are converted to. Without a decoder
+/// tokens stand apart by a space.
 fn decodes_locally(decoder: &DecoderWrapper) -> bool {
     match decoder {
-        DecoderWrapper::ByteLevel(_) | DecoderWrapper::Metaspace(_) | DecoderWrapper::WordPiece(_) => true,
+        DecoderWrapper::ByteLevel(_)
+        | DecoderWrapper::Metaspace(_)
+        | DecoderWrapper::WordPiece(_)
+        | DecoderWrapper::BPE(_)
+        | DecoderWrapper::CTC(_) => true,
         DecoderWrapper::Sequence(sequence) => {
             let decoders = sequence.get_decoders();
             let fuse = decoders.iter().position(|decoder| matches!(decoder, DecoderWrapper::Fuse(_))).unwrap_or(decoders.len());

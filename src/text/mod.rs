@@ -3,6 +3,7 @@
 //!
 //! This module knows nothing of models, devices or ranks beyond a number.
 
+mod added;
 pub mod chat;
 pub mod corpus;
 mod decode;
@@ -17,6 +18,7 @@ pub mod train;
 
 use crate::artifact::{self, FileEntry, Manifest};
 use crate::error::{Error, IoContext, Result};
+pub use added::AddedToken;
 pub use growing::GrowingText;
 use json::JsonTokenizer;
 pub use sentencepiece::SentencePiece;
@@ -123,6 +125,30 @@ impl Tokenizer {
         }
     }
 
+    /// The ids of a text in which special tokens stand by their names, as a chat template writes it: all that a `tokenizer.json` lists, or
+    /// the control pieces of a `.model` and what was added to it.
+    pub fn encode_named(&self, text: &str) -> Vec<u32> {
+        match &self.sort {
+            Sort::SentencePiece(tokenizer) => {
+                let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+                tokenizer.encode_named(text, &mut ids);
+                ids
+            }
+            Sort::Json(_) => self.encode(text),
+        }
+    }
+
+    /// A `.model` with tokens behind its pieces, as a model of Hugging Face may add them; `prefixes_stretches` is its "legacy": a space
+    /// goes before each stretch of text between tokens, not only before the text. A `tokenizer.json` knows its own and stays as it is.
+    pub fn with_added(self, added: Vec<AddedToken>, prefixes_stretches: bool) -> Tokenizer {
+        match self.sort {
+            Sort::SentencePiece(tokenizer) => {
+                Tokenizer { sort: Sort::SentencePiece(Box::new(tokenizer.with_added(added, prefixes_stretches))), ..self }
+            }
+            Sort::Json(_) => self,
+        }
+    }
+
     /// The ids of bytes that may not be UTF-8: every bad byte counts as U+FFFD, as in SentencePiece.
     pub fn encode_bytes(&self, bytes: &[u8]) -> Vec<u32> {
         match std::str::from_utf8(bytes) {
@@ -160,7 +186,7 @@ impl Tokenizer {
     /// The text of a piece as the model has it; None for an id outside the vocabulary.
     pub fn piece_text(&self, id: u32) -> Option<String> {
         match &self.sort {
-            Sort::SentencePiece(tokenizer) => ((id as usize) < tokenizer.vocab_size()).then(|| tokenizer.piece(id).to_string()),
+            Sort::SentencePiece(tokenizer) => tokenizer.text_of(id).map(String::from),
             Sort::Json(tokenizer) => tokenizer.token_of(id),
         }
     }

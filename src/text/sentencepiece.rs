@@ -1,6 +1,7 @@
 //! The SentencePiece tokenizer: a BPE `.model`, ready to encode and decode with SentencePiece's own ids.
 
 use super::Special;
+use super::added::{AddedToken, Cut, Named};
 use super::decode::{Decoder, Decoding};
 use super::encode::{self, Scratch};
 use super::model_file::{ModelFile, Piece, PieceKind, TrainerSpec};
@@ -15,6 +16,9 @@ pub struct SentencePiece {
     tables: Tables,
     decoder: Decoder,
     special: Special,
+    named: Named,
+    /// Whether the encoder's space stands before each stretch of text between tokens, not only before a text.
+    prefixes_stretches: bool,
     /// Workspaces of the encoder that no call uses just now.
     idle: Mutex<Vec<Scratch>>,
 }
@@ -30,8 +34,13 @@ impl SentencePiece {
             dummy_prefix: model.normalizer.add_dummy_prefix.unwrap_or(true),
         };
         let special = special_ids(&model.trainer, &pieces);
-        let tables = Tables::new(&pieces);
-        Ok(SentencePiece { pieces, tables, decoder, special, idle: Mutex::new(Vec::new()) })
+        let (tables, named) = (Tables::new(&pieces), Named::new(&pieces, Vec::new()));
+        Ok(SentencePiece { pieces, tables, decoder, special, named, prefixes_stretches: false, idle: Mutex::new(Vec::new()) })
+    }
+
+    /// With tokens behind its pieces, and how stretches of text between tokens begin.
+    pub(super) fn with_added(self, added: Vec<AddedToken>, prefixes_stretches: bool) -> SentencePiece {
+        SentencePiece { named: Named::new(&self.pieces, added), prefixes_stretches, ..self }
     }
 
     /// The ids, and how many pairs of symbols were looked at: the work done, free of clocks. O(n log n) for any text; a
@@ -42,14 +51,28 @@ impl SentencePiece {
         (ids, operations)
     }
 
+    /// Appends the ids of a text in which control pieces and added tokens stand by their names.
+    pub(super) fn encode_named(&self, text: &str, ids: &mut Vec<u32>) {
+        for (i, cut) in self.named.cut(text).into_iter().enumerate() {
+            match cut {
+                Cut::Token(id) => ids.push(id),
+                Cut::Text(stretch) => drop(self.encode_stretch(stretch, i == 0 || self.prefixes_stretches, ids)),
+            }
+        }
+    }
+
     /// Appends the ids of a text; the pairs of symbols looked at.
     pub(super) fn encode_with(&self, text: &str, ids: &mut Vec<u32>) -> u64 {
+        self.encode_stretch(text, true, ids)
+    }
+
+    fn encode_stretch(&self, text: &str, begins: bool, ids: &mut Vec<u32>) -> u64 {
         if text.is_empty() {
             return 0;
         }
         let mut scratch = self.idle.lock().expect("no panic while held").pop().unwrap_or_else(Scratch::new);
         let before = scratch.operations;
-        if self.decoder.dummy_prefix {
+        if begins && self.decoder.dummy_prefix {
             encode::encode(&self.tables, &format!(" {text}"), &mut scratch, ids);
         } else {
             encode::encode(&self.tables, text, &mut scratch, ids);
@@ -62,12 +85,16 @@ impl SentencePiece {
     /// The text of ids, as SentencePiece decodes it: control pieces vanish, bytes that are no character become U+FFFD each,
     /// unknown (and any id outside the vocabulary) becomes " \u{2047} ".
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.decoder.decode(&self.pieces, ids)
+        self.decoder.decode(|id| self.piece_or_added(id), ids)
+    }
+
+    fn piece_or_added(&self, id: u32) -> Option<&Piece> {
+        self.pieces.get(id as usize).or_else(|| self.named.added(id))
     }
 
     /// Takes the next id of a decoding.
     pub(super) fn decode_next(&self, decoding: &mut Decoding, id: u32) {
-        decoding.push(&self.decoder, self.pieces.get(id as usize));
+        decoding.push(&self.decoder, self.piece_or_added(id));
     }
 
     /// Number of pieces.
@@ -88,9 +115,15 @@ impl SentencePiece {
         self.pieces[id as usize].kind
     }
 
-    /// The id of a piece by its text in the model.
+    /// The id of a piece by its text in the model, or of an added token.
     pub fn id_of(&self, piece: &str) -> Option<u32> {
-        self.pieces.iter().position(|found| found.text == piece).map(|id| id as u32)
+        let place = self.pieces.iter().position(|found| found.text == piece);
+        place.map(|id| id as u32).or_else(|| self.named.added_id(piece))
+    }
+
+    /// The text of a piece or of an added token; None for an id that is neither.
+    pub(super) fn text_of(&self, id: u32) -> Option<&str> {
+        self.piece_or_added(id).map(|piece| piece.text.as_str())
     }
 
     /// Ids with a meaning of their own.

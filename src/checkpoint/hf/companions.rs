@@ -4,7 +4,7 @@
 use crate::checkpoint::stored::Stored;
 use crate::error::{Error, IoContext, Result};
 use crate::text::chat::{self, ChatTemplate, SpecialTokens};
-use crate::text::{self, Tokenizer};
+use crate::text::{self, AddedToken, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,6 +16,10 @@ use super::config::{self, TokenIds};
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// What `generate` of transformers goes by.
 pub(super) const GENERATION_CONFIG: &str = "generation_config.json";
+/// Which of the added tokens are special, in directories of transformers 4.
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+/// Tokens behind those of a SentencePiece model, in directories of transformers 4.
+const ADDED_TOKENS: &str = "added_tokens.json";
 /// Under this key stands the template in [`TOKENIZER_CONFIG`].
 const CHAT_TEMPLATE: &str = "chat_template";
 /// A larger file is none of these: the largest published tokenizer.json has 35 MB.
@@ -28,8 +32,8 @@ pub const COMPANIONS: [&str; 9] = [
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     text::JSON_FILE,
-    "special_tokens_map.json",
-    "added_tokens.json",
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
     "vocab.json",
     "merges.txt",
     chat::TEMPLATE_FILE,
@@ -51,6 +55,17 @@ impl Found {
             companions.insert(name.to_string(), read(&hf_dir.join(name))?);
         }
         Ok(Found { tokenizer, companions })
+    }
+}
+
+impl Found {
+    /// Weights are of use without a tokenizer, and one of a sort that cannot be read here comes along all the same; but then there are no
+    /// texts.
+    pub fn tell_unreadable(&self, hf_dir: &Path) {
+        let Some(bytes) = self.companions.get(text::JSON_FILE).or(self.tokenizer.as_ref()) else { return };
+        if let Err(error) = Tokenizer::from_bytes(bytes.clone(), &hf_dir.join(text::file_name(bytes))) {
+            log::warn!("the tokenizer comes along but cannot be used: {error}");
+        }
     }
 }
 
@@ -83,6 +98,36 @@ fn template_text(stored: &Stored) -> Option<String> {
     named.map_or(&config[CHAT_TEMPLATE], |one| &one["template"]).as_str().map(String::from)
 }
 
+/// The tokenizer of a model's text: as in transformers its tokenizer.json where it has one, also beside a SentencePiece model, since only
+/// that says what was added and how special tokens part a text; else the SentencePiece model with the tokens that other files add to it.
+pub fn tokenizer(stored: &Stored) -> Result<Option<Tokenizer>> {
+    if let Some(json) = stored.meta().companions.get(text::JSON_FILE) {
+        return Tokenizer::from_bytes(json.clone(), &stored.dir().join(text::JSON_FILE)).map(Some);
+    }
+    let prefixes_stretches = value(stored, TOKENIZER_CONFIG)["legacy"] == true;
+    Ok(stored.tokenizer()?.map(|tokenizer| tokenizer.with_added(added_tokens(stored), prefixes_stretches)))
+}
+
+/// What transformers adds to a SentencePiece model: the table in tokenizer_config.json, or, as earlier versions wrote it, a file of its
+/// own, with the special ones in another.
+fn added_tokens(stored: &Stored) -> Vec<AddedToken> {
+    let is_id = |id: u64| u32::try_from(id).ok();
+    let config = value(stored, TOKENIZER_CONFIG);
+    if let Some(table) = config["added_tokens_decoder"].as_object() {
+        let token = |(id, token): (&String, &Value)| {
+            let text = token["content"].as_str()?.to_string();
+            Some(AddedToken { text, id: is_id(id.parse().ok()?)?, is_special: token["special"] == true })
+        };
+        return table.iter().filter_map(token).collect();
+    }
+    let special = value(stored, SPECIAL_TOKENS).to_string();
+    let token = |(text, id): (&String, &Value)| {
+        let is_special = special.contains(&Value::from(text.as_str()).to_string());
+        Some(AddedToken { text: text.clone(), id: is_id(id.as_u64()?)?, is_special })
+    };
+    value(stored, ADDED_TOKENS).as_object().into_iter().flatten().filter_map(token).collect()
+}
+
 /// The ids that the model came with; else those of its tokenizer; else none.
 pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
     let came_with = value(stored, config::FILE);
@@ -90,7 +135,7 @@ pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
         let id = |key: &str| came_with[key].clone();
         return Ok(TokenIds { bos: id("bos_token_id"), eos: id("eos_token_id"), pad: id("pad_token_id") });
     }
-    let Some(tokenizer) = stored.tokenizer()? else { return Ok(TokenIds::default()) };
+    let Some(tokenizer) = tokenizer(stored)? else { return Ok(TokenIds::default()) };
     Ok(TokenIds { bos: json!(tokenizer.bos_id()), eos: json!(tokenizer.eos_id()), pad: json!(tokenizer.pad_id()) })
 }
 
@@ -98,7 +143,7 @@ pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
 pub fn bos_id(stored: &Stored) -> Result<Option<u32>> {
     match token_ids(stored)?.bos.as_u64() {
         Some(id) => Ok(Some(id as u32)),
-        None => Ok(stored.tokenizer()?.and_then(|tokenizer| tokenizer.bos_id())),
+        None => Ok(tokenizer(stored)?.and_then(|tokenizer| tokenizer.bos_id())),
     }
 }
 
@@ -129,8 +174,18 @@ pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<Ch
         return Ok(tokenizer.id_of(chat::NEMOTRON_TURN).map(|_| ChatTemplate::nemotron()));
     };
     let ids = token_ids(stored)?;
-    let token = |id: &Value| id.as_u64().and_then(|id| tokenizer.piece_text(id as u32)).unwrap_or_default();
-    let special = SpecialTokens { bos: token(&ids.bos), eos: token(&ids.eos) };
+    let config = value(stored, TOKENIZER_CONFIG);
+    let map = value(stored, SPECIAL_TOKENS);
+    // By name, a text or an object with it; else the model's id, of several the first.
+    let named = |from: &Value, key: &str| from[key].as_str().or(from[key]["content"].as_str()).map(String::from);
+    let by_id = |id: &Value| id.as_u64().or(id[0].as_u64()).and_then(|id| tokenizer.piece_text(id as u32));
+    let token = |key: &str, id: &Value| named(&config, key).or_else(|| named(&map, key)).or_else(|| by_id(id)).unwrap_or_default();
+    let special = SpecialTokens {
+        bos: token("bos_token", &ids.bos),
+        eos: token("eos_token", &ids.eos),
+        pad: token("pad_token", &ids.pad),
+        unk: token("unk_token", &json!(tokenizer.unk_id())),
+    };
     ChatTemplate::new(&text, special, stored.dir()).map(Some)
 }
 

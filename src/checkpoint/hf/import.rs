@@ -160,7 +160,9 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
     for path in source.weights.paths() {
         inputs.push(artifact::input("hf-weights", path)?);
     }
-    let Found { tokenizer, companions } = Found::read(hf_dir)?;
+    let found = Found::read(hf_dir)?;
+    found.tell_unreadable(hf_dir);
+    let Found { tokenizer, companions } = found;
     for name in companions.keys().filter(|name| *name != config::FILE) {
         inputs.push(artifact::input("hf-companion", &hf_dir.join(name))?);
     }

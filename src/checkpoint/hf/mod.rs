@@ -10,7 +10,7 @@ mod import;
 pub mod names;
 mod unsupported;
 
-pub use companions::{COMPANIONS, adds_first, bos_id, chat_template, eos_ids};
+pub use companions::{COMPANIONS, adds_first, bos_id, chat_template, eos_ids, tokenizer};
 pub use export::{EXPORT_FILE_BYTES, EXPORT_KIND, ExportType, Exported, export, export_in_files};
 pub use import::{Source, import};
 

@@ -1,6 +1,7 @@
 //! The text of one JSONL line: a string field of an object, everything else in the object passed over unread. This file
 //! knows nothing of files.
 
+use crate::error::wrong_json;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
 use std::fmt;
@@ -19,12 +20,8 @@ pub fn text_of(line: &str, field: &str) -> Result<String, Problem> {
     let mut json = serde_json::Deserializer::from_str(line);
     let text = Field(field).deserialize(&mut json).and_then(|text| json.end().map(|()| text));
     text.map_err(|error| {
-        let cause = error.to_string();
-        let cause = match cause.rsplit_once(" at line ").map_or(cause.as_str(), |(cause, _)| cause) {
-            "unexpected end of hex escape" => "a lone surrogate (\\ud800 to \\udbff without its second half)",
-            "lone leading surrogate in hex escape" => "a lone surrogate (\\udc00 to \\udfff without its first half)",
-            cause => cause,
-        };
+        let wrong = wrong_json(&error);
+        let cause = wrong.split_once(": ").map_or(wrong.as_str(), |(_, cause)| cause);
         Problem { column: error.column(), cause: cause.into() }
     })
 }
