@@ -1,9 +1,10 @@
 //! The operations of the CUDA device at the shapes of models of 1, 15 and 340 billion parameters (the last as one of eight
 //! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and
-//! a copy of 1 GiB. On a Hopper GPU attention is measured with the kernels for every GPU too ("portable"); and PyTorch's beside it,
-//! when TRIREME_TORCH_PYTHON names a Python that has it (benches/peers/torch_attention.py). Products of the library (gemm) have those of
-//! kernels/matmul.cu, which add in a canonical order, beside them (gemm_in_pairs, gemm_in_turn). Without a GPU it says so and ends, with
-//! exit code 2 when TRIREME_NEEDS_GPU is set.
+//! a copy of 1 GiB. On a Hopper GPU attention, and canonical products of 15 billion parameters, are measured with the kernels for every
+//! GPU too ("portable"); and PyTorch's attention, when TRIREME_TORCH_PYTHON names a Python that has it
+//! (benches/peers/torch_attention.py). Products of the library (gemm) have those of
+//! kernels/matmul_hopper.cu or matmul.cu, which add in a canonical order, below them (gemm_in_pairs, gemm_in_turn; "of gemm": over the
+//! library's rate at the same shape). Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the operations that contain one of the words, or none of them).
 
@@ -76,7 +77,9 @@ fn passes(model: &Model) -> Vec<Case> {
     let mut list = vec![
         cases::gemm(Gemm::NT, (1, f, h), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (1, f, h), Kind::Float, 1),
+        cases::gemm(Gemm::NT, (1, h, f), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (1, h, f), Kind::Float, 8),
+        cases::gemm(Gemm::NT, (32, f, h), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (32, f, h), Kind::Float, 1),
         cases::gemm(Gemm::NT, (1, model.vocabulary, h), Kind::Float),
         cases::attention_cached(&decode, model.heads),
@@ -224,27 +227,40 @@ fn main() {
     let (mut ceiling, noise) = (Ceiling::new(&cuda), Noise::new());
     for (work, unit, scale) in [(Work::Flops, "TFLOP/s", 1e12), (Work::Bytes, "GB/s", 1e9)] {
         let mut is_begun = false;
+        // Of the library: shape and rate of its last product.
+        let mut of_library: Option<(String, f64)> = None;
         for model in &MODELS {
             for case in if work == Work::Flops { products(model) } else { passes(model) } {
                 if !is_wanted(&format!("{} {}", case.operation, case.shape)) {
                     continue;
                 }
                 if !is_begun {
-                    println!("| model | operation | shape | {unit} | ceiling | share |\n|---|---|---|---:|---:|---:|");
+                    println!("| model | operation | shape | {unit} | ceiling | share | of gemm |\n|---|---|---|---:|---:|---:|---:|");
                     is_begun = true;
                 }
                 let mut devices = vec![(&cuda, "")];
-                if ["attention", "attention_backward"].contains(&case.operation) && cuda.has_hopper_kernels() {
+                let is_attention = ["attention", "attention_backward"].contains(&case.operation);
+                let is_canonical = ["gemm_in_pairs", "gemm_in_turn"].contains(&case.operation);
+                if cuda.has_hopper_kernels() && (is_attention || is_canonical && model.name == "15B") {
                     devices.push((&portable, ", portable"));
                 }
                 for (device, kernels) in devices {
                     let (rate, limit) = measure(device, &case, noise.tensors(device, &case), &mut ceiling, work);
                     let (name, operation, shape) = (model.name, case.operation, &case.shape);
+                    let library = match (operation, &of_library) {
+                        ("gemm", _) => None,
+                        (_, Some((product, rate))) if shape.starts_with(product) => Some(*rate),
+                        _ => None,
+                    };
+                    if operation == "gemm" {
+                        of_library = Some((shape.clone(), rate));
+                    }
                     println!(
-                        "| {name}{kernels} | {operation} | {shape} | {:.1} | {:.1} | {:.2} |",
+                        "| {name}{kernels} | {operation} | {shape} | {:.1} | {:.1} | {:.2} | {} |",
                         rate / scale,
                         limit / scale,
-                        rate / limit
+                        rate / limit,
+                        library.map_or("-".into(), |library| format!("{:.2}", rate / library))
                     );
                 }
             }

@@ -16,14 +16,6 @@ struct Tile {
 __device__ __forceinline__ int consumer_index() { return threadIdx.x / WARPGROUP - 1; }
 __device__ __forceinline__ int warp_of_group() { return threadIdx.x / 32 % 4; }
 
-// By every warp of the consumers, when no lane of it reads a stage any more.
-__device__ __forceinline__ void release(Mbarrier* free) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(free);
-}
-// Arrivals at such a barrier.
-#define RELEASES(consumers) ((consumers) * 4)
-
 // Head of a query head's or group's rows in [T, G * (per_kv + 2)]: queries of a group, then its key and its value.
 __device__ __forceinline__ int query_head(int head, int per_kv) { return head / per_kv * (per_kv + 2) + head % per_kv; }
 __device__ __forceinline__ int key_head(int group, int per_kv) { return group * (per_kv + 2) + per_kv; }

@@ -110,6 +110,7 @@ struct Product {
     Matrix a, b;
     unsigned left[32][4]; // a's registers, lane by lane
     bool from_registers;
+    bool k_outside_of_a, k_outside_of_b; // of rows of 64 columns, as against rows of 64 terms
     int accumulate;
     float* sums;      // of lane 0: which Sums
 };
@@ -136,19 +137,19 @@ inline void compute(const Product& product, Sums& sums) {
     auto group = [](Matrix m) { return (unsigned)(m >> 32 & 0x3fff) << 4; };
     for (Matrix m : {product.b, product.from_registers ? product.b : product.a})
         if (m >> 62 != 1 || (m >> 49 & 7)) refuse("a descriptor without the 128-byte swizzle, or with a base offset");
+    // Element (line, k) of an operand: row of a or column of b.
+    auto at = [&](Matrix m, bool k_outside, int line, int k) {
+        return bf16_at(k_outside ? start(m) + line / 64 * panel(m) + line % 64 * 2 + k / 8 * group(m) + k % 8 * 128
+                                 : start(m) + line / 8 * group(m) + line % 8 * 128 + k * 2);
+    };
     for (int row = 0; row < 16; row++)
         for (int k = 0; k < 16; k++) {
             unsigned word = product.left[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
-            int of_64 = rows + row;
-            a[row][k] = product.from_registers
-                            ? __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16)
-                            : bf16_at(start(product.a) + of_64 / 8 * group(product.a) + of_64 % 8 * 128 + k * 2);
+            a[row][k] = product.from_registers ? __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16)
+                                               : at(product.a, product.k_outside_of_a, rows + row, k);
         }
     for (int k = 0; k < 16; k++)
-        for (int j = 0; j < n; j++)
-            b[k * n + j] = product.from_registers
-                               ? bf16_at(start(product.b) + j / 64 * panel(product.b) + j % 64 * 2 + k / 8 * group(product.b) + k % 8 * 128)
-                               : bf16_at(start(product.b) + j / 8 * group(product.b) + j % 8 * 128 + k * 2);
+        for (int j = 0; j < n; j++) b[k * n + j] = at(product.b, product.k_outside_of_b, j, k);
     if (!product.accumulate) std::fill(sums.values.begin(), sums.values.end(), 0.0f);
     for (int row = 0; row < 16; row++)
         for (int k = 0; k < 16; k++)
@@ -158,7 +159,7 @@ inline void compute(const Product& product, Sums& sums) {
 inline int place(int lane, int i, int n) { return (lane / 4 + 8 * (i / 2 % 2)) * n + 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
 
 // By each lane; the last lane to come does the warp's work.
-inline void issue(int n, float* d, Matrix a, Matrix b, const unsigned* left, int accumulate) {
+inline void issue(int n, float* d, Matrix a, Matrix b, const unsigned* left, int accumulate, bool k_outside_of_a, bool k_outside_of_b) {
     static Product of[64];
     static float* sums_of[64][32];
     int warp_of = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -175,6 +176,7 @@ inline void issue(int n, float* d, Matrix a, Matrix b, const unsigned* left, int
     else if (of_group[mine.n_issued] != operands) refuse("descriptors differ between the warps of a group");
     mine.n_issued++;
     product.a = a, product.b = b, product.from_registers = left != nullptr, product.accumulate = accumulate, product.sums = d;
+    product.k_outside_of_a = k_outside_of_a, product.k_outside_of_b = k_outside_of_b;
     auto [found, is_new] = mine.sums.insert({d, {}});
     Sums& sums = found->second;
     if (is_new) {
@@ -328,12 +330,16 @@ inline void wgmma_commit() {
     }
     emulate::warp();
 }
+template <int PENDING> inline void wgmma_wait() { emulate::wait_products(PENDING); }
 template <int PENDING, int N> inline void wgmma_wait(float (&sums)[N]) {
     emulate::wait_products(PENDING);
     if (emulate::products[threadIdx.x / 32].sums.count(sums)) emulate::refuse("a wait that does not cover its sums"); // lane 0's
 }
 template <int N> struct Wgmma {
-    static void begin(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 0); }
-    static void add(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 1); }
-    static void add(float (&d)[N / 2], const unsigned* a, Matrix b) { emulate::issue(N, d, 0, b, a, 1); }
+    static void begin(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 0, false, false); }
+    static void add(float (&d)[N / 2], Matrix a, Matrix b) { emulate::issue(N, d, a, b, nullptr, 1, false, false); }
+    static void add(float (&d)[N / 2], const unsigned* a, Matrix b) { emulate::issue(N, d, 0, b, a, 1, false, true); }
+    template <int K_OUTSIDE_OF_A, int K_OUTSIDE_OF_B> static void add_from(float (&d)[N / 2], Matrix a, Matrix b) {
+        emulate::issue(N, d, a, b, nullptr, 1, K_OUTSIDE_OF_A, K_OUTSIDE_OF_B);
+    }
 };

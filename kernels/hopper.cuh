@@ -77,7 +77,12 @@ __device__ __forceinline__ void barrier_arrive(int id, int n) { asm volatile("ba
 // Registers written so far are those that the next products read.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most PENDING of the groups this warp committed are under way; `sums` are among those that ended. The compiler is
+// Waits until at most PENDING of the groups this warp committed are under way, for the operands of the others; their sums may be those
+// of products that go on.
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// The same; `sums` are among those that ended. The compiler is
 // shown that they change here, so that no read of them moves up.
 template <int PENDING, int N> __device__ __forceinline__ void wgmma_wait(float (&sums)[N]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
@@ -97,6 +102,10 @@ template <int PENDING, int N> __device__ __forceinline__ void wgmma_wait(float (
 #define REGISTERS_9 "%72, %73, %74, %75, %76, %77, %78, %79"
 #define REGISTERS_10 "%80, %81, %82, %83, %84, %85, %86, %87"
 #define REGISTERS_11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define REGISTERS_13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define REGISTERS_14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define REGISTERS_15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define SUMS_8(how, d, i)                                                                                                            \
     how "f"(d[i]), how "f"(d[i + 1]), how "f"(d[i + 2]), how "f"(d[i + 3]), how "f"(d[i + 4]), how "f"(d[i + 5]), how "f"(d[i + 6]), \
         how "f"(d[i + 7])
@@ -106,12 +115,14 @@ template <int PENDING, int N> __device__ __forceinline__ void wgmma_wait(float (
 #define SUMS_56(how, d) SUMS_48(how, d), SUMS_8(how, d, 48)
 #define SUMS_64(how, d) SUMS_56(how, d), SUMS_8(how, d, 56)
 #define SUMS_96(how, d) SUMS_64(how, d), SUMS_8(how, d, 64), SUMS_8(how, d, 72), SUMS_8(how, d, 80), SUMS_8(how, d, 88)
+#define SUMS_128(how, d) SUMS_96(how, d), SUMS_8(how, d, 96), SUMS_8(how, d, 104), SUMS_8(how, d, 112), SUMS_8(how, d, 120)
 #define REGISTERS_32 REGISTERS_0 ", " REGISTERS_1 ", " REGISTERS_2 ", " REGISTERS_3
 #define REGISTERS_40 REGISTERS_32 ", " REGISTERS_4
 #define REGISTERS_48 REGISTERS_40 ", " REGISTERS_5
 #define REGISTERS_56 REGISTERS_48 ", " REGISTERS_6
 #define REGISTERS_64 REGISTERS_56 ", " REGISTERS_7
 #define REGISTERS_96 REGISTERS_64 ", " REGISTERS_8 ", " REGISTERS_9 ", " REGISTERS_10 ", " REGISTERS_11
+#define REGISTERS_128 REGISTERS_96 ", " REGISTERS_12 ", " REGISTERS_13 ", " REGISTERS_14 ", " REGISTERS_15
 
 // d[64, N] = or += a[64, 16] b[16, N], one instruction of a warpgroup, not waited for. Sum i of a thread is of row 16 (warp of 4) +
 // lane / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2. The macro takes N, N / 2, and the numbers of the operands
@@ -135,6 +146,15 @@ template <int N> struct Wgmma;
                          : "l"(a), "l"(b)                                                                                            \
                          : "memory");                                                                                                \
         }                                                                                                                            \
+        /* d += a b from shared memory, each operand with k innermost (0) or outermost (1) */                                        \
+        template <int K_OUTSIDE_OF_A, int K_OUTSIDE_OF_B>                                                                            \
+        static __device__ __forceinline__ void add_from(float (&d)[N / 2], Matrix a, Matrix b) {                                     \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
+                         "k16.f32.bf16.bf16 {" REGISTERS_##HALF "}, %" A ", %" A1 ", p, 1, 1, %" A2 ", %" A3 ";\n}"                  \
+                         : SUMS_##HALF("+", d)                                                                                       \
+                         : "l"(a), "l"(b), "n"(K_OUTSIDE_OF_A), "n"(K_OUTSIDE_OF_B)                                                  \
+                         : "memory");                                                                                                \
+        }                                                                                                                            \
         /* d += a b, a from registers (as mma_m16n8k16 has it, each warp its 16 rows), b from shared memory with n innermost */      \
         static __device__ __forceinline__ void add(float (&d)[N / 2], const unsigned* a, Matrix b) {                                 \
             asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
@@ -150,7 +170,16 @@ WGMMA(96, 48, "48", "49", "50", "51", "52")
 WGMMA(112, 56, "56", "57", "58", "59", "60")
 WGMMA(128, 64, "64", "65", "66", "67", "68")
 WGMMA(192, 96, "96", "97", "98", "99", "100")
+WGMMA(256, 128, "128", "129", "130", "131", "132")
 #endif
+
+// By every warp of the consuming warpgroups, when no lane of it reads a stage any more.
+__device__ __forceinline__ void release(Mbarrier* free) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(free);
+}
+// Arrivals at such a barrier.
+#define RELEASES(consumers) ((consumers) * 4)
 
 // Where wgmma finds an operand in a tile of panels [rows, 64]: its first element's address, and for an operand of more than 64
 // columns with n innermost the bytes from panel to panel. Groups of 8 rows follow each other every 1024 bytes.

@@ -4,7 +4,7 @@
 // it, or which of the kernels below works, for all of them give the same instruction the same 16 terms. (Which rows and columns an mma
 // has beside an element does not change it.)
 //
-// bf16: mma.sync m16n8k16 from shared memory, which cp.async fills STAGES - 1 steps ahead. One barrier a step: behind it a stage that
+// bf16, on GPUs that are no Hopper (matmul_hopper.cu): mma.sync m16n8k16 from shared memory, which cp.async fills STAGES - 1 steps ahead. One barrier a step: behind it a stage that
 // was waited for is there for all, and the one before has been read by all. Sums that wait for others stay in registers. The operands
 // are stored [m,k] or [k,m] and [n,k] or [k,n]; where rows do not begin at multiples of 16 bytes, elements are fetched one by one.
 // f32: fused multiply-adds, one term after another.
@@ -12,15 +12,7 @@
 // whose sum goes to a plane of its own, for matmul_add. Tiles: 128 x 128 and 128 x 64 of 256 threads for many rows, limited by the
 // tensor cores; 64 x 64 and 16 x 64 of 128 threads for few, the latter limited by reading b.
 // Registers (sm_90a, nvcc 13.0, no spills): see tests/kernels/compile.rs, which prints them.
-#include "rows.cuh"
-
-// Which terms belong together.
-struct Pieces {
-    const int* starts; // [n + 1], or null: n pieces of equal length, as parallel::pieces cuts them
-    int k;
-    int n;
-    __device__ __forceinline__ int begin(int i) const { return starts ? starts[i] : (int)((long long)i * k / n); }
-};
+#include "matmul.cuh"
 
 // The next terms to fetch.
 struct Cursor {
@@ -92,17 +84,6 @@ template <class T> struct Product {
     int pieces_of_part;
 };
 
-// The tile of this block.
-struct Place {
-    int row, column;
-    __device__ __forceinline__ Place(int m, int n, int rows, int columns) {
-        int n_down = (m + rows - 1) / rows, n_across = (n + columns - 1) / columns;
-        int band = (int)blockIdx.x / (8 * n_across), first = 8 * band, height = min(8, n_down - first), i = (int)blockIdx.x - band * 8 * n_across;
-        row = (first + i % height) * rows;
-        column = i / height * columns;
-    }
-};
-
 // tile[ROWS, WIDTH + 8] = the first n_rows rows and n_columns columns from `from` on, zeros around them. Rows in shared memory are eight
 // elements longer, so that ldmatrix meets no bank twice.
 template <int ROWS, int WIDTH, int THREADS>
@@ -139,27 +120,6 @@ using Wide = Form<128, 64, 4, 2, 32>;
 using Small = Form<64, 64, 2, 2, 64>;
 using Flat = Form<16, 64, 1, 4, 64>;
 
-// Two neighbours of a row to where they go.
-__device__ __forceinline__ void put_pair(void* out, bool is_bf16, size_t at, int n_here, bool even, float x, float y) {
-    if (is_bf16) {
-        bf16* to = (bf16*)out + at;
-        if (n_here >= 2 && even) {
-            *(unsigned*)to = pack_bf16(x, y);
-            return;
-        }
-        store(to, x);
-        if (n_here >= 2) store(to + 1, y);
-    } else {
-        float* to = (float*)out + at;
-        if (n_here >= 2 && even) {
-            *(float2*)to = make_float2(x, y);
-            return;
-        }
-        to[0] = x;
-        if (n_here >= 2) to[1] = y;
-    }
-}
-
 template <class F, template <int> class Together, bool TRANS_A, bool TRANS_B>
 __device__ __forceinline__ void multiply(const Product<bf16>& p) {
     constexpr int A_ROW = (TRANS_A ? F::ROWS : F::DEPTH) + 8, B_ROW = (TRANS_B ? F::DEPTH : F::COLUMNS) + 8;
@@ -167,7 +127,7 @@ __device__ __forceinline__ void multiply(const Product<bf16>& p) {
     DYNAMIC_SHARED(memory);
     bf16* tiles = (bf16*)memory;
     const Pieces& pieces = p.pieces;
-    Place place(p.m, p.n, F::ROWS, F::COLUMNS);
+    Place place(blockIdx.x, p.m, p.n, F::ROWS, F::COLUMNS);
     int rows = p.m - place.row, columns = p.n - place.column;
     auto fetch_next = [&](int stage, Cursor& next) {
         if (next.is_here()) {
@@ -299,7 +259,7 @@ template <template <int> class Together> __device__ __forceinline__ void multipl
     DYNAMIC_SHARED(memory);
     float *a = (float*)memory, *b = a + DEPTH * ROW; // [DEPTH, ROW] each
     const Pieces& pieces = p.pieces;
-    Place place(p.m, p.n, TILE, TILE);
+    Place place(blockIdx.x, p.m, p.n, TILE, TILE);
     int down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
     int rows = p.m - place.row, columns = p.n - place.column;
     // Element i that this thread fetches: the row of op(a), or column of op(b), and the term; neighbours where they lie side by side.

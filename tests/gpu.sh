@@ -227,4 +227,11 @@ for idx in "${!names[@]}"; do
   case ${outcomes[idx]} in passed | skipped) ;; *) failed=1 ;; esac
 done >"$out/summary.log"
 cat "$out/summary.log"
+# Of the library's rate at the same shapes, from the last column of the tables of operations.
+if [ -e "$out/operations.log" ]; then
+  for kind in "" ", portable"; do
+    grep -E "^ *\| [^,|]*$kind \| gemm_in_" "$out/operations.log" | awk -F'|' '$8 + 0 > 0 {print $8 + 0}' | sort -n |
+      awk -v kind="$kind" '{x[NR] = $1} END {if (NR) printf "canonical products%s over cuBLASLt: median %.2f, least %.2f, %d shapes\n", kind, x[int((NR + 1) / 2)], x[1], NR}'
+  done
+fi
 exit $failed

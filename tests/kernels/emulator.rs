@@ -145,7 +145,7 @@ impl Emulator {
     fn map(&self, arg: &Arg) -> Option<Map> {
         let Arg::Map(map @ TensorMap { address, dim, heads, tokens, box_tokens }) = *arg else { return None };
         self.check_range(address, 2 * dim * heads * tokens, "a matrix");
-        assert!(address % 16 == 0 && dim % TensorMap::BOX_DIMS == 0 && (1..=256).contains(&box_tokens), "{map:?}");
+        assert!(address % 16 == 0 && dim % 8 == 0 && (1..=256).contains(&box_tokens), "{map:?}");
         let sizes = [dim, heads, tokens].map(|n| n as u64);
         Some(Map { address, sizes, strides: map.strides(), boxes: [TensorMap::BOX_DIMS as u32, 1, box_tokens] })
     }

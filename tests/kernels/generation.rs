@@ -3,7 +3,8 @@
 
 use crate::canonical_cases;
 use crate::common::models;
-use crate::emulator::emulator;
+use crate::emulator::{Emulator, emulator, hopper};
+use std::sync::Arc;
 use trireme::comm::{Groups, threads};
 use trireme::device::Device;
 use trireme::device::cuda::Cuda;
@@ -41,17 +42,26 @@ fn requests() -> Vec<Request> {
     ]
 }
 
-fn generate(shape: (usize, usize, usize), batching: Batching, dtype: DType, head_dim: usize) -> Vec<String> {
-    let responses = generate_in(Mode::Reproducible, shape, batching, dtype, head_dim);
+type Machine = fn() -> Option<Arc<Emulator>>;
+
+fn generate(machine: Machine, shape: (usize, usize, usize), batching: Batching, dtype: DType, head_dim: usize) -> Vec<String> {
+    let responses = generate_in(machine, Mode::Reproducible, shape, batching, dtype, head_dim);
     responses.iter().map(|response| serde_json::to_string(response).unwrap()).collect()
 }
 
-fn generate_in(order: Mode, shape: (usize, usize, usize), batching: Batching, dtype: DType, head_dim: usize) -> Vec<Response> {
+fn generate_in(
+    machine: Machine,
+    order: Mode,
+    shape: (usize, usize, usize),
+    batching: Batching,
+    dtype: DType,
+    head_dim: usize,
+) -> Vec<Response> {
     let (tp, pp, dp) = shape;
     let requests = requests();
     let all = threads::run(tp * pp * dp, |world| {
         let groups = Groups::new(world, layout_for(tp * pp * dp, tp, pp).unwrap());
-        let device = Cuda::with_backend(emulator().expect("asked for before"));
+        let device = Cuda::with_backend(machine().expect("asked for before"));
         let mut chunk = Chunk::new(&device, &model(head_dim), &groups.layout, groups.at, 0, dtype, Purpose::Inference).unwrap();
         chunk.initialise(&device, 5);
         chunk.pack(&device, &*groups.tp, WeightFormat::Stored).unwrap();
@@ -72,15 +82,16 @@ fn generate_in(order: Mode, shape: (usize, usize, usize), batching: Batching, dt
 }
 
 /// Batch sizes, pieces of prompts, guesses, shared pages, tensor-parallel ranks, stages and replicas change no byte of a response, its
-/// log-probabilities included: in f32, and in bf16 on tensor cores, whose heads are 64 wide.
+/// log-probabilities included: in f32, and in bf16 on tensor cores, whose heads are 64 wide, on every GPU
+/// and on Hopper.
 #[test]
 fn batching_and_layouts_change_no_byte() {
     if emulator().is_none() {
         return;
     }
     let alone = Batching { n_sequences: 1, pass_tokens: 200, sharing: Sharing::Separate, draft_tokens: 0, kv_memory: Room::Unknown };
-    for (dtype, head_dim) in [(DType::F32, 16), (DType::BF16, 64)] {
-        let expected = generate((1, 1, 1), alone, dtype, head_dim);
+    for (machine, dtype, head_dim) in [(emulator as Machine, DType::F32, 16), (emulator, DType::BF16, 64), (hopper, DType::BF16, 64)] {
+        let expected = generate(machine, (1, 1, 1), alone, dtype, head_dim);
         for (shape, n_sequences, pass_tokens, draft_tokens, sharing) in [
             ((1, 1, 1), 4, 64, 0, Sharing::Shared),
             ((1, 1, 1), 3, 37, 4, Sharing::Separate),
@@ -90,7 +101,7 @@ fn batching_and_layouts_change_no_byte() {
             ((1, 2, 1), 2, 33, 0, Sharing::Shared),
         ] {
             let batching = Batching { n_sequences, pass_tokens, sharing, draft_tokens, ..alone };
-            assert_eq!(generate(shape, batching, dtype, head_dim), expected, "{shape:?} {batching:?} {dtype:?}");
+            assert_eq!(generate(machine, shape, batching, dtype, head_dim), expected, "{shape:?} {batching:?} {dtype:?}");
         }
     }
 }
@@ -103,7 +114,7 @@ fn fast_numerics_take_the_shortest_sums() {
         return;
     }
     let alone = Batching { n_sequences: 1, pass_tokens: 200, sharing: Sharing::Separate, draft_tokens: 0, kv_memory: Room::Unknown };
-    let [fast, reproducible] = [Mode::Fast, Mode::Reproducible].map(|order| generate_in(order, (1, 1, 1), alone, DType::F32, 16));
+    let [fast, reproducible] = [Mode::Fast, Mode::Reproducible].map(|order| generate_in(emulator, order, (1, 1, 1), alone, DType::F32, 16));
     let logprobs = |responses: &[Response]| responses.iter().map(|response| response.logprob).collect::<Vec<f64>>();
     for (fast, reproducible) in fast.iter().zip(&reproducible) {
         assert_eq!(fast.tokens, reproducible.tokens);

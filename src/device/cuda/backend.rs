@@ -62,12 +62,12 @@ pub enum Arg {
 }
 
 /// A matrix `[tokens, heads, dim]` of bf16 as the copy engine of a Hopper GPU takes it: in boxes of 64 dims of one head of
-/// `box_tokens` tokens.
+/// `box_tokens` tokens; zeros where a box is outside of it. A plain matrix `[rows, columns]` has one head.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct TensorMap {
     /// Of element (0, 0, 0), a multiple of 16.
     pub address: u64,
-    /// A multiple of 64.
+    /// A multiple of 8: rows begin at multiples of 16 bytes.
     pub dim: usize,
     /// Heads of a token.
     pub heads: usize,

@@ -1,4 +1,5 @@
-//! Sums in a canonical order: products by kernels/matmul.cu, where no library chooses how to add; the others by kernels/canonical.cu.
+//! Sums in a canonical order: products by kernels/matmul.cu, and of bf16 on a Hopper GPU by kernels/matmul_hopper.cu, where no library
+//! chooses how to add; the others by kernels/canonical.cu.
 //! The bits are those of every GPU of a kind, under every layout of the work; they are not those of the CPU.
 
 use super::backend::{Grid, Kernel};

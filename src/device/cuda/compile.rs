@@ -24,6 +24,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("fp8", include_str!("../../../kernels/fp8.cu")),
     ("matmul", include_str!("../../../kernels/matmul.cu")),
+    ("matmul_hopper", include_str!("../../../kernels/matmul_hopper.cu")),
     ("norm", include_str!("../../../kernels/norm.cu")),
     ("ordered", include_str!("../../../kernels/ordered.cu")),
     ("rope", include_str!("../../../kernels/rope.cu")),
@@ -36,6 +37,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),
     ("attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
+    ("matmul.cuh", include_str!("../../../kernels/matmul.cuh")),
     ("hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
 ];
 

@@ -1,5 +1,7 @@
 //! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`); in a canonical order of additions the
-//! kernels of kernels/matmul.cu do (`multiply_pieces`).
+//! kernels of kernels/matmul.cu do (`multiply_pieces`), on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
+
+mod hopper;
 
 use super::backend::{Arg, Grid, Kernel, Matrix};
 use super::grid::{CHUNK, int, long};
@@ -120,6 +122,18 @@ pub(super) fn parts(n_pieces: usize, n_tiles: usize, processors: usize) -> usize
     parts
 }
 
+/// A product that has terms.
+#[derive(Clone, Copy)]
+struct Product {
+    c: Matrix,
+    a: Matrix,
+    b: Matrix,
+    how: Gemm,
+    m: usize,
+    n: usize,
+    k: usize,
+}
+
 fn layout_name(how: Gemm) -> &'static str {
     match (how.trans_a, how.trans_b) {
         (false, true) => "nt",
@@ -153,6 +167,9 @@ impl Cuda {
                 self.backend.zero(c.address, out.n_bytes());
             }
             return;
+        }
+        if self.hopper && a.dtype == DType::BF16 {
+            return self.multiply_on_hopper(Product { c, a, b, how, m, n, k }, terms, together);
         }
         let processors = self.backend.processors();
         let (kernel, form) = match a.dtype {

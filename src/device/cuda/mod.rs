@@ -164,7 +164,7 @@ impl Cuda {
         Cuda::over(backend, Arc::default())
     }
 
-    /// Whether attention runs on Hopper's own instructions.
+    /// Whether attention and products in canonical order run on Hopper's own instructions.
     pub fn has_hopper_kernels(&self) -> bool {
         self.hopper
     }
