@@ -42,11 +42,13 @@ impl Place {
 
     /// A job on so many ranks, under mpirun when there are several.
     fn job(&self, out: &str, n_ranks: usize, fault: &str, more: &[&str]) -> Command {
-        let program = env!("CARGO_BIN_EXE_trireme-pretrain");
-        let mut command = Command::new(if n_ranks > 1 { "mpirun" } else { program });
+        // A program under nohup ignores SIGHUP, and so would those that it starts: here it counts.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=HUP");
         if n_ranks > 1 {
-            command.args(["-n", &n_ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", program]);
+            command.args(["mpirun", "-n", &n_ranks.to_string(), "--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
         }
+        command.arg(env!("CARGO_BIN_EXE_trireme-pretrain"));
         command.arg("--recipe").arg(self.path("recipe.toml")).arg("--out").arg(self.path(out)).args(more);
         command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("RAYON_NUM_THREADS", "1");
         command.env("TRIREME_FAULT", fault).env_remove("RUST_BACKTRACE").stdin(Stdio::null());

@@ -1,6 +1,6 @@
 //! The four linear layers of each block with their products in E4M3, of weights that are kept so (inference) and of weights in training.
-//! A scale belongs to one token (a row of inputs or of gradients) and to one channel of a weight, or to a whole tensor. The embedding, the head, norms, attention and everything between products keep the chunk's
-//! dtype.
+//! A scale belongs to one token (a row of inputs or of gradients) and to one channel of a weight, or to a whole tensor. The embedding, the
+//! head, norms, attention and everything between products keep the chunk's dtype.
 //!
 //! # Training
 //!
@@ -30,8 +30,9 @@
 //! - **The tensor of one scale** is a micro-batch in fast numerics, so that it is one product. In reproducible numerics it is a sample, lest
 //!   a number depend on what runs beside it: the products there are made of the numbers behind the codes, so they are still one.
 //! - **What a scale spans and tp divides** (the rows of x and W before a sum over ranks, those of dy and W^T where each rank has a part of
-//!   the outputs, all of a weight with one scale) has its largest size agreed between the ranks: 4 bytes a token. So every layout rounds to the same numbers, and in
-//!   reproducible numerics, where the numbers behind the codes are multiplied as floats in the canonical order, all bits are equal.
+//!   the outputs, all of a weight with one scale) has its largest size agreed between the ranks: 4 bytes a token. So every layout rounds to
+//!   the same numbers, and in reproducible numerics, where the numbers behind the codes are multiplied as floats in the canonical order,
+//!   all bits are equal.
 //!
 //! How far results are off is told by tests (`tests/fp8_training.rs`): E4M3 moves an element by at most 2^-4 of itself.
 //! In doubt until it has run on a GPU: Hopper's tensor cores keep about 14 bits between additions of 8-bit products, so sums over long

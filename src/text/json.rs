@@ -63,8 +63,8 @@ impl JsonTokenizer {
     }
 
     /// Whether this token parts a text: with it as their first, the tokens behind decode to its text (alone, or before others, see
-    /// [`JsonTokenizer::last_is_other`]) and then what they decode to behind all the tokens before. Not so for a token that is invisible, ends or begins inside a character, or may be part of a run
-    /// of bytes.
+    /// [`JsonTokenizer::last_is_other`]) and then what they decode to behind all the tokens before. Not so for a token
+    /// that is invisible, ends or begins inside a character, or may be part of a run of bytes.
     pub fn is_anchor(&self, id: u32) -> bool {
         let is_byte = || self.token_of(id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
         let is_clear = |text: String| !text.is_empty() && !text.contains('\u{FFFD}');
