@@ -3,7 +3,6 @@
 //! call and its order; what a GPU does with them is not.
 
 mod collective_table;
-#[allow(dead_code)] // the models alone
 mod common;
 #[allow(dead_code)] // its libraries alone
 #[path = "kernels/emulator.rs"]
