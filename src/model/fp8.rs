@@ -40,15 +40,16 @@
 //!
 //! # Why reproducible numerics multiply the numbers behind the codes
 //!
-//! A product of codes in a fixed order could be had from a kernel of our own, as those of bf16 are (kernels/matmul.cu), but not yet with a gain:
+//! A product of codes in a fixed order could be had from a kernel of our own, as those of bf16 are (kernels/matmul.cu and
+//! matmul_hopper.cu), but not yet with a gain that is known:
 //!
 //! - `mma.sync.m16n8k32` of E4M3 is an instruction of compute capability 8.9. On 9.0 the compiler turns it into conversions to FP16 and
 //!   FP16 products (NVIDIA/cutlass issue 1986): what widening does here, as fast, without its memory.
 //! - `wgmma` of E4M3 is Hopper's own, at twice the rate of bf16. How it aligns and cuts the 32 products of one instruction is not
 //!   documented, but measured: about 14 bits are kept (DeepSeek-V3, section 3.3.2). Each instruction gives the same bits for the same
 //!   operands, so a kernel that adds its results to f32 registers every few instructions, in the canonical order, would have the same bits
-//!   under every layout, if not those of another kind of device. It needs the canonical products on `wgmma` first, and a GPU to see
-//!   what the 14 bits cost.
+//!   under every layout, if not those of another kind of device. It would be a form of kernels/matmul_hopper.cu; it is not written,
+//!   because only a GPU can show what the 14 bits cost.
 
 use super::chunk::Chunk;
 use super::config::Split;

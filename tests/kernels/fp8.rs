@@ -91,6 +91,27 @@ fn every_bf16_becomes_the_nearest_number() {
     }));
 }
 
+/// What is no number stays none, behind codes and scales, and so does all that shares its scale with an infinity; nothing else does. A loss
+/// that overflows must not be trained on as a number.
+#[test]
+fn what_is_no_number_stays_none() {
+    let mut x = values(11, 4 * 48);
+    (x[5], x[48 + 7], x[2 * 48 + 47]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+    for (device, dtype) in devices().iter().flat_map(|device| [DType::F32, DType::BF16].map(|dtype| (device, dtype))) {
+        let x = tensor(&**device, &[4, 48], &x, dtype);
+        for (scales, rows_lost) in [(Fp8Scales::Rows, 1..3), (Fp8Scales::Tensor, 0..4)] {
+            let (codes, scale) = quantised(&**device, &x, scales);
+            let (codes, scale) = (codes.host_bytes().to_vec(), floats(&scale));
+            for (i, code) in codes.iter().enumerate() {
+                let is_none = (e4m3(*code) * f64::from(scale[i / (codes.len() / scale.len())])).is_nan();
+                assert_eq!(is_none, i == 5 || rows_lost.contains(&(i / 48)), "element {i} of {dtype:?}, {scales:?}, on {}", device.name());
+            }
+            // The element itself says so, not its scale alone.
+            assert_eq!(codes[5] & 0x7f, 0x7f, "{dtype:?}, {scales:?}, on {}", device.name());
+        }
+    }
+}
+
 /// The scale is the smallest power of two with which the largest is at most 448; a number is off by at most half of the last of three
 /// bits of mantissa, 2^-4 of it, or by half of 2^-9 scales near 0; zeros have scale 1. CUDA's kernels give the bits of the CPU.
 #[test]

@@ -56,9 +56,7 @@ impl Found {
         }
         Ok(Found { tokenizer, companions })
     }
-}
 
-impl Found {
     /// Weights are of use without a tokenizer, and one of a sort that cannot be read here comes along all the same; but then there are no
     /// texts.
     pub fn tell_unreadable(&self, hf_dir: &Path) {

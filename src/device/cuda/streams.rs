@@ -26,7 +26,8 @@ pub struct CommunicationStream {
 }
 
 impl CommunicationStream {
-    /// A new one of this device: each group of ranks has its own. `None` where no CUDA is below it (a machine that is emulated): such tensors travel through the host.
+    /// A new one of this device: each group of ranks has its own. `None` where no CUDA is below it (a machine that is emulated): such
+    /// tensors travel through the host.
     pub fn of(cuda: &Cuda) -> Option<CommunicationStream> {
         let backend = Arc::clone(&cuda.backend);
         let stream = Stream::Communication(cuda.use_of_memory.n_streams.fetch_add(1, Ordering::Relaxed));
