@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_squares_f32(double* partia
 }
 
 // total[0] = sum of n partial sums; one block
-extern "C" __global__ void __launch_bounds__(256) sum_partial_f64(double* total, const double* partial, long long n) {
+extern "C" __global__ void __launch_bounds__(1024) sum_partial_f64(double* total, const double* partial, long long n) {
     double sum = 0;
     for (long long i = threadIdx.x; i < n; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);

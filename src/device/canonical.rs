@@ -30,4 +30,10 @@ pub trait CanonicalSums: Send + Sync {
     fn add_groups(&self, out: &mut Tensor, rows: &Tensor, n_pieces: usize);
     /// The squares of an f32 tensor: in f64 over each of `n_pieces` equal pieces of each row, exactly over the pieces.
     fn sum_squares(&self, x: &Tensor, n_pieces: usize) -> ExactSum;
+    /// The same of several with their pieces. The host waits once for all of them.
+    fn sum_squares_of(&self, all: &[(&Tensor, usize)]) -> ExactSum {
+        let mut sum = ExactSum::default();
+        all.iter().for_each(|(x, n_pieces)| sum.merge(&self.sum_squares(x, *n_pieces)));
+        sum
+    }
 }

@@ -397,6 +397,10 @@ pub trait Device: Send + Sync {
     /// Sum of squares of an f32 tensor, accumulated in f64 over fixed blocks of 4096 elements in order, so the value does
     /// not depend on the number of threads.
     fn sum_squares(&self, x: &Tensor) -> f64;
+    /// The same of several, added in order. The host waits once for all of them.
+    fn sum_squares_of(&self, all: &[&Tensor]) -> f64 {
+        all.iter().map(|x| self.sum_squares(x)).sum()
+    }
 
     /// out[m,n] = or += op(a)[m,k] op(b)[k,n]. a and b both f32 or both bf16; out f32 or bf16 (bf16 out only from bf16
     /// inputs). Accumulates in f32.

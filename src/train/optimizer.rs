@@ -147,16 +147,14 @@ impl ShardedAdamW {
             }
         }
         if self.order == Order::ByRank {
-            return groups.world.sum_f64(counted.iter().map(|(_, grad)| device.sum_squares(grad)).sum()).sqrt();
+            let grads: Vec<&Tensor> = counted.into_iter().map(|(_, grad)| grad).collect();
+            return groups.world.sum_f64(device.sum_squares_of(&grads)).sqrt();
         }
         let sums = device.canonical().expect("canonical sums were asked of a device that has them");
-        let mut sum = ExactSum::default();
-        for (param, grad) in counted {
-            // A row that tp divides in the pieces of the whole row.
-            let n_pieces = if param.spec.split == Split::Columns { TP_PIECES / groups.layout.tp } else { 1 };
-            sum.merge(&sums.sum_squares(grad, n_pieces));
-        }
-        sum_exactly(&*groups.world, &sum).sqrt()
+        // A row that tp divides in the pieces of the whole row.
+        let n_pieces = |param: &Param| if param.spec.split == Split::Columns { TP_PIECES / groups.layout.tp } else { 1 };
+        let grads: Vec<(&Tensor, usize)> = counted.into_iter().map(|(param, grad)| (grad, n_pieces(param))).collect();
+        sum_exactly(&*groups.world, &sums.sum_squares_of(&grads)).sqrt()
     }
 
     /// The owned rows of a parameter's gradient, summed over the replicas; until [`ShardedAdamW::update`].

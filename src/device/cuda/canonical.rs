@@ -65,23 +65,37 @@ impl CanonicalSums for Cuda {
     }
 
     fn sum_squares(&self, x: &Tensor, n_pieces: usize) -> ExactSum {
-        assert!(x.dtype() == DType::F32 && n_pieces > 0, "sum_squares of {x:?} in {n_pieces} pieces");
-        if x.n_elements() == 0 {
+        CanonicalSums::sum_squares_of(self, &[(x, n_pieces)])
+    }
+
+    fn sum_squares_of(&self, all: &[(&Tensor, usize)]) -> ExactSum {
+        let mut all = all.to_vec();
+        all.retain(|(x, _)| x.n_elements() > 0);
+        let n_words = ExactSum::N_LIMBS + FLAGS;
+        let n_bytes = all.len() * n_words * size_of::<u64>();
+        if n_bytes == 0 {
             return ExactSum::default();
         }
-        let (n_rows, columns) = (x.n_rows(), x.row_len());
-        let n_words = ExactSum::N_LIMBS + FLAGS;
-        let words = self.workspace(n_words * size_of::<u64>());
-        self.backend.zero(words.address(), n_words * size_of::<u64>());
-        // A block adds up many pieces before it adds to the others' sum.
-        let n_blocks = (n_rows * n_pieces).div_ceil(8 * 16).min(8 * self.backend.processors());
-        let args = [words.arg(), Cuda::arg(x), long(n_rows), int(columns), int(n_pieces)];
-        self.backend.launch(&Kernel::of("canonical", "square_pieces", DType::F32), Grid::line(n_blocks, 256), &args);
-        let mut found = vec![0u64; n_words];
+        let words = self.workspace(n_bytes);
+        self.backend.zero(words.address(), n_bytes);
+        for (i, (x, n_pieces)) in all.iter().enumerate() {
+            assert!(x.dtype() == DType::F32 && *n_pieces > 0, "sum_squares of {x:?} in {n_pieces} pieces");
+            let (n_rows, columns) = (x.n_rows(), x.row_len());
+            // A block adds up many pieces before it adds to the others' sum.
+            let n_blocks = (n_rows * n_pieces).div_ceil(8 * 16).min(8 * self.backend.processors());
+            let to = words.arg_at(i * n_words * size_of::<u64>());
+            let args = [to, Cuda::arg(x), long(n_rows), int(columns), int(*n_pieces)];
+            self.backend.launch(&Kernel::of("canonical", "square_pieces", DType::F32), Grid::line(n_blocks, 256), &args);
+        }
+        let mut found = vec![0u64; all.len() * n_words];
         self.backend.download(words.address(), bytemuck::cast_slice_mut(&mut found));
-        let (limbs, flags) = found.split_at(ExactSum::N_LIMBS);
-        let not_finite = if flags[1] > 0 { f64::NAN } else { f64::INFINITY };
-        ExactSum::from_limbs(limbs, if flags.iter().all(|n| *n == 0) { 0.0 } else { not_finite })
+        let mut sum = ExactSum::default();
+        for found in found.chunks_exact(n_words) {
+            let (limbs, flags) = found.split_at(ExactSum::N_LIMBS);
+            let not_finite = if flags[1] > 0 { f64::NAN } else { f64::INFINITY };
+            sum.merge(&ExactSum::from_limbs(limbs, if flags.iter().all(|n| *n == 0) { 0.0 } else { not_finite }));
+        }
+        sum
     }
 }
 

@@ -7,6 +7,8 @@ use crate::tensor::{DType, Tensor};
 
 /// Elements of which one block sums the squares.
 const SQUARES: usize = 4096;
+/// Threads that add up the sums of the blocks.
+const SUM_THREADS: u32 = 1024;
 
 impl Cuda {
     /// See `Device::copy`.
@@ -38,26 +40,23 @@ impl Cuda {
         }
     }
 
-    /// See `Device::sum_squares`.
-    pub(super) fn sum_squares(&self, x: &Tensor) -> f64 {
-        let n = x.n_elements();
-        assert_eq!(x.dtype(), DType::F32, "sum_squares of {x:?}");
-        if n == 0 {
-            return 0.0;
+    /// See `Device::sum_squares_of`.
+    pub(super) fn sum_squares_of(&self, all: &[&Tensor]) -> f64 {
+        let all: Vec<&&Tensor> = all.iter().filter(|x| x.n_elements() > 0).collect();
+        let Some(most) = all.iter().map(|x| x.n_elements().div_ceil(SQUARES)).max() else { return 0.0 };
+        // The total of each, then the sums of the blocks of the one at work.
+        let sums = self.workspace((all.len() + most) * size_of::<f64>());
+        let partial = sums.arg_at(all.len() * size_of::<f64>());
+        for (i, x) in all.iter().enumerate() {
+            let (n, n_blocks) = (x.n_elements(), x.n_elements().div_ceil(SQUARES));
+            assert_eq!(x.dtype(), DType::F32, "sum_squares of {x:?}");
+            let kernel = Kernel::of("elementwise", "sum_squares", DType::F32);
+            self.backend.launch(&kernel, Grid::line(n_blocks, 256), &[partial, Cuda::arg(x), long(n)]);
+            let kernel = Kernel { file: "elementwise", name: "sum_partial_f64".into() };
+            self.backend.launch(&kernel, Grid::line(1, SUM_THREADS), &[sums.arg_at(i * size_of::<f64>()), partial, long(n_blocks)]);
         }
-        let n_blocks = n.div_ceil(SQUARES);
-        // The total, then one sum a block.
-        let sums = self.workspace((1 + n_blocks) * size_of::<f64>());
-        let partial = sums.arg_at(size_of::<f64>());
-        self.backend.launch(
-            &Kernel::of("elementwise", "sum_squares", DType::F32),
-            Grid::line(n_blocks, 256),
-            &[partial, Cuda::arg(x), long(n)],
-        );
-        let kernel = Kernel { file: "elementwise", name: "sum_partial_f64".into() };
-        self.backend.launch(&kernel, Grid::line(1, 256), &[sums.arg(), partial, long(n_blocks)]);
-        let mut total = [0u8; size_of::<f64>()];
-        self.backend.download(sums.address(), &mut total);
-        f64::from_ne_bytes(total)
+        let mut totals = vec![0f64; all.len()];
+        self.backend.download(sums.address(), bytemuck::cast_slice_mut(&mut totals));
+        totals.iter().sum()
     }
 }

@@ -85,7 +85,11 @@ impl Device for Cuda {
     }
 
     fn sum_squares(&self, x: &Tensor) -> f64 {
-        self.sum_squares(x)
+        self.sum_squares_of(&[x])
+    }
+
+    fn sum_squares_of(&self, all: &[&Tensor]) -> f64 {
+        self.sum_squares_of(all)
     }
 
     fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
