@@ -223,7 +223,10 @@ impl<'a> Ctx<'a> {
     /// dW[out, in] += dy[T, out]^T x[T, in].
     pub fn add_weight_gradient(&self, weight: &mut Param, dy: &Tensor, x: &Tensor) {
         match self.numerics {
-            Numerics::Fast => self.device.gemm(&mut weight.dweight(), dy, x, Gemm::TN.accumulate()),
+            Numerics::Fast => {
+                let how = Gemm { out: weight.next_product(), ..Gemm::TN };
+                self.device.gemm(&mut weight.dweight(), dy, x, how);
+            }
             Numerics::Reproducible(canonical) => self.write_parts(weight, |dweight, part, out| {
                 let (dy, x) = (dy.rows(part.rows.clone()), x.rows(part.rows.clone()));
                 canonical.sums.gemm_in_turn(dweight, &dy, &x, Gemm { out, ..Gemm::TN }, &part.starts);

@@ -3,8 +3,8 @@
 use super::config::{Init, ParamSpec, Split};
 use super::fp8::Rounded;
 use super::numerics::SampleSum;
-use crate::device::Device;
 use crate::device::packed::PackedWeight;
+use crate::device::{Device, Store};
 use crate::error::Result;
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::parallel::slice::Slice;
@@ -32,6 +32,17 @@ pub enum Uses {
     InputAndOutput,
 }
 
+/// What becomes of a gradient when its step is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum BetweenSteps {
+    /// Zeros: the next step adds to them.
+    Zeroed,
+    /// Nothing, for the first product of the next step assigns it.
+    Left,
+    /// Nothing was done, and it is not yet of the step that runs.
+    Stale,
+}
+
 /// One parameter's tensor-parallel part. `value` and `grad` have ceil(rows / dp) * dp rows, so that the collectives of the
 /// sharded optimizer move equal blocks; layers see the first `rows` only, the rest is zero.
 pub struct Param {
@@ -49,6 +60,8 @@ pub struct Param {
     pub rounded: Option<Rounded>,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
+    /// What becomes of `grad` between steps.
+    between_steps: BetweenSteps,
     /// With canonical sums: what stands beside `grad` while a step's samples come in.
     sum: Option<SampleSum>,
     /// With canonical sums, of a tied embedding whose two uses are in one chunk: the gradient of its use as output layer.
@@ -66,7 +79,40 @@ impl Param {
         }
         let grad = if purpose == Purpose::Training { Some(device.alloc(&shape, DType::F32)?) } else { None };
         let value = if purpose == Purpose::Loading { Tensor::nothing(&shape, dtype) } else { device.alloc(&shape, dtype)? };
-        Ok(Param { value, scale: None, packed: None, rounded: None, grad, sum: None, second: None, spec, slice })
+        Ok(Param {
+            value,
+            scale: None,
+            packed: None,
+            rounded: None,
+            grad,
+            between_steps: BetweenSteps::Zeroed,
+            sum: None,
+            second: None,
+            spec,
+            slice,
+        })
+    }
+
+    /// The same, of which all gradients are products that [`Ctx::add_weight_gradient`](super::ctx::Ctx) makes.
+    pub fn of_products(self) -> Param {
+        Param { between_steps: BetweenSteps::Left, ..self }
+    }
+
+    /// After a step: what the gradient holds is not wanted any more.
+    pub fn end_gradient(&mut self, device: &dyn Device) {
+        match self.between_steps {
+            BetweenSteps::Zeroed => device.fill_zero(self.grad_mut()),
+            BetweenSteps::Left | BetweenSteps::Stale => self.between_steps = BetweenSteps::Stale,
+        }
+    }
+
+    /// How the next product goes into the gradient.
+    pub fn next_product(&mut self) -> Store {
+        if self.between_steps != BetweenSteps::Stale {
+            return Store::Accumulate;
+        }
+        self.between_steps = BetweenSteps::Left;
+        Store::Assign
     }
 
     /// Takes the memory of canonical sums, for at most this many blocks of samples a replica.

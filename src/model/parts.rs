@@ -23,6 +23,11 @@ impl Parts {
         self.params.remove(name).unwrap_or_else(|| panic!("{name} is not in the parameter table"))
     }
 
+    /// Of a layer that only multiplies.
+    fn matrix(&mut self, name: &str) -> Param {
+        self.take(name).of_products()
+    }
+
     fn norm(&mut self, name: &str, config: &ModelConfig) -> Norm {
         let gain = self.take(&format!("{name}.weight"));
         let bias = (config.norm == NormKind::LayerNorm1P).then(|| self.take(&format!("{name}.bias")));
@@ -53,15 +58,15 @@ impl Parts {
         Block {
             attention_norm: self.norm(&format!("{at}.attention_norm"), config),
             attention: Attention {
-                qkv: ColumnParallelLinear { weight: self.take(&format!("{at}.attention.qkv.weight")) },
-                out: RowParallelLinear { weight: self.take(&format!("{at}.attention.out.weight")) },
+                qkv: ColumnParallelLinear { weight: self.matrix(&format!("{at}.attention.qkv.weight")) },
+                out: RowParallelLinear { weight: self.matrix(&format!("{at}.attention.out.weight")) },
                 heads: config.heads(tp),
                 rope,
             },
             mlp_norm: self.norm(&format!("{at}.mlp_norm"), config),
             mlp: Mlp {
-                up: ColumnParallelLinear { weight: self.take(&format!("{at}.mlp.up.weight")) },
-                down: RowParallelLinear { weight: self.take(&format!("{at}.mlp.down.weight")) },
+                up: ColumnParallelLinear { weight: self.matrix(&format!("{at}.mlp.up.weight")) },
+                down: RowParallelLinear { weight: self.matrix(&format!("{at}.mlp.down.weight")) },
                 activation: config.activation,
             },
         }

@@ -162,8 +162,8 @@ impl ShardedAdamW {
         reduced(chunks, &self.shards, (chunk, param_idx))
     }
 
-    /// AdamW on the owned rows, then all rows of the new weights are on their way to all replicas. Gradients are zeroed for the
-    /// next step.
+    /// AdamW on the owned rows, then all rows of the new weights are on their way to all replicas. Gradients are ended, so
+    /// that the next step begins its own.
     pub fn update(
         &mut self,
         device: &dyn Device,
@@ -196,10 +196,10 @@ impl ShardedAdamW {
         }
     }
 
-    /// Zeroes the gradients of a step whose update is not made. Weights and moments stay as they are.
+    /// Ends the gradients of a step whose update is not made. Weights and moments stay as they are.
     pub fn discard_gradients(&self, device: &dyn Device, chunks: &mut [Chunk]) {
         for param in chunks.iter_mut().flat_map(Chunk::params_mut) {
-            device.fill_zero(param.grad_mut());
+            param.end_gradient(device);
         }
     }
 
@@ -272,6 +272,6 @@ fn update_one(device: &dyn Device, scratch: &Scratch, of: (&mut Param, &mut Shar
             Some(weight)
         }
     };
-    device.fill_zero(full_grad);
+    param.end_gradient(device);
     rows
 }
