@@ -6,6 +6,7 @@
 //!     cargo bench --bench decode -- 30m bf16 parts       where the time of its prompts goes, by operation
 //!     cargo bench --bench decode -- profile 30m int8 1     steps alone, some seconds of them, in their two halves; for a profiler too
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
+//!     cargo bench --bench decode -- cuda kernels     and where the time of steps of one sequence goes, call by call, without graphs
 //!     cargo bench --bench decode -- fast ..  the same in the shortest order of sums (trireme-generate --numerics fast)
 //!
 //! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
@@ -16,6 +17,7 @@ use std::time::Instant;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::profile::Profile;
 use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, PAGE_TOKENS, Scratch, ceiling};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::infer::sampler::{Drawing, Sampling};
@@ -106,7 +108,8 @@ fn fill(device: &dyn Device, tensor: &mut Tensor, block: &[f32]) {
         }
         _ => bytemuck::cast_slice(block),
     };
-    let bytes: Vec<u8> = block.iter().copied().cycle().take(tensor.n_bytes()).collect();
+    let mut bytes = block.repeat(tensor.n_bytes().div_ceil(block.len()));
+    bytes.truncate(tensor.n_bytes());
     device.upload(&bytes, tensor);
 }
 
@@ -247,9 +250,9 @@ impl<'a> Subject<'a> {
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let on_gpu = wanted.iter().any(|word| word == "cuda");
-    let device: Box<dyn Device> = match on_gpu.then(|| Cuda::open(0)) {
-        None => Box::new(Cpu::new()),
-        Some(Ok(cuda)) => Box::new(cuda),
+    let (device, profiler): (Box<dyn Device>, _) = match on_gpu.then(|| Cuda::open_profiled(0)) {
+        None => (Box::new(Cpu::new()), None),
+        Some(Ok((cuda, profile))) => (Box::new(cuda), Some(profile)),
         Some(Err(error)) => {
             println!("not run: {error}");
             std::process::exit(if std::env::var_os("TRIREME_NEEDS_GPU").is_some() { 2 } else { 0 });
@@ -284,6 +287,9 @@ fn main() {
             for n_tokens in PROMPTS.into_iter().filter(|_| !is_profile && is_wanted("prompts", &numbers)) {
                 prompt(&mut subject, (size, name, *dtype), n_tokens);
             }
+            if let Some(profiler) = profiler.as_ref().filter(|_| wanted.iter().any(|word| word == "kernels")) {
+                kernels(&mut subject, size, profiler);
+            }
             for n_tokens in PROMPTS.into_iter().filter(|_| wanted.iter().any(|word| word == "parts")) {
                 let (pass_s, gemm) = prompt_s(&mut subject, *dtype, n_tokens);
                 let (pages, Subject { chunk, caches, .. }) = (subject.pages(0), &mut subject);
@@ -309,6 +315,15 @@ fn profile(subject: &mut Subject, (size, weights): (&Size, &str), n: usize) {
         format!("{:.3}, {:.3}, {:.3}", ms[0], ms[n_steps / 2], ms.iter().sum::<f64>() / n_steps as f64)
     });
     println!("| {} | {weights} | {n} | {n_steps} | {logits} | {choices} |", size.name);
+}
+
+/// Steps of one sequence, call by call: not recorded, so that each is seen.
+fn kernels(subject: &mut Subject, size: &Size, profiler: &Profile) {
+    subject.decoder = Decoder::default();
+    profiler.begin();
+    subject.steps_s(1, size.past);
+    println!("\n{STEPS} steps of {}, one sequence:\n{}", size.name, profiler.end());
+    subject.decoder = Decoder::default();
 }
 
 /// One line of the table: decode steps.

@@ -6,17 +6,22 @@
 //!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step [-- 30m f32]
 //!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step -- cuda [1b] [fp8]
 //!
-//! With `fp8` the linear layers of the blocks multiply E4M3 (`numerics.linear = "fp8"`); the ceiling and PyTorch stay in bf16.
+//! With `fp8` the linear layers of the blocks multiply E4M3 (`numerics.linear = "fp8"`); the ceiling and PyTorch stay in bf16. On a GPU
+//! a step after those that are measured is taken down call by call: what ran on the device, how long, and how long it waited. `alone`
+//! leaves PyTorch out.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
+use std::cell::Cell;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use trireme::comm::Groups;
 use trireme::comm::solo::Solo;
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::profile::Profile;
 use trireme::device::{Device, ceiling};
 use trireme::metrics;
 use trireme::parallel::layout::ParallelLayout;
@@ -40,7 +45,11 @@ const CUDA_SIZES: [Size; 2] = [
     Size { name: "1b", model: [2048, 20, 16, 8, 128, 8192, 32000], seq_len: 4096, micro: 4 },
     Size { name: "1b-d192", model: [2304, 18, 12, 4, 192, 9216, 32000], seq_len: 4096, micro: 4 },
 ];
-const STEPS: u64 = 6;
+/// Steps before the measured ones: kernels are compiled, products' algorithms chosen, memory is taken.
+const WARM: usize = 2;
+const STEPS: u64 = 7;
+/// The step that is taken down, counted from 0, and the first that is not measured.
+const PROFILED: usize = 5;
 
 fn recipe(size: &Size, (precision, linear): (Precision, Linear), shards: &Path) -> Pretrain {
     let mut recipe = common::tiny_recipe(shards);
@@ -55,15 +64,45 @@ fn recipe(size: &Size, (precision, linear): (Precision, Linear), shards: &Path) 
     recipe
 }
 
-/// Median tokens/s, share of the ceiling, and utilization of what the GPU's maker states where that is known, over the steps after the
-/// first two.
-fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64, f64, Option<f64>) {
+/// Median tokens/s, share of the ceiling, and utilization of what the GPU's maker states where that is known.
+type Rates = (f64, f64, Option<f64>);
+
+/// Of the measured steps of a run.
+fn rates(run: &Path) -> Rates {
+    let rows = metrics::read(&run.join("metrics.jsonl")).unwrap_or_else(|error| panic!("{error}"));
+    let median = |value: &dyn Fn(&metrics::Row) -> f64| {
+        let mut values: Vec<f64> = rows[WARM..PROFILED].iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let mfu = rows[0].mfu.map(|_| median(&|row| row.mfu.unwrap_or(0.0)));
+    (median(&|row| row.tokens_per_s), median(&|row| row.share_of_gemm_ceiling), mfu)
+}
+
+/// Trains, and tells the rates and the table of a step as soon as they are known: the end of the run saves a large checkpoint.
+fn ours((device, profile): &Opened, size: &Size, numbers: (Precision, Linear)) -> Rates {
+    let device = &**device;
     let dir = tempfile::tempdir().expect("a temporary directory");
     let shards = dir.path().join("shards");
     common::write_megatron(&shards, "train", &common::counting_documents(600 * size.seq_len / 512, size.model[6] as u32, 1));
     let recipe = recipe(size, numbers, &shards);
     let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
     let out = dir.path().join("run");
+    // Asked before each step.
+    let (n_done, measured) = (Cell::new(0), Cell::new(None));
+    let stop = || {
+        let n = n_done.replace(n_done.get() + 1);
+        if n == PROFILED {
+            let (tokens_per_s, share, mfu) = rates(&out);
+            let of_peak = mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
+            eprintln!("{} {}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling{of_peak}", size.name, name_of(numbers));
+            measured.set(Some((tokens_per_s, share, mfu)));
+            profile.iter().for_each(|profile| profile.begin());
+        } else if n == PROFILED + 1 {
+            profile.iter().for_each(|profile| eprintln!("One step of {}:\n{}", size.name, profile.end()));
+        }
+        false
+    };
     let job = Job {
         recipe: &recipe,
         groups: &groups,
@@ -71,20 +110,29 @@ fn ours(device: &dyn Device, size: &Size, numbers: (Precision, Linear)) -> (f64,
         out: &out,
         stop_after: None,
         accepted: &[],
-        stop: &|| false,
+        stop: &stop,
         deadline: None,
         ceiling: &|dtype| ceiling::measure(device, dtype),
     };
-    pretrain::run(&job).unwrap_or_else(|error| panic!("{error}"));
-    let rows = metrics::read(&out.join("metrics.jsonl")).unwrap_or_else(|error| panic!("{error}"));
-    let median = |value: &dyn Fn(&metrics::Row) -> f64| {
-        let mut values: Vec<f64> = rows[2..].iter().map(value).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    let mfu = rows[0].mfu.map(|_| median(&|row| row.mfu.unwrap_or(0.0)));
-    (median(&|row| row.tokens_per_s), median(&|row| row.share_of_gemm_ceiling), mfu)
+    let ended = pretrain::run(&job);
+    match (measured.get(), ended) {
+        (Some(rates), Ok(_)) => rates,
+        (Some(rates), Err(error)) => {
+            eprintln!("{}: {error}", size.name);
+            rates
+        }
+        (None, ended) => panic!("no step was measured: {}", ended.err().map_or("there are too few".into(), |error| error.to_string())),
+    }
 }
+
+/// How numbers are stored, and what is multiplied where that is another thing.
+fn name_of((precision, linear): (Precision, Linear)) -> String {
+    let storage = if precision == Precision::F32 { "f32" } else { "bf16" };
+    if linear == Linear::Fp8 { format!("{storage}, products in E4M3") } else { storage.into() }
+}
+
+/// A device, and what takes down where its time goes.
+type Opened = (Box<dyn Device>, Option<Arc<Profile>>);
 
 /// The peer's tokens/s, eager and compiled, or None without a Python that has PyTorch.
 fn peer(device: &str, size: &Size, dtype: &str, compile: bool) -> Option<f64> {
@@ -112,12 +160,12 @@ fn main() {
     let on_gpu = wanted.iter().any(|word| word == "cuda");
     let name = if on_gpu { "cuda" } else { "cpu" };
     // Anew for each measurement, so that the memory it keeps is there for the peer.
-    let open = || -> Box<dyn Device> {
+    let open = || -> Opened {
         if !on_gpu {
-            return Box::new(Cpu::new());
+            return (Box::new(Cpu::new()), None);
         }
-        match Cuda::open(0) {
-            Ok(cuda) => Box::new(cuda),
+        match Cuda::open_profiled(0) {
+            Ok((cuda, profile)) => (Box::new(cuda), Some(profile)),
             Err(error) => {
                 println!("not run: {error}");
                 std::process::exit(2);
@@ -125,7 +173,7 @@ fn main() {
         }
     };
     let linear = if wanted.iter().any(|word| word == "fp8") { Linear::Fp8 } else { Linear::Stored };
-    println!("{}\n", open().name());
+    println!("{}\n", open().0.name());
     println!("| model | storage | tokens/s | share of GEMM ceiling | MFU | PyTorch eager | compiled | ours / best |");
     println!("|---|---|---|---|---|---|---|---|");
     for size in if on_gpu { &CUDA_SIZES } else { &CPU_SIZES } {
@@ -134,15 +182,19 @@ fn main() {
             if is_left_out || !is_wanted(size.name, &["30m", "120m", "1b", "1b-d192"]) || !is_wanted(dtype, &["f32", "bf16"]) {
                 continue;
             }
-            let eager = peer(name, size, dtype, false);
-            let (tokens_per_s, share, mfu) = ours(&*open(), size, (precision, linear));
-            eprintln!("{} {dtype}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling; PyTorch compiles", size.name);
-            let compiled = peer(name, size, dtype, true);
+            // Ours is told before the peer is asked, which may fail or take long.
+            let (tokens_per_s, share, mfu) = ours(&open(), size, (precision, linear));
+            let is_alone = wanted.iter().any(|word| word == "alone");
+            let [eager, compiled] = [false, true].map(|compile| {
+                let rate = if is_alone { None } else { peer(name, size, dtype, compile) };
+                eprintln!("PyTorch, compiled {compile}: {} tokens/s", rate.map_or("no".into(), |rate| format!("{rate:.0}")));
+                rate
+            });
             let text = |rate: Option<f64>| rate.map_or("not run".into(), |rate| format!("{rate:.0}"));
             let best = eager.unwrap_or(0.0).max(compiled.unwrap_or(0.0));
             let ratio = if best > 0.0 { format!("{:.2}", tokens_per_s / best) } else { "-".into() };
             let (model, share) = (size.name, 100.0 * share);
-            let dtype = if linear == Linear::Fp8 { format!("{dtype}, products in E4M3") } else { dtype.into() };
+            let dtype = name_of((precision, linear));
             let mfu = mfu.map_or("-".into(), |mfu| format!("{:.1} %", 100.0 * mfu));
             let (eager, compiled) = (text(eager), text(compiled));
             println!("| {model} | {dtype} | {tokens_per_s:.0} | {share:.0} % | {mfu} | {eager} | {compiled} | {ratio} |");

@@ -42,6 +42,8 @@ mod ordered;
 mod pooled;
 #[path = "kernels/products.rs"]
 mod products;
+#[path = "kernels/profile.rs"]
+mod profile;
 #[path = "golden_runs/reward.rs"]
 mod reward;
 #[path = "kernels/run.rs"]

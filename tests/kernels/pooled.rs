@@ -108,6 +108,15 @@ impl Backend for Pooled {
     fn release(&self, event: Event) {
         self.below.release(event);
     }
+    fn mark(&self) -> Event {
+        self.below.mark()
+    }
+    fn seconds_between(&self, from: Event, to: Event) -> f64 {
+        self.below.seconds_between(from, to)
+    }
+    fn forget_mark(&self, mark: Event) {
+        self.below.forget_mark(mark);
+    }
     fn handle(&self, stream: Stream) -> Option<u64> {
         self.below.handle(stream)
     }

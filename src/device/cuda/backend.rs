@@ -181,6 +181,12 @@ pub trait Backend: Send + Sync {
     fn is_complete(&self, event: Event) -> bool;
     /// Ends the use of an event; waits that were asked for stay.
     fn release(&self, event: Event);
+    /// A point in the compute work at which the device's clock is read when it gets there. Ended by `forget_mark`.
+    fn mark(&self) -> Event;
+    /// Seconds of the device from one mark to another. Waits for both.
+    fn seconds_between(&self, from: Event, to: Event) -> f64;
+    /// Ends the use of a mark.
+    fn forget_mark(&self, mark: Event);
     /// The stream as CUDA's own libraries take it (a `CUstream`), with the device made current on the calling thread. `None` on a
     /// machine that has no CUDA below it.
     fn handle(&self, stream: Stream) -> Option<u64>;

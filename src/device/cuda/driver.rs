@@ -371,6 +371,19 @@ impl Backend for Driver {
         self.queues.release(event.0 as sys::CUevent);
     }
 
+    fn mark(&self) -> Event {
+        Event(self.call(&|| "reading the clock".into(), || self.queues.mark()) as u64)
+    }
+
+    fn seconds_between(&self, from: Event, to: Event) -> f64 {
+        self.call(&|| "comparing clocks".into(), || queues::seconds_between(from.0 as sys::CUevent, to.0 as sys::CUevent))
+    }
+
+    fn forget_mark(&self, mark: Event) {
+        // SAFETY: an event of `mark`, which ends here.
+        self.call(&|| "ending an event".into(), || unsafe { result::event::destroy(mark.0 as sys::CUevent) });
+    }
+
     fn handle(&self, stream: Stream) -> Option<u64> {
         self.call(&|| "making the device current".into(), || Ok(()));
         Some(self.queues.of(stream) as u64)

@@ -22,6 +22,7 @@ mod matmul;
 mod norm;
 mod operations;
 mod ordered;
+pub mod profile;
 mod recording;
 mod rope;
 mod sample;
@@ -33,6 +34,7 @@ use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
 use backend::{Algorithms, Arg, Backend};
 pub(crate) use ordered::{MOST_PAIRED, Pieces};
+use profile::Profile;
 pub(crate) use recording::OnReplay;
 use recording::Tape;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -157,6 +159,13 @@ impl Cuda {
     pub fn open_with(local_rank: usize, algorithms: Algorithms) -> Result<Cuda> {
         let n_devices = driver::count()?;
         Ok(Cuda::with_backend(Arc::new(driver::Driver::open(local_rank % n_devices, algorithms)?)))
+    }
+
+    /// The same as `open`, and what tells where its time goes.
+    pub fn open_profiled(local_rank: usize) -> Result<(Cuda, Arc<Profile>)> {
+        let n_devices = driver::count()?;
+        let profile = Profile::over(Arc::new(driver::Driver::open(local_rank % n_devices, Algorithms::Measured)?));
+        Ok((Cuda::with_backend(Arc::clone(&profile) as Arc<dyn Backend>), profile))
     }
 
     /// The device over a machine.

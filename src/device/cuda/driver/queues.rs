@@ -5,6 +5,16 @@ use cudarc::driver::{DriverError, result, sys};
 use std::ffi::c_int;
 use std::sync::Mutex;
 
+/// Of the device between two events of [`Queues::mark`], which are waited for.
+pub fn seconds_between(from: sys::CUevent, to: sys::CUevent) -> Result<f64, DriverError> {
+    // SAFETY: live events that were recorded and tell the time.
+    unsafe {
+        result::event::synchronize(from)?;
+        result::event::synchronize(to)?;
+        Ok(f64::from(result::event::elapsed(from, to)?) / 1e3)
+    }
+}
+
 /// Streams, and events that are not in use.
 pub struct Queues {
     compute: sys::CUstream,
@@ -78,6 +88,14 @@ impl Queues {
     /// Keeps an event for the next use.
     pub fn release(&self, event: sys::CUevent) {
         self.idle.lock().expect("no panic while holding the events").push(event);
+    }
+
+    /// An event at the end of what was asked of compute so far that tells the time. The caller destroys it.
+    pub fn mark(&self) -> Result<sys::CUevent, DriverError> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+        // SAFETY: a live event and a live stream of one context.
+        unsafe { result::event::record(event, self.compute) }?;
+        Ok(event)
     }
 
     /// Blocks until all streams are empty.
