@@ -12,6 +12,7 @@
 // bytes; d128 96, 164904; d192 80, 222248; dkv d64 96, 168 registers, 84520; d128 64, 133160; d192 96, 199208; combine 32. setmaxnreg
 // makes the 168 24 for the producer and 240 for the consumers (dkv: 40 and 232).
 // Rows past the sequence's end are those of the next sequence (zero past the last); their weights are 0.
+// The scale of the scores multiplies dq and dk at the end, not each of the terms they are summed of.
 #include "attention_hopper.cuh"
 
 template <int D, int KEYS> struct QueryShared {
@@ -65,16 +66,16 @@ __device__ __forceinline__ void consume_keys(QueryShared<D, KEYS>& shared, bf16*
         product_nt<D, KEYS, 128>(dp, dout, shared.v[stage]);
         wgmma_commit();
         wgmma_wait<1>(s);
-        bool masked = first_key + KEYS - 1 > first_row;
 #pragma unroll
-        for (int j = 0; j < KEYS / 2; j++) {
-            int h = j / 2 % 2;
-            s[j] = exp2_fast(s[j] * factor - row_lse[h]);
-            if (masked && first_key + j / 4 * 8 + lane % 4 * 2 + j % 2 > row + 8 * h) s[j] = 0.0f;
+        for (int j = 0; j < KEYS / 2; j++) s[j] = exp2_fast(s[j] * factor - row_lse[j / 2 % 2]);
+        if (first_key + KEYS - 1 > first_row) { // skipped where the rows see all keys
+#pragma unroll
+            for (int j = 0; j < KEYS / 2; j++)
+                if (first_key + j / 4 * 8 + lane % 4 * 2 + j % 2 > row + j / 2 % 2 * 8) s[j] = 0.0f;
         }
         wgmma_wait<0>(dp);
 #pragma unroll
-        for (int j = 0; j < KEYS / 2; j++) s[j] *= (dp[j] - row_delta[j / 2 % 2]) * scale;
+        for (int j = 0; j < KEYS / 2; j++) s[j] *= dp[j] - row_delta[j / 2 % 2];
         pack_sums(ds, s);
         wgmma_fence();
         product_nn<D, KEYS>(dq, ds, shared.k[stage]);
@@ -84,8 +85,8 @@ __device__ __forceinline__ void consume_keys(QueryShared<D, KEYS>& shared, bf16*
     }
     int n_heads = gridDim.x / per_kv * (per_kv + 2);
     bf16* to = dqkv + ((size_t)(tile.first_token + row) * n_heads + query_head(head, per_kv)) * D;
-    store_row<D, 0>(to, dq, 1.0f, row < tile.n_tokens);
-    store_row<D, 1>(to + (size_t)8 * n_heads * D, dq, 1.0f, row + 8 < tile.n_tokens);
+    store_row<D, 0>(to, dq, scale, row < tile.n_tokens);
+    store_row<D, 1>(to + (size_t)8 * n_heads * D, dq, scale, row + 8 < tile.n_tokens);
 }
 
 template <int D, int KEYS>
@@ -168,17 +169,17 @@ __device__ __forceinline__ void produce_queries(KeyShared<D, KEYS, QUERIES>& sha
 // What a consumer makes.
 enum Made { DV = 1, DK = 2 };
 
-// Writes sums [64, D] of this thread's rows: rounded into dqkv, or f32 as a part.
+// Writes sums [64, D] of this thread's rows times `factor`: rounded into dqkv, or f32 as a part.
 template <int D>
 __device__ __forceinline__ void store_keys(bf16* dqkv, float* partial, const float (&sums)[D / 2], int row, const Tile& tile, int per_kv,
-                                           int n_groups, int n_tokens, int n_parts, int value) {
+                                           int n_groups, int n_tokens, int n_parts, int value, float factor) {
     int group = blockIdx.x / n_parts, part = blockIdx.x % n_parts, lane = threadIdx.x % 32;
     size_t token = tile.first_token + row;
     if (n_parts == 1) {
         size_t columns = (size_t)n_groups * (per_kv + 2) * D;
         bf16* to = dqkv + token * columns + (size_t)(key_head(group, per_kv) + value) * D;
-        store_row<D, 0>(to, sums, 1.0f, row < tile.n_tokens);
-        store_row<D, 1>(to + 8 * columns, sums, 1.0f, row + 8 < tile.n_tokens);
+        store_row<D, 0>(to, sums, factor, row < tile.n_tokens);
+        store_row<D, 1>(to + 8 * columns, sums, factor, row + 8 < tile.n_tokens);
         return;
     }
 #pragma unroll
@@ -186,7 +187,7 @@ __device__ __forceinline__ void store_keys(bf16* dqkv, float* partial, const flo
         if (row + 8 * h >= tile.n_tokens) continue;
         float* to = partial + ((((size_t)part * n_tokens + token + 8 * h) * n_groups + group) * 2 + value) * D + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) *(float2*)(to + n * 8) = make_float2(sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
+        for (int n = 0; n < D / 8; n++) *(float2*)(to + n * 8) = make_float2(sums[4 * n + 2 * h] * factor, sums[4 * n + 2 * h + 1] * factor);
     }
 }
 
@@ -214,12 +215,12 @@ __device__ __forceinline__ void consume_queries(KeyShared<D, KEYS, QUERIES>& sha
         } else {
             wgmma_wait<0>(s);
         }
-        bool masked = tile.first_row + first_key + 63 > query;
 #pragma unroll
-        for (int j = 0; j < QUERIES / 2; j++) {
-            int column = j / 4 * 8 + lane % 4 * 2 + j % 2;
-            s[j] = exp2_fast(s[j] * factor - shared.lse[stage][column]);
-            if (masked && key + j / 2 % 2 * 8 > query + column) s[j] = 0.0f;
+        for (int j = 0; j < QUERIES / 2; j++) s[j] = exp2_fast(s[j] * factor - shared.lse[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]);
+        if (tile.first_row + first_key + 63 > query) { // skipped where the queries see all keys
+#pragma unroll
+            for (int j = 0; j < QUERIES / 2; j++)
+                if (key + j / 2 % 2 * 8 > query + j / 4 * 8 + lane % 4 * 2 + j % 2) s[j] = 0.0f;
         }
         if (MADE & DV) {
             pack_sums(p, s);
@@ -230,7 +231,7 @@ __device__ __forceinline__ void consume_queries(KeyShared<D, KEYS, QUERIES>& sha
         if (MADE & DK) {
             wgmma_wait<(MADE & DV) ? 1 : 0>(dp);
 #pragma unroll
-            for (int j = 0; j < QUERIES / 2; j++) s[j] *= (dp[j] - shared.delta[stage][j / 4 * 8 + lane % 4 * 2 + j % 2]) * scale;
+            for (int j = 0; j < QUERIES / 2; j++) s[j] *= dp[j] - shared.delta[stage][j / 4 * 8 + lane % 4 * 2 + j % 2];
             pack_sums(ds, s);
             wgmma_fence();
             product_nn<D, QUERIES>(dk, ds, shared.q[stage]);
@@ -241,10 +242,10 @@ __device__ __forceinline__ void consume_queries(KeyShared<D, KEYS, QUERIES>& sha
         release(&shared.free[stage]);
     }
     if (MADE & DV) {
-        store_keys<D>(dqkv, partial, dv, key, tile, per_kv, n_groups, n_tokens, n_parts, 1);
+        store_keys<D>(dqkv, partial, dv, key, tile, per_kv, n_groups, n_tokens, n_parts, 1, 1.0f);
     }
     if (MADE & DK) {
-        store_keys<D>(dqkv, partial, dk, key, tile, per_kv, n_groups, n_tokens, n_parts, 0);
+        store_keys<D>(dqkv, partial, dk, key, tile, per_kv, n_groups, n_tokens, n_parts, 0, scale);
     }
 }
 

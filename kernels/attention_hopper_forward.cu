@@ -120,10 +120,16 @@ __device__ __forceinline__ void consume(ForwardShared<D, CONSUMERS, KEYS>& share
         wgmma_wait<1>(s);
         release(&shared.k_free[stage]);
         weights(i);
-        wgmma_wait<0>(o);
-        release(&shared.v_free[before]);
+        // Sums are left alone where no row of the warp has seen a higher score, which after the first blocks is the rule. That the wait
+        // stands in both branches keeps the assembler from moving it up, before exponentials that are made while the products go on.
+        if (all_of_warp(keep[0] == 1.0f && keep[1] == 1.0f)) {
+            wgmma_wait<0>(o);
+        } else {
+            wgmma_wait<0>(o);
 #pragma unroll
-        for (int j = 0; j < D / 2; j++) o[j] *= keep[j / 2 % 2];
+            for (int j = 0; j < D / 2; j++) o[j] *= keep[j / 2 % 2];
+        }
+        release(&shared.v_free[before]);
         pack_sums(p, s);
     }
     int last = (n_blocks - 1) % STAGES;

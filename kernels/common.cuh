@@ -48,6 +48,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned r[4], const void* row
 __device__ __forceinline__ void cp_async_16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+// 16 aligned bytes that this kernel reads once and nobody writes meanwhile: past the L1 cache, which is left to what is read again.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+    uint4 all;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(all.x), "=r"(all.y), "=r"(all.z), "=r"(all.w)
+                 : "l"(from));
+    return all;
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the groups this thread committed are under way.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
@@ -67,6 +75,8 @@ template <class T> __device__ __forceinline__ float rounded(float x) {
     return to_float(stored);
 }
 
+// Whether it is so in all 32 lanes.
+__device__ __forceinline__ bool all_of_warp(bool yes) { return __all_sync(0xffffffffu, yes); }
 // Of the 32 lanes, in a fixed order.
 __device__ __forceinline__ float warp_sum(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);

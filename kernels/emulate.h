@@ -227,6 +227,11 @@ inline void __syncthreads() { emulate::wait(emulate::block_barrier, blockDim.x);
 inline void __syncwarp() { emulate::warp(); }
 template <class T> inline T __shfl_xor_sync(unsigned, T x, int mask) { return emulate::exchange(x, (threadIdx.x % 32) ^ mask); }
 template <class T> inline T __shfl_sync(unsigned, T x, int lane) { return emulate::exchange(x, lane); }
+inline bool __all_sync(unsigned, bool yes) {
+    int all = yes;
+    for (int step = 16; step > 0; step /= 2) all &= emulate::exchange(all, (threadIdx.x % 32) ^ step);
+    return all;
+}
 // One fiber runs at a time.
 template <class T> inline T atomicAdd(T* to, T x) {
     T old = *to;
@@ -264,6 +269,12 @@ inline void cp_async_16(void* to, const void* from) {
     if (((size_t)to | (size_t)from) % 16) abort();
     if (emulate::order.copies_late) emulate::copies[threadIdx.x].open.push_back({to, from});
     else memcpy(to, from, 16);
+}
+inline uint4 load_once(const void* from) {
+    if ((size_t)from % 16) abort();
+    uint4 all;
+    memcpy(&all, from, sizeof all);
+    return all;
 }
 inline void cp_async_commit() {
     emulate::Copies& mine = emulate::copies[threadIdx.x];
