@@ -1,6 +1,6 @@
 // Causal attention, backward (Device::attention_backward; FlashAttention-2, Dao 2023, algorithm 2 in two passes): weights are
 // recomputed from the kept log-sum-exp. Three launches, no atomics, so the same input gives the same bits:
-//   delta: grid (T, ceil(A / 4)), 128 threads: delta[A, T] = dout . out.
+//   delta: 128 threads for 16 rows of [T, A], eight a row: delta[A, T] = dout . out.
 //   dq:    grid (n_tiles, A), 128 threads: a tile of queries of one head over the keys it sees.
 //   dkv:   grid (n_tiles, G), 256 threads (mma) or 128 (fma): a tile of keys over the queries that see it, the query heads of
 //          the group in order, so dk and dv are whole in one block.
@@ -8,7 +8,7 @@
 // Tiles: 64 rows (mma), 16 rows (fma), made by the launcher.
 // Registers (sm_90a, nvcc 13.0, no spills) and shared memory: dq d64 127, 55296 bytes; d128 169, 104448; d192 239, 153600;
 // dkv d64 128, 73728; d128 160, 122880; d192 216, 172032; fma dq 125, dkv f32 156, bf16 159, (32 D + 64 (D + 1)) * 4; delta 32.
-#include "common.cuh"
+#include "rows.cuh"
 
 #define LOG2_E 1.4426950408889634f
 
@@ -32,13 +32,17 @@ template <class T> struct Backward {
 
 template <class T>
 __device__ __forceinline__ void row_dots(float* delta, const T* dout, const T* out, int n_tokens, int n_heads, int dim) {
-    int head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (head >= n_heads) return;
-    size_t at = ((size_t)blockIdx.x * n_heads + head) * dim;
+    long long row = (long long)blockIdx.x * 16 + threadIdx.x / 8, n_rows = (long long)n_tokens * n_heads;
+    int lane = threadIdx.x % 8;
     float sum = 0.0f;
-    for (int i = lane; i < dim; i += 32) sum = fmaf(to_float(dout[at + i]), to_float(out[at + i]), sum);
-    sum = warp_sum(sum);
-    if (lane == 0) delta[(size_t)head * n_tokens + blockIdx.x] = sum;
+    for (int at = lane * CHUNK; row < n_rows && at < dim; at += 8 * CHUNK) {
+        float x[CHUNK], y[CHUNK];
+        load_chunk(x, dout + row * dim + at, dim - at);
+        load_chunk(y, out + row * dim + at, dim - at);
+        for (int i = 0; i < CHUNK; i++) sum = fmaf(x[i], y[i], sum);
+    }
+    for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0 && row < n_rows) delta[row % n_heads * n_tokens + row / n_heads] = sum;
 }
 
 // A tile [64, D] in rows of D + 8 (ldmatrix meets no bank twice); zeros past n_rows.

@@ -2,9 +2,11 @@
 // attends over its share of the keys (split-K, so that a decode fills the machine); shares are combined in order. Where shares end
 // depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
 // bits whatever rows it was computed with.
-// append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads. combine: grid (n_rows, G), 32 threads.
+// append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads; "deep" with four stages of keys in the place of two,
+// where blocks are so few that each has a processor for itself. combine: grid (n_rows, G), 128 threads.
 // Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 145, d128 186, d192 223,
-// fma 96; append 32, combine f32 54, bf16 50, no shared memory. A decode fills only per_kv of the 64 rows of a tile.
+// fma 96; deep d64 143, 82944 bytes; d128 190, 156672; d192 220, 230400; append 40, combine 32, no shared memory. A decode fills only
+// per_kv of the 64 rows of a tile.
 #include "attention_tile.cuh"
 
 // tokens[n, 2]: the row of qkv and the row of the cache. keys and values: [n_pages * PAGE_TOKENS, G*D].
@@ -12,6 +14,16 @@ template <class T>
 __device__ __forceinline__ void append(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {
     const T* from = qkv + (size_t)tokens[2 * blockIdx.x] * n_groups * (per_kv + 2) * dim;
     size_t to = (size_t)tokens[2 * blockIdx.x + 1] * n_groups * dim;
+    constexpr int WORD = 16 / sizeof(T); // elements that are moved together, where a head begins at a multiple of so many
+    if (dim % WORD == 0) {
+        for (int i = threadIdx.x * WORD; i < n_groups * dim; i += 128 * WORD) {
+            const T* key = from + (i / dim * (per_kv + 2) + per_kv) * dim + i % dim;
+            uint4 both[2] = {*(const uint4*)key, *(const uint4*)(key + dim)};
+            *(uint4*)(keys + to + i) = both[0];
+            *(uint4*)(values + to + i) = both[1];
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < n_groups * dim; i += 128) {
         const T* key = from + (i / dim * (per_kv + 2) + per_kv) * dim + i % dim;
         keys[to + i] = key[0];
@@ -28,23 +40,34 @@ struct Combined {
     int n_shares;
 };
 
-// out = sum_i exp(lse_i - max) o_i / sum_i exp(lse_i - max), i ascending.
+// out = sum_i exp(lse_i - max) o_i / sum_i exp(lse_i - max): the upper sum with i ascending, the lower by lanes, lane l with those of
+// i % 32 = l. What nothing was seen in adds 0 to either, which changes no bit.
 template <class T>
 __device__ __forceinline__ void combine(T* out, const float* partial, const float* partial_lse, const Combined* rows, int n_partial,
                                         int per_kv, int n_groups, int dim) {
     Combined c = rows[blockIdx.x];
     size_t first = (size_t)blockIdx.y * n_partial + c.partial_row;
-    float top = MINUS_INFINITY, total = 0.0f;
-    for (int i = 0; i < c.n_shares; i++) top = fmaxf(top, partial_lse[first + (size_t)i * c.step]);
-    for (int i = 0; i < c.n_shares; i++) total += expf(partial_lse[first + (size_t)i * c.step] - top);
-    size_t head = blockIdx.y * per_kv + c.row % per_kv, token = c.first_token + c.row / per_kv;
-    for (int d = threadIdx.x; d < dim; d += 32) {
-        float sum = 0.0f;
-        for (int i = 0; i < c.n_shares; i++) {
-            size_t at = first + (size_t)i * c.step;
-            sum = fmaf(expf(partial_lse[at] - top), partial[at * dim + d], sum);
+    int lane = threadIdx.x % 32;
+    float top = MINUS_INFINITY, total = 0.0f, sum[2] = {}; // of two dims: there are at most 256
+    for (int i = lane; i < c.n_shares; i += 32) top = fmaxf(top, partial_lse[first + (size_t)i * c.step]);
+    top = warp_max(top);
+    for (int begin = 0; begin < c.n_shares; begin += 32) {
+        float mine = begin + lane < c.n_shares ? expf(partial_lse[first + (size_t)(begin + lane) * c.step] - top) : 0.0f;
+        int n = min(32, c.n_shares - begin);
+        total += mine;
+#pragma unroll 4
+        for (int i = 0; i < n; i++) {
+            float weight = __shfl_sync(0xffffffffu, mine, i);
+            const float* from = partial + (first + (size_t)(begin + i) * c.step) * dim;
+            for (int h = 0; h < 2; h++)
+                if (threadIdx.x + 128 * h < dim) sum[h] = fmaf(weight, from[threadIdx.x + 128 * h], sum[h]);
         }
-        store(out + (token * n_groups * per_kv + head) * dim + d, sum / total);
+    }
+    total = warp_sum(total);
+    size_t head = blockIdx.y * per_kv + c.row % per_kv, token = c.first_token + c.row / per_kv;
+    for (int h = 0; h < 2; h++) {
+        int d = threadIdx.x + 128 * h;
+        if (d < dim) store(out + (token * n_groups * per_kv + head) * dim + d, sum[h] / total);
     }
 }
 
@@ -56,17 +79,20 @@ __device__ __forceinline__ Attend<T> over_cache(T* out, float* partial, float* p
                      n_groups};
 }
 
-#define CACHED_MMA(D)                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                                                              \
-        attention_cached_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,               \
+#define CACHED_MMA(name, D, STAGES)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, STAGES == 2 ? 2 : 1)                                                           \
+        attention_##name##_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,               \
                                      const bf16* values, const int* pages, const Item* items, int n_partial, int per_kv,             \
                                      int n_groups, float scale) {                                                                    \
-        attend_mma<D>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D),               \
+        attend_mma<D, STAGES>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D),               \
                       items[blockIdx.x], scale);                                                                                     \
     }
-CACHED_MMA(64)
-CACHED_MMA(128)
-CACHED_MMA(192)
+CACHED_MMA(cached, 64, 2)
+CACHED_MMA(cached, 128, 2)
+CACHED_MMA(cached, 192, 2)
+CACHED_MMA(cached_deep, 64, 4)
+CACHED_MMA(cached_deep, 128, 4)
+CACHED_MMA(cached_deep, 192, 4)
 
 #define CACHED(suffix, T)                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
@@ -80,7 +106,7 @@ CACHED_MMA(192)
         attention_append_##suffix(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {           \
         append<T>(keys, values, qkv, tokens, per_kv, n_groups, dim);                                                                 \
     }                                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(32)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_combine_##suffix(T* out, const float* partial, const float* partial_lse, const Combined* rows, int n_partial,      \
                                    int per_kv, int n_groups, int dim) {                                                              \
         combine<T>(out, partial, partial_lse, rows, n_partial, per_kv, n_groups, dim);                                               \

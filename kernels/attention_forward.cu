@@ -15,7 +15,7 @@ __device__ __forceinline__ Attend<T> over_qkv(T* out, float* lse, const T* qkv, 
     extern "C" __global__ void __launch_bounds__(128, 2)                                                                              \
         attention_d##D##_bf16(bf16* out, float* lse, const bf16* qkv, const Item* items, int n_tokens, int per_kv, int n_groups,      \
                               float scale) {                                                                                         \
-        attend_mma<D>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, D), items[blockIdx.x], scale);                             \
+        attend_mma<D, 2>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, D), items[blockIdx.x], scale);                             \
     }
 ATTENTION_MMA(64)
 ATTENTION_MMA(128)

@@ -80,8 +80,9 @@ template <class T> __device__ __forceinline__ void put_lse(const Attend<T>& how,
         how.lse[head * how.n_tokens + item.first_token + row / how.per_kv] = lse;
 }
 
-// 64 rows by 4 warps of 16. Shared: Q, then two stages of K and V: 5 * 64 * (D + 8) * 2 bytes.
-template <int D> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
+// 64 rows by 4 warps of 16, over tiles of 64 keys of which all but one stage are under way. Shared: Q, then the stages of K and V:
+// (1 + 2 STAGES) * 64 * (D + 8) * 2 bytes. The bits do not depend on how many stages there are.
+template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
     constexpr int ROW = D + 8, TILE = 64 * ROW;
     DYNAMIC_SHARED(memory);
     bf16* q = (bf16*)memory;
@@ -90,17 +91,19 @@ template <int D> __device__ __forceinline__ void attend_mma(const Attend<bf16>& 
     int last = item.past + (item.first_row + n_rows - 1) / how.per_kv + 1;
     int key_end = min(item.key_end, last);
     auto fetch = [&](int first) {
-        bf16* k = q + TILE + ((first - item.key_begin) / 64 % 2) * 2 * TILE;
+        bf16* k = q + TILE + ((first - item.key_begin) / 64 % STAGES) * 2 * TILE;
         size_t row = tile_row(how, item, first);
         auto at = [&](const bf16* from) {
             return [=](int i) { return from + (row + i) * how.stride; };
         };
         load_tile<D, 128>(k, key_end - first, at(how.keys));
         load_tile<D, 128>(k + TILE, key_end - first, at(how.values));
-        cp_async_commit();
     };
     load_tile<D, 128>(q, n_rows, [&](int i) { return query_row(how, item, item.first_row + i, D); });
-    if (item.key_begin < key_end) fetch(item.key_begin);
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (item.key_begin + i * 64 < key_end) fetch(item.key_begin + i * 64);
+        cp_async_commit();
+    }
 
     float o[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
     int row[2], visible[2];
@@ -110,10 +113,11 @@ template <int D> __device__ __forceinline__ void attend_mma(const Attend<bf16>& 
     }
     float factor = scale * LOG2_E;
     for (int first = item.key_begin; first < key_end; first += 64) {
-        cp_async_wait<0>();
-        __syncthreads(); // this stage is here, and nobody reads the other any more
-        if (first + 64 < key_end) fetch(first + 64);
-        const bf16* k = q + TILE + ((first - item.key_begin) / 64 % 2) * 2 * TILE;
+        cp_async_wait<STAGES - 2>();
+        __syncthreads(); // this stage is here, and nobody reads the one before any more
+        if (first + (STAGES - 1) * 64 < key_end) fetch(first + (STAGES - 1) * 64);
+        cp_async_commit();
+        const bf16* k = q + TILE + ((first - item.key_begin) / 64 % STAGES) * 2 * TILE;
         float s[8][4] = {};
 #pragma unroll
         for (int c = 0; c < D; c += 16) {

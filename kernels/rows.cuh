@@ -12,14 +12,15 @@ __device__ __forceinline__ void load_whole(float x[CHUNK], const float* from) {
     unsigned bits[CHUNK] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     for (int i = 0; i < CHUNK; i++) x[i] = __uint_as_float(bits[i]);
 }
-__device__ __forceinline__ void load_whole(float x[CHUNK], const bf16* from) {
-    uint4 all = *(const uint4*)from;
+// Eight elements of bf16 out of their 16 bytes.
+__device__ __forceinline__ void widen_pairs(float x[CHUNK], uint4 all) {
     unsigned pairs[4] = {all.x, all.y, all.z, all.w};
     for (int i = 0; i < 4; i++) {
         x[2 * i] = __uint_as_float(pairs[i] << 16);
         x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
     }
 }
+__device__ __forceinline__ void load_whole(float x[CHUNK], const bf16* from) { widen_pairs(x, *(const uint4*)from); }
 __device__ __forceinline__ void store_whole(float* to, const float x[CHUNK]) {
     unsigned bits[CHUNK];
     for (int i = 0; i < CHUNK; i++) bits[i] = __float_as_uint(x[i]);

@@ -45,7 +45,7 @@ template <class T> static void run(const Case& c) {
     for (size_t s = 0; s + 1 < c.starts.size(); s++)
         for (int row = 0; row < c.starts[s + 1] - c.starts[s]; row += block)
             tiles.push_back({c.starts[s], c.starts[s + 1] - c.starts[s], row});
-    emulate::launch({t, (a + 3) / 4, 1}, 128, 16, [&] {
+    emulate::launch({(t * a + 15) / 16, 1, 1}, 128, 16, [&] {
         if constexpr (is_bf16<T>) attention_delta_bf16(delta.data(), dout_t.data(), out.data(), t, a, d);
         else attention_delta_f32(delta.data(), dout_t.data(), out.data(), t, a, d);
     });
@@ -114,7 +114,7 @@ template <class T> static void run(const Case& c) {
         } else
             attention_cached_f32(CACHE, d, scale);
     });
-    emulate::launch({(int)rows.size(), g, 1}, 32, 16, [&] {
+    emulate::launch({(int)rows.size(), g, 1}, 128, 16, [&] {
         if constexpr (is_bf16<T>) attention_combine_bf16(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
         else attention_combine_f32(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
     });

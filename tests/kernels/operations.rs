@@ -36,6 +36,7 @@ fn attention_matches_the_oracle() {
         // Long pasts, so that keys are shared out between blocks.
         list.push(cases::attention_cached(&[(0, 280, 20), (0, 5, 1), (0, 0, 9), (2, 130, 2)], heads));
         list.push(cases::attention_cached(&[(0, 699, 1)], heads));
+        list.push(cases::attention_cached(&[(0, 450, 1)], heads)); // as few blocks as processors
     }
     check_all(list);
 }

@@ -32,6 +32,11 @@ pub fn gemm_cases() -> Vec<Case> {
         (4, 3, 0),
     ];
     let mut cases = Vec::new();
+    // Few rows in whole vectors, which have a kernel of their own: less than it takes at a time, just as much, and more.
+    for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 8), (1, 5, 2048), (4, 21, 2056), (1, 64, 4104)] {
+        cases.push(cases::gemm(Gemm::NT, shape, Kind::Float));
+        cases.push(cases::gemm(Gemm::NT, shape, Kind::F32));
+    }
     for shape in shapes {
         for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
             for how in [how, how.accumulate()] {
@@ -144,7 +149,9 @@ pub fn attention_cases_of(heads: HeadCounts) -> Vec<Case> {
     cases.push(cases::attention_backward(vec![0, 0], heads));
     cases.push(cases::attention_cached(&[(0, 0, 1)], heads));
     cases.push(cases::attention_cached(&[(0, 299, 1), (0, 5, 1), (0, 0, 9), (3, 200, 70), (0, 7, 0), (4, 256, 5)], heads));
-    let decode: Vec<_> = (0..37).map(|i| (0, 3 * i, 1)).collect();
+    // One long sequence, and more of them than a GPU has processors.
+    cases.push(cases::attention_cached(&[(0, 450, 1)], heads));
+    let decode: Vec<_> = (0..140).map(|i| (0, i, 1)).collect();
     cases.push(cases::attention_cached(&decode, heads));
     cases
 }

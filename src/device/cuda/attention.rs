@@ -10,8 +10,11 @@ use super::{Cuda, assert_rows, assert_sequences};
 use crate::device::Heads;
 use crate::tensor::{DType, Tensor};
 
-/// Threads of a block, but for the combining kernel and the tensor-core form of `dkv`.
+/// Threads of a block, but for the tensor-core form of `dkv`.
 pub(super) const THREADS: u32 = 128;
+
+/// Rows of `[T, A]` of a block of `delta`.
+const DELTA_ROWS: usize = 16;
 
 /// `Item` of kernels/attention_tile.cuh: up to a tile of rows over a range of keys.
 #[repr(C)]
@@ -75,9 +78,13 @@ impl Form {
         n * 64 * (self.dim + 8) * 2
     }
 
-    /// Shared memory of a block of queries over keys.
-    pub(super) fn attend_bytes(self) -> usize {
-        if self.mma { self.tiles_bytes(5) } else { (16 * self.dim + 32 * (self.dim + 1) + 32 * self.dim) * 4 }
+    pub(super) fn is_mma(self) -> bool {
+        self.mma
+    }
+
+    /// Shared memory of a block of queries over keys that has so many stages of them; one without tensor cores has none.
+    pub(super) fn attend_bytes(self, stages: usize) -> usize {
+        if self.mma { self.tiles_bytes(1 + 2 * stages) } else { (16 * self.dim + 32 * (self.dim + 1) + 32 * self.dim) * 4 }
     }
 
     /// Shared memory of a block of `dq`; that of `dkv` keeps weights [64, 72] twice as well.
@@ -142,7 +149,7 @@ impl Cuda {
             return;
         }
         let table = self.table(&items);
-        let grid = Grid { blocks: (blocks(items.len()), blocks(heads.kv), 1), threads: THREADS, shared_bytes: form.attend_bytes() as u32 };
+        let grid = Grid { blocks: (blocks(items.len()), blocks(heads.kv), 1), threads: THREADS, shared_bytes: form.attend_bytes(2) as u32 };
         let sizes = [n_tokens, heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n)));
         let mut args = vec![Cuda::arg_mut(out), Cuda::arg_mut(lse), Cuda::arg(qkv), table.arg()];
         args.extend(sizes);
@@ -175,7 +182,7 @@ impl Cuda {
         let delta = self.workspace(heads.query * n_tokens * 4);
         let args =
             [delta.arg(), Cuda::arg(dout), Cuda::arg(out), Arg::Int(int(n_tokens)), Arg::Int(int(heads.query)), Arg::Int(int(heads.dim))];
-        let grid = Grid { blocks: (blocks(n_tokens), blocks(heads.query.div_ceil(4)), 1), threads: THREADS, shared_bytes: 0 };
+        let grid = Grid::line((n_tokens * heads.query).div_ceil(DELTA_ROWS), THREADS);
         self.backend.launch(&Kernel::of(file, "attention_delta", form.dtype), grid, &args);
         if self.hopper && form.mma {
             return self.attention_hopper_backward(dqkv, dout, &delta, lse, qkv, sequence_starts, heads);

@@ -252,14 +252,19 @@ impl Cuda {
         let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, n_partial];
         args.extend(group_sizes);
         args.extend(form.last_args());
-        let shared_bytes = form.attend_bytes() as u32;
+        // Few blocks, each on a processor of its own, wait for memory less with more of it under way. The bits are the same.
+        let (operation, stages) = match n_items * heads.kv <= self.backend.processors() && form.is_mma() {
+            true => ("attention_cached_deep", 4),
+            false => ("attention_cached", 2),
+        };
+        let shared_bytes = form.attend_bytes(stages) as u32;
         let grid = Grid { blocks: (blocks(n_items), blocks(heads.kv), 1), threads: THREADS, shared_bytes };
-        self.backend.launch(&form.kernel(file, "attention_cached"), grid, &args);
+        self.backend.launch(&form.kernel(file, operation), grid, &args);
         if n_combined == 0 {
             return;
         }
         let args = [&[Cuda::arg_mut(out), partial, partial_lse, rows, n_partial], &group_sizes[..], &[dim]].concat();
-        let grid = Grid { blocks: (blocks(n_combined), blocks(heads.kv), 1), threads: 32, shared_bytes: 0 };
+        let grid = Grid { blocks: (blocks(n_combined), blocks(heads.kv), 1), threads: THREADS, shared_bytes: 0 };
         self.backend.launch(&Kernel::of(file, "attention_combine", form.dtype), grid, &args);
     }
 }

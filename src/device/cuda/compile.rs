@@ -23,6 +23,7 @@ pub const SOURCES: &[(&str, &str)] = &[
     ("elementwise", include_str!("../../../kernels/elementwise.cu")),
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("fp8", include_str!("../../../kernels/fp8.cu")),
+    ("gemv", include_str!("../../../kernels/gemv.cu")),
     ("matmul", include_str!("../../../kernels/matmul.cu")),
     ("matmul_hopper", include_str!("../../../kernels/matmul_hopper.cu")),
     ("norm", include_str!("../../../kernels/norm.cu")),

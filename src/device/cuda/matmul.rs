@@ -1,4 +1,5 @@
-//! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`); in a canonical order of additions the
+//! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`), but for few rows, whose time is that of
+//! reading the weights once (kernels/gemv.cu); in a canonical order of additions the
 //! kernels of kernels/matmul.cu do (`multiply_pieces`), on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
 
 mod hopper;
@@ -26,7 +27,25 @@ fn sizes_of((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> (usize, usize,
     (m, n, k)
 }
 
+/// Most rows that kernels/gemv.cu multiplies: with more its arithmetic takes longer than its reads.
+const FEW_ROWS: usize = 4;
+/// Rows of the matrix, and so outputs, of one of its blocks.
+const GEMV_WARPS: usize = 8;
+
+/// Whether kernels/gemv.cu takes the product.
+fn is_of_few_rows((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> bool {
+    let aligned = |x: &Matrix| x.address % VECTOR_BYTES == 0 && x.columns % CHUNK == 0;
+    how == Gemm::NT && c.rows <= FEW_ROWS && a.columns > 0 && a.dtype == DType::BF16 && aligned(a) && aligned(b)
+}
+
 impl Cuda {
+    /// out[m, n] = a[m, k] b[n, k]^T of at most FEW_ROWS rows.
+    fn multiply_few_rows(&self, (c, a, b): (Matrix, Matrix, Matrix), (m, n, k): (usize, usize, usize)) {
+        let kernel = Kernel::of("gemv", &format!("gemv_{m}_{}", c.dtype.name()), DType::BF16);
+        let [c, a, b] = [c, a, b].map(|x| Arg::Address(x.address));
+        self.backend.launch(&kernel, Grid::line(n.div_ceil(GEMV_WARPS), 32 * GEMV_WARPS as u32), &[c, a, b, int(n), int(k)]);
+    }
+
     /// See `Device::gemm`.
     pub(super) fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
         let (c, a, b) = (matrix(out), matrix(a), matrix(b));
@@ -34,7 +53,9 @@ impl Cuda {
         if m == 0 || n == 0 {
             return;
         }
-        if k > 0 {
+        if is_of_few_rows((&c, &a, &b), how) {
+            self.multiply_few_rows((c, a, b), (m, n, k));
+        } else if k > 0 {
             self.backend.gemm(c, a, b, how);
         } else if how.out == Store::Assign {
             self.backend.zero(c.address, out.n_bytes());
