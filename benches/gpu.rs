@@ -6,7 +6,8 @@
 //! kernels/matmul_hopper.cu or matmul.cu, which add in a canonical order, below them (gemm_in_pairs, gemm_in_turn; "of gemm": over the
 //! library's rate at the same shape). Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
-//! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the operations that contain one of the words, or none of them).
+//! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the lines whose model, operation and shape contain one of the
+//! words, or none of them).
 
 #[allow(dead_code)]
 #[path = "../tests/operations/cases.rs"]
@@ -19,7 +20,7 @@ mod traffic;
 use cases::{Arg, Case, Init, Kind, Vocabulary};
 use std::time::Instant;
 use trireme::device::cuda::Cuda;
-use trireme::device::{Activation, Device, Direction, Gemm};
+use trireme::device::{Activation, Device, Direction, Fp8Scales, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -95,6 +96,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::cross_entropy_sum(vocabulary),
         cases::cross_entropy_gradient(vocabulary),
         cases::adamw(f * h, 100, 0.1),
+        cases::fp8::widen((T, f), Fp8Scales::Rows),
     ];
     for layer in [true, false] {
         list.push(cases::norm(layer, (T, h)));
@@ -231,7 +233,7 @@ fn main() {
         let mut of_library: Option<(String, f64)> = None;
         for model in &MODELS {
             for case in if work == Work::Flops { products(model) } else { passes(model) } {
-                if !is_wanted(&format!("{} {}", case.operation, case.shape)) {
+                if !is_wanted(&format!("{} {} {}", model.name, case.operation, case.shape)) {
                     continue;
                 }
                 if !is_begun {

@@ -57,6 +57,18 @@ __device__ __forceinline__ void store_codes(unsigned char* to, const unsigned ch
         if (i < n) to[i] = code[i];
 }
 
+// Eight codes, as one word where the address allows, zeros behind the first n.
+__device__ __forceinline__ void load_codes(unsigned char code[CHUNK], const unsigned char* from, int n) {
+    if (n >= CHUNK && ((unsigned long long)from & 7) == 0) {
+        unsigned long long word = *(const unsigned long long*)from;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) code[i] = (unsigned char)(word >> 8 * i);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) code[i] = i < n ? from[i] : 0;
+}
+
 // out[row] = E4M3(x[row] / scale): the quotient is exact.
 template <class T> __device__ __forceinline__ void quantise_row(unsigned char* out, float scale, const T* row, int columns) {
     float by = 1.0f / scale;
@@ -120,7 +132,9 @@ template <class T> __device__ __forceinline__ void widen(T* out, const unsigned 
     float by = scale[(long long)blockIdx.x * step];
     for_row_chunks(columns, [&](int at, int left) {
         float value[CHUNK];
-        for (int i = 0; i < CHUNK; i++) value[i] = i < left ? widened(codes[first + at + i]) * by : 0.0f;
+        unsigned char code[CHUNK];
+        load_codes(code, codes + first + at, left);
+        for (int i = 0; i < CHUNK; i++) value[i] = widened(code[i]) * by;
         store_chunk(out + first + at, value, left);
     });
 }

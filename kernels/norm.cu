@@ -124,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(128) norm_sum_f32(float* dgain, flo
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     float gain = 0, bias = 0;
+#pragma unroll 16 // loads that do not wait for each other
     for (int block = 0; block < n_blocks; block++) {
         const float* from = partial + (long long)block * 2 * columns + column;
         gain += from[0];
