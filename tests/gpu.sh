@@ -3,9 +3,12 @@
 # that share the card, and the benches with PyTorch beside them. Sums up in one table; logs and tables go to $OUT (target/gpu).
 #
 #   bash slurm/bundle.sh --gpu target/bundle/gpu        where there is a compiler
-#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: tests runs operations decode train sanitizer
+#   bash tests/gpu.sh [PART..]                          where there is a GPU; parts: first tests runs operations decode train sanitizer
 #
-# Where a command may take ten minutes: first "tests runs", then "operations decode", then "train sanitizer" (PyTorch compiles for minutes).
+# `first`, in five minutes at most: does the device answer, the train step, decode steps and the operations of the 1B model, with what took
+# the time call by call. All parts together end by LIMIT_S seconds (3000), and what has been measured is summed up after each, so that
+# what is cut off has told what it had. Where a command may take ten minutes, with LIMIT_S=570: "first tests", "operations decode",
+# "train", "runs sanitizer" (PyTorch compiles for minutes).
 #
 # A kernel that faults or hangs takes its process with it, so every test, run and bench is a process of its own with a limit of time, and the
 # others go on after it. What fails shows its last lines; whole logs of the tests are in $OUT/cases.log, of the runs in $OUT/programs.log.
@@ -20,11 +23,12 @@ out=${OUT:-target/gpu}
 mkdir -p "$out" target/gpu
 out=$(cd "$out" && pwd)
 
-wanted=${*:-tests runs operations decode train sanitizer}
+wanted=${*:-first tests runs operations decode train sanitizer}
+limit_s=${LIMIT_S:-3000}
 for name in $wanted; do
   case $name in
-    tests | runs | operations | decode | train | sanitizer) ;;
-    *) echo "no such part: $name (tests runs operations decode train sanitizer)" >&2; exit 2 ;;
+    first | tests | runs | operations | decode | train | sanitizer) ;;
+    *) echo "no such part: $name (first tests runs operations decode train sanitizer)" >&2; exit 2 ;;
   esac
 done
 
@@ -54,12 +58,57 @@ outcome_of() { # CODE LIMIT_S
 # In a session of its own, which ends with it: what it started may have groups of processes of their own.
 part() { # NAME LIMIT_S: the function of that name
   local name=$1 limit=$2 started=$SECONDS code
+  # Some seconds are for the summary.
+  if [ "$limit" -gt $((limit_s - SECONDS - 5)) ]; then limit=$((limit_s - SECONDS - 5)); fi
+  if [ "$limit" -lt 10 ]; then
+    names+=("$name") outcomes+=("not begun") seconds+=(0)
+    return
+  fi
   printf '\n=== %s\n' "$name"
   # shellcheck disable=SC2016
   setsid -w bash -c 'echo $$ >"$1"; exec timeout -k 10 "$2" bash -c "$3"' - "$session" "$limit" "$name" 2>&1 | tee "$out/$name.log"
   code=${PIPESTATUS[0]}
   end_session
   names+=("$name") outcomes+=("$(outcome_of "$code" "$limit")") seconds+=($((SECONDS - started)))
+  numbers | tee "$out/numbers.log"
+}
+
+# What was measured so far, of all that is wanted of a GPU the lines that say how near it comes.
+numbers() {
+  local logs=()
+  for name in first operations decode train; do if [ -e "$out/$name.log" ]; then logs+=("$out/$name.log"); fi; done
+  if [ ${#logs[@]} = 0 ]; then return; fi
+  printf '\n=== Numbers so far\n'
+  grep -hE '^ *(1b|1b-d192) bf16(, [^:]*)?: |^ *PyTorch, compiled' "${logs[@]}" | sed 's/^ */train step, /' | awk '!seen[$0]++'
+  awk -F' *[|] *' '
+    # model, operation, shape, rate, ceiling, share, of gemm
+    /[|] TFLOP\/s [|] ceiling/ { of_flops = 1 }
+    /[|] GB\/s [|] ceiling/ { of_flops = 0 }
+    /(Fast|Reproducible) order of sums/ { order = /Fast/ ? "fast" : "reproducible" }
+    NF == 9 && $5 + 0 > 0 && $6 + 0 > 0 && $7 + 0 > 0 {
+      key = $2 " " $3 " " $4
+      if (key in seen) next
+      seen[key] = 1
+      if (of_flops && $6 + 0 > ceiling) ceiling = $6 + 0
+      if (of_flops && $3 ~ /^attention/) attention[++n_attention] = sprintf("%s: %s TFLOP/s, %s of the GEMM ceiling", key, $5, $7)
+      if (of_flops && $3 == "gemm") { n_gemm++; sum += $7; if (least == "" || $7 + 0 < least) { least = $7 + 0; worst = key } }
+      if (!of_flops && $3 !~ /gemm/) { n_bytes++; if ($7 + 0 >= 0.85) n_good++; else slow[++n_slow] = sprintf("%s: %s of copying", key, $7) }
+      if (!of_flops && $3 == "gemm") few[++n_few] = sprintf("%s: %s GB/s, %s of copying", key, $5, $7)
+    }
+    # model, weights, sequences, ms a step, tokens/s, GB/s, of reading
+    NF == 10 && $4 ~ /^[0-9]+$/ && $5 ~ /^[0-9.]+$/ {
+      line = sprintf("decode %s, %s, %s sequences: %s ms a step, %s of reading", $2, order, $4, $5, $8)
+      if (!(line in seen)) decode[++n_decode] = line
+      seen[line] = 1
+    }
+    END {
+      for (i = 1; i <= n_decode; i++) print decode[i]
+      if (ceiling) printf "GEMM ceiling %.0f TFLOP/s; library products: mean %.2f of it over %d shapes, least %s (%s)\n", ceiling, n_gemm ? sum / n_gemm : 0, n_gemm, least, worst
+      for (i = 1; i <= n_attention; i++) print attention[i]
+      for (i = 1; i <= n_few; i++) print few[i]
+      if (n_bytes) printf "limited by memory: %d of %d operations at 0.85 of copying or more\n", n_good, n_bytes
+      for (i = 1; i <= n_slow; i++) print "  below: " slow[i]
+    }' "${logs[@]}"
 }
 session=$repository/target/gpu/session.$$
 end_session() { if [ -e "$session" ]; then pkill -KILL -s "$(cat "$session")"; rm -f "$session"; fi; }
@@ -94,6 +143,16 @@ end_logs() {
   done
   test ! -e "$work/failed"
   exit $?
+}
+
+# The smallest that says most.
+first() {
+  begin first
+  step answers 60 3 "$bin/test/gpu" --exact operations::the_device_answers --nocapture || exit 1
+  step 1b 130 100 "$bin/bench/train_step" cuda 1b alone
+  step decode 70 100 "$bin/bench/decode" cuda fast 1b 1 kernels
+  step operations 90 1000 "$bin/bench/gpu" 1B
+  [ ! -e "$work/failed" ]
 }
 
 # The device first: without it the others would each say the same. Then the simplest first, four at a time.
@@ -192,25 +251,26 @@ operations() {
 
 decode() {
   begin decode
-  step fast 120 100 "$bin/bench/decode" cuda fast
+  step fast 120 200 "$bin/bench/decode" cuda fast kernels
   step reproducible 120 100 "$bin/bench/decode" cuda
   [ ! -e "$work/failed" ]
 }
 
 train() {
   begin train
-  step 1b 200 20 "$bin/bench/train_step" cuda 1b
-  step 1b-d192 200 20 "$bin/bench/train_step" cuda 1b-d192
-  step 1b-fp8 80 20 env -u TRIREME_TORCH_PYTHON "$bin/bench/train_step" cuda 1b fp8
+  step 1b 200 100 "$bin/bench/train_step" cuda 1b
+  step 1b-d192 200 100 "$bin/bench/train_step" cuda 1b-d192
+  step 1b-fp8 80 100 "$bin/bench/train_step" cuda 1b fp8 alone
   [ ! -e "$work/failed" ]
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee "$out/machine.log" ||
   { echo "no nvidia-smi: is this a machine with an NVIDIA GPU?" >&2; exit 2; }
-export -f outcome_of step begin all_logs end_logs one_test tests sanitized sanitizer compare tokens same_tokens runs operations decode train
+export -f outcome_of step begin all_logs end_logs one_test first tests sanitized sanitizer compare tokens same_tokens runs operations decode train
 export bin repository out
 for name in $wanted; do
   case $name in
+    first) part first 300 ;;
     tests) part tests 330 ;;
     runs) part runs 400 ;;
     operations) part operations 370 ;;
