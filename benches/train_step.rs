@@ -68,8 +68,7 @@ fn recipe(size: &Size, (precision, linear): (Precision, Linear), shards: &Path) 
 type Rates = (f64, f64, Option<f64>);
 
 /// Of the measured steps of a run.
-fn rates(run: &Path) -> Rates {
-    let rows = metrics::read(&run.join("metrics.jsonl")).unwrap_or_else(|error| panic!("{error}"));
+fn rates(rows: &[metrics::Row]) -> Rates {
     let median = |value: &dyn Fn(&metrics::Row) -> f64| {
         let mut values: Vec<f64> = rows[WARM..PROFILED].iter().map(value).collect();
         values.sort_by(f64::total_cmp);
@@ -88,17 +87,17 @@ fn ours((device, profile): &Opened, size: &Size, numbers: (Precision, Linear)) -
     let recipe = recipe(size, numbers, &shards);
     let groups = Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE);
     let out = dir.path().join("run");
-    // Asked before each step.
-    let (n_done, measured) = (Cell::new(0), Cell::new(None));
+    // Asked after each step, and some times before the first.
+    let (measured, is_profiled) = (Cell::new(None), Cell::new(false));
     let stop = || {
-        let n = n_done.replace(n_done.get() + 1);
-        if n == PROFILED {
-            let (tokens_per_s, share, mfu) = rates(&out);
+        let rows = metrics::read(&out.join("metrics.jsonl")).unwrap_or_default();
+        if rows.len() == PROFILED && measured.get().is_none() {
+            let (tokens_per_s, share, mfu) = rates(&rows);
             let of_peak = mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
             eprintln!("{} {}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling{of_peak}", size.name, name_of(numbers));
             measured.set(Some((tokens_per_s, share, mfu)));
             profile.iter().for_each(|profile| profile.begin());
-        } else if n == PROFILED + 1 {
+        } else if rows.len() > PROFILED && !is_profiled.replace(true) {
             profile.iter().for_each(|profile| eprintln!("One step of {}:\n{}", size.name, profile.end()));
         }
         false

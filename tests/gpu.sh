@@ -69,14 +69,19 @@ part() { # NAME LIMIT_S: the function of that name
   setsid -w bash -c 'echo $$ >"$1"; exec timeout -k 10 "$2" bash -c "$3"' - "$session" "$limit" "$name" 2>&1 | tee "$out/$name.log"
   code=${PIPESTATUS[0]}
   end_session
+  # What was cut off has said something too.
+  local begun
+  for begun in "$repository/target/gpu/$name"/*.begun; do
+    case $name in first | operations | decode | train) if [ -e "$begun" ]; then tail -n 100 "${begun%.begun}.log" | cut -c1-600 | sed 's/^/    /'; fi ;; esac
+  done | tee -a "$out/$name.log"
   names+=("$name") outcomes+=("$(outcome_of "$code" "$limit")") seconds+=($((SECONDS - started)))
   numbers | tee "$out/numbers.log"
 }
 
 # What was measured so far, of all that is wanted of a GPU the lines that say how near it comes.
 numbers() {
-  local logs=()
-  for name in first operations decode train; do if [ -e "$out/$name.log" ]; then logs+=("$out/$name.log"); fi; done
+  local logs=() log
+  for log in "$repository"/target/gpu/{first,operations,decode,train}/*.log; do if [ -e "$log" ]; then logs+=("$log"); fi; done
   if [ ${#logs[@]} = 0 ]; then return; fi
   printf '\n=== Numbers so far\n'
   grep -hE '^ *(1b|1b-d192) bf16(, [^:]*)?: |^ *PyTorch, compiled' "${logs[@]}" | sed 's/^ */train step, /' | awk '!seen[$0]++'

@@ -13,6 +13,7 @@ use trireme::device::cuda::Cuda;
 use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
 use trireme::device::cuda::profile::{Line, Profile, Seen};
 use trireme::device::{Device, Gemm};
+use trireme::metrics;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::recipe::{Precision, Pretrain};
 use trireme::tensor::DType;
@@ -117,10 +118,10 @@ fn train_step(n_layers: usize) -> Seen {
     let (recipe, groups) = (recipe(n_layers, &shards), Groups::new(Box::new(Solo::new()), ParallelLayout::SINGLE));
     let profile = Profile::over(Arc::new(Idle::default()));
     let device = Cuda::with_backend(Arc::clone(&profile) as Arc<dyn Backend>);
-    // Asked before each step: the second is taken down.
-    let (n, seen) = (Cell::new(0), Cell::new(None));
+    // Asked after each step, and some times before the first: the second is taken down.
+    let (out, seen) = (tmp.path().join("run"), Cell::new(None));
     let stop = || {
-        match n.replace(n.get() + 1) {
+        match metrics::read(&out.join("metrics.jsonl")).map_or(0, |rows| rows.len()) {
             1 => profile.begin(),
             2 => seen.set(Some(profile.end())),
             _ => {}
@@ -131,7 +132,7 @@ fn train_step(n_layers: usize) -> Seen {
         recipe: &recipe,
         groups: &groups,
         device: &device,
-        out: &tmp.path().join("run"),
+        out: &out,
         stop_after: None,
         accepted: &[],
         stop: &stop,
