@@ -38,6 +38,8 @@ fn attention_matches_the_oracle() {
         list.push(cases::attention_cached(&[(0, 699, 1)], heads));
         list.push(cases::attention_cached(&[(0, 450, 1)], heads)); // as few blocks as processors
     }
+    // More shares of keys than a warp has lanes.
+    list.push(cases::attention_cached(&[(0, 16_900, 1)], (1, 1, 8)));
     check_all(list);
 }
 
@@ -139,7 +141,7 @@ fn squared_relu_keeps_nan() {
 #[test]
 fn matrix_products_match_the_oracle() {
     let tt = Gemm { trans_a: true, ..Gemm::NT };
-    let mut list = Vec::new();
+    let mut list = check::few_row_gemm_cases();
     for shape in [(1, 1, 1), (3, 5, 7), (1, 37, 129), (61, 47, 101), (0, 4, 3), (4, 0, 3), (4, 3, 0)] {
         for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
             for how in [how, how.accumulate()] {

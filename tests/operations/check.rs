@@ -9,6 +9,12 @@ use trireme::tensor::{DType, Tensor};
 /// Unit roundoff of bf16 (8 significant bits).
 pub const U_BF16: f64 = 1.0 / 256.0;
 
+/// Products of few rows in whole vectors, which have a kernel of their own on GPUs: less than it takes at a time, just as much, and more.
+pub fn few_row_gemm_cases() -> Vec<Case> {
+    let shapes = [(1, 37, 128), (2, 300, 1032), (3, 9, 8), (1, 5, 2048), (4, 21, 2056), (1, 64, 4104)];
+    shapes.into_iter().flat_map(|shape| [Kind::Float, Kind::F32].map(|out| cases::gemm(Gemm::NT, shape, out))).collect()
+}
+
 pub fn gemm_cases() -> Vec<Case> {
     let tt = Gemm { trans_a: true, ..Gemm::NT };
     let shapes = [
@@ -31,12 +37,7 @@ pub fn gemm_cases() -> Vec<Case> {
         (4, 0, 3),
         (4, 3, 0),
     ];
-    let mut cases = Vec::new();
-    // Few rows in whole vectors, which have a kernel of their own: less than it takes at a time, just as much, and more.
-    for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 8), (1, 5, 2048), (4, 21, 2056), (1, 64, 4104)] {
-        cases.push(cases::gemm(Gemm::NT, shape, Kind::Float));
-        cases.push(cases::gemm(Gemm::NT, shape, Kind::F32));
-    }
+    let mut cases = few_row_gemm_cases();
     for shape in shapes {
         for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
             for how in [how, how.accumulate()] {
