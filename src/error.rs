@@ -62,6 +62,14 @@ impl Error {
         }
     }
 
+    /// An error of HDF5 on this path, from its text: the operating system's where it names one.
+    pub fn hdf5(path: impl AsRef<Path>, text: &str) -> Self {
+        match errno_in_hdf5(text) {
+            Some(errno) => Error::io(path, &std::io::Error::from_raw_os_error(errno)),
+            None => Error::file(path, wrong_hdf5(text)).remedy("check the space and the permissions"),
+        }
+    }
+
     /// Adds what to do about it; an imperative, lower case, no final stop.
     #[must_use]
     pub fn remedy(mut self, what_to_do: impl Into<String>) -> Self {
@@ -120,6 +128,20 @@ pub fn wrong_json(error: &serde_json::Error) -> String {
     format!("column {}: {cause}", error.column())
 }
 
+/// What is wrong by a text of HDF5, on one line: the operating system's error where it names one, else what stands before the time of
+/// day, the addresses and sizes that HDF5 adds on several lines.
+pub fn wrong_hdf5(text: &str) -> String {
+    match errno_in_hdf5(text) {
+        Some(errno) => std::io::Error::from_raw_os_error(errno).to_string(),
+        None => text.lines().next().unwrap_or_default().split(": time = ").next().unwrap_or_default().to_string(),
+    }
+}
+
+/// HDF5 writes `errno = 28, error message = '..'` into its text.
+fn errno_in_hdf5(text: &str) -> Option<i32> {
+    text.split("errno = ").nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
 /// A text without the mark of UTF-8 (the byte order mark) at its beginning, which some programs write.
 pub fn without_mark(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
@@ -146,5 +168,23 @@ pub trait IoContext<T> {
 impl<T> IoContext<T> for std::io::Result<T> {
     fn at(self, path: impl AsRef<Path>) -> Result<T> {
         self.map_err(|source| Error::io(path, &source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// HDF5's own texts, which go over several lines with addresses in them: one line each.
+    #[test]
+    fn texts_of_hdf5_are_one_line() {
+        let full = "H5F__close_cb(): can't close file: file write failed: time = Thu Nov 26 13:32:28 2026\n, filename = 'a.h5', file \
+                    descriptor = 4, errno = 28, error message = 'No space left on device', buf = 0x5557a803d710, total write size = 6848";
+        assert_eq!(wrong_hdf5(full), "No space left on device (os error 28)");
+        assert_eq!(wrong_hdf5("H5D_open(): not found: time = noon\n, errno = none"), "H5D_open(): not found");
+        assert_eq!(
+            Error::hdf5("a.h5", "H5D_open(): not found").to_string(),
+            "a.h5: H5D_open(): not found; check the space and the permissions"
+        );
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! bf16 is a true float type of 1 sign, 8 exponent and 7 mantissa bits, so h5py and h5ls show numbers.
 
-use crate::error::{Error, IoContext, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result, wrong_hdf5};
 use crate::fault;
 use crate::parallel::slice::Slice;
 use crate::tensor::DType;
@@ -126,8 +126,7 @@ fn check(status: hid_t, what: &str) -> Result<()> {
         return Ok(());
     }
     let cause = hdf5::Error::query().map_or_else(|error| error.to_string(), |error| error.to_string());
-    let cause = cause.lines().next().unwrap_or_default(); // an error is one line; the rest is a time and addresses
-    Err(Error::new(Kind::File, format!("HDF5 could not {what}: {cause}")))
+    Err(Error::new(Kind::File, format!("HDF5 could not {what}: {}", wrong_hdf5(&cause))))
 }
 
 fn c_string(text: &str) -> CString {

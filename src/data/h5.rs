@@ -108,8 +108,27 @@ fn write(dir: &Path, name: &str, ids: &[String], more: impl FnOnce(&hdf5::File) 
         more(&file)?;
         file.close()
     };
-    write().map_err(|error| Error::file(&path, format!("writing HDF5: {error}")).remedy("check the space and the permissions"))?;
+    write().map_err(|error| Error::hdf5(&path, &error.to_string()))?;
     std::fs::File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
     let entry = artifact::checksum(&path)?;
     Ok(FileEntry { name: name.into(), ..entry })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A full disk is told as of every other file: one line with the operating system's words and what to do. /dev/full takes no byte.
+    #[test]
+    fn a_full_disk_is_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rewards.h5");
+        std::os::unix::fs::symlink("/dev/full", &path).unwrap();
+        let table = RewardTable { ids: vec!["a".into()], attributes: vec![1.0] };
+        let error = write_rewards(dir.path(), "rewards.h5", &table).unwrap_err();
+        assert_eq!(error, Error::io(&path, &std::io::Error::from_raw_os_error(libc::ENOSPC)));
+        let elsewhere = dir.path().join("nowhere");
+        let error = write_rewards(&elsewhere, "rewards.h5", &table).unwrap_err().to_string();
+        assert!(!error.contains('\n') && error.contains("No such file or directory"), "{error}");
+    }
 }
