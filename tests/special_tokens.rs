@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use trireme::text::model_file::{ModelProto, NormalizerSpec, PieceKind, PieceProto, TrainerSpec};
 
-/// unknown, control pieces 1 and 2, a space, the letters from 4, a line break.
+/// unknown, control pieces 1 and 2, a space, the letters from 4, a line break, a piece that the user defined.
 fn model_file() -> Vec<u8> {
     let piece = |text: String, kind: PieceKind| PieceProto { piece: Some(text), score: Some(0.0), r#type: Some(kind as i32) };
     let mut pieces = vec![piece("<unk>".into(), PieceKind::Unknown)];
     pieces.extend(["<s>", "</s>"].map(|text| piece(text.into(), PieceKind::Control)));
     let normal = std::iter::once('\u{2581}').chain('a'..='z').chain(['\n']);
     pieces.extend(normal.map(|c| piece(c.into(), PieceKind::Normal)));
+    pieces.push(piece("<u>".into(), PieceKind::UserDefined));
     let trainer = TrainerSpec { model_type: Some(2), ..TrainerSpec::default() };
     let normalizer = NormalizerSpec { add_dummy_prefix: Some(true), remove_extra_whitespaces: Some(false), ..NormalizerSpec::default() };
     let (trainer, normalizer) = (trainer.encode_to_vec(), normalizer.encode_to_vec());
@@ -22,8 +23,9 @@ fn model_file() -> Vec<u8> {
 
 const SPACE: u32 = 3;
 const BREAK: u32 = 30;
-const START: u32 = 31;
-const END: u32 = 32;
+const USER: u32 = 31;
+const START: u32 = 32;
+const END: u32 = 33;
 
 fn letters(text: &str) -> Vec<u32> {
     text.bytes().map(|letter| u32::from(letter - b'a') + 4).collect()
@@ -106,29 +108,69 @@ fn config(more: Value) -> Vec<u8> {
     let template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
     let special = |text: &str| json!({"content": text, "special": true});
     let mut config = json!({"chat_template": template, "bos_token": "<s>", "added_tokens_decoder": {
-        "1": special("<s>"), "31": special("<|im_start|>"), "32": special("<|im_end|>")}});
+        "1": special("<s>"), "32": special("<|im_start|>"), "33": special("<|im_end|>")}});
     more.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     serde_json::to_vec(&config).unwrap()
 }
 
-/// A `.model` alone: the marks of turns are tokens that other files add, and the beginning of a text is a control piece; a template names
-/// both, and plain text means neither. The space before a text stands before the first stretch, or ("legacy") before each.
+/// Text as its pieces: letters, a space, a line break, and names.
+fn ids(text: &str) -> Vec<u32> {
+    let names = [("<unk>", 0), ("<s>", 1), ("<u>", USER), ("<|im_start|>", START), ("<|im_end|>", END), (" ", SPACE), ("\n", BREAK)];
+    let (mut ids, mut rest) = (Vec::new(), text);
+    while !rest.is_empty() {
+        let named = names.iter().find_map(|(name, id)| Some((rest.strip_prefix(name)?, vec![*id])));
+        let (behind, here) = named.unwrap_or_else(|| (&rest[1..], letters(&rest[..1])));
+        ids.extend(here);
+        rest = behind;
+    }
+    ids
+}
+
+/// A `.model` alone: the marks of turns are tokens that other files add, and the beginning of a text is a control piece; a template and a
+/// prompt name both. Where the encoder puts a space is transformers' LlamaTokenizer's way, an older one ("legacy"), or the model's own.
 #[test]
 fn a_sentencepiece_model_with_added_tokens() {
+    // A text, and what is encoded of it: LlamaTokenizer's, the legacy one's, the model's own.
+    let cases = [
+        ("hi", [" hi", " hi", " hi"]),
+        (" hi", [" hi", " hi", "  hi"]),
+        ("hi<|im_end|>a", [" hi<|im_end|>a", " hi<|im_end|> a", " hi<|im_end|> a"]),
+        ("<s> a", ["<s> a", "<s> a", "<s>  a"]),
+        ("<|im_start|>\na", ["<|im_start|>\na", "<|im_start|> \na", "<|im_start|> \na"]),
+        ("a<u>b<unk>c", [" a<u>b<unk>c", " a<u> b<unk> c", " a<u>b<unk> c"]),
+    ];
     let hello = json!({"messages": [{"role": "user", "content": "hi a"}]});
-    let turn = |before: &[u32]| [&[1, START], before, &letters("user"), &[BREAK], &letters("hi"), &[SPACE], &letters("a"), &[END]].concat();
-    let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", config(json!({"add_bos_token": true})))]);
-    place.assert_same("turn", hello.clone(), &turn(&[]), &[]);
-    place.assert_same("prompt", json!({"prompt": "hi"}), &[&[1, SPACE], &letters("hi")[..]].concat(), &[]);
-    place.assert_same("bare", json!({"prompt": "hi"}), &[&[SPACE], &letters("hi")[..]].concat(), &["--bos", "empty"]);
-    place.assert_same("nothing", json!({"prompt": ""}), &[1], &["--bos", "empty"]);
-    let plain = place.tokens_of("plain", "<s>", &["--bos", "empty"]);
-    assert!(plain.len() > 1 && !plain.contains(&1), "{plain:?}");
-    let legacy = config(json!({"legacy": true}));
-    let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", legacy)]);
-    place.assert_same("turn", hello, &turn(&[SPACE]), &[]);
-    assert_eq!(place.tokens_of("auto", "hi", &[]), [&[SPACE], &letters("hi")[..]].concat());
-    assert_eq!(place.tokens_of("always", "hi", &["--bos", "always"]), [&[1, SPACE], &letters("hi")[..]].concat());
+    let turns = ["<s><|im_start|>user\nhi a<|im_end|>", "<s><|im_start|> user\nhi a<|im_end|>"];
+    let (llama, own) = (json!({"tokenizer_class": "LlamaTokenizer"}), json!({"tokenizer_class": "PreTrainedTokenizerFast"}));
+    let legacy = json!({"tokenizer_class": "LlamaTokenizer", "legacy": true, "add_bos_token": true});
+    for (way, more) in [llama, legacy, own].into_iter().enumerate() {
+        let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", config(more))]);
+        place.assert_same("turn", hello.clone(), &ids(turns[way.min(1)]), &[]);
+        for (i, (text, expected)) in cases.iter().enumerate() {
+            assert_eq!(place.tokens_of(&format!("text-{i}"), text, &["--bos", "empty"]), ids(expected[way]), "{text:?} {way}");
+        }
+        let prompt = [" hi<s> a", "<s> hi<s> a", " hi<s>  a"][way];
+        place.assert_same("prompt", json!({"prompt": "hi<s> a"}), &ids(prompt), &[]);
+        place.assert_same("nothing", json!({"prompt": ""}), &[1], &["--bos", "empty"]);
+        assert_eq!(place.tokens_of("always", "hi", &["--bos", "always"]), ids("<s> hi"));
+    }
+}
+
+/// Tokens of the table may take the white space around them; files of earlier versions say the same in two others; no space before
+/// anything where none is asked for.
+#[test]
+fn how_added_tokens_are_written() {
+    let end = json!({"content": "<|im_end|>", "special": true, "lstrip": true, "rstrip": true});
+    let table = json!({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": false, "added_tokens_decoder": {"33": end}});
+    let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", config(table))]);
+    assert_eq!(place.tokens_of("table", "a \n<|im_end|> \n b", &[]), ids("a<|im_end|>b"));
+    let old = json!({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": false, "added_tokens_decoder": null});
+    let added = json!({"<|im_start|>": 32, "<|im_end|>": 33});
+    let map = json!({"additional_special_tokens": ["<|im_start|>", end], "pad_token": "b"});
+    let file = |name, value: &Value| (name, serde_json::to_vec(value).unwrap());
+    let files = [("tokenizer_config.json", config(old)), file("added_tokens.json", &added), file("special_tokens_map.json", &map)];
+    let place = Place::new(&[&[("tokenizer.model", model_file())], &files[..]].concat());
+    assert_eq!(place.tokens_of("old", "<|im_start|> a <|im_end|> b c", &[]), ids("<|im_start|> a<|im_end|>b c"));
 }
 
 /// Beside a `.model` a tokenizer.json counts, as in transformers; texts begin as it asks for, unless told otherwise.

@@ -81,7 +81,7 @@ impl Pair {
     /// the context alone would end. Err: one of the two has no tokens.
     pub fn encode(tokenizer: &Tokenizer, context: &str, continuation: &str, start: Start) -> std::result::Result<Pair, String> {
         if context.is_empty() {
-            return Pair::without_context(tokenizer.encode(continuation), start.empty);
+            return Pair::without_context(tokenizer.encode_named(continuation), start.empty);
         }
         let trimmed = context.trim_end_matches(is_python_space);
         let alone = encode(tokenizer, trimmed, start);
@@ -125,12 +125,11 @@ impl Pair {
     }
 }
 
-/// The tokens of a text that begins a sequence.
+/// The tokens of a text that begins a sequence. One that names the beginning itself has it once.
 pub fn encode(tokenizer: &Tokenizer, text: &str, start: Start) -> Vec<u32> {
     let begins = |bos: u32| tokenizer.piece_text(bos).is_some_and(|piece| text.starts_with(&piece));
-    let mut ids: Vec<u32> = start.always.filter(|&bos| !begins(bos)).into_iter().collect();
-    tokenizer.encode_into(text, &mut ids);
-    ids
+    let first = start.always.filter(|&bos| !begins(bos));
+    first.into_iter().chain(tokenizer.encode_named(text)).collect()
 }
 
 /// How likely a continuation is.

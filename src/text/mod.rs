@@ -18,7 +18,7 @@ pub mod train;
 
 use crate::artifact::{self, FileEntry, Manifest};
 use crate::error::{Error, IoContext, Result};
-pub use added::AddedToken;
+pub use added::{AddedToken, StretchSpace};
 pub use growing::GrowingText;
 use json::JsonTokenizer;
 pub use sentencepiece::SentencePiece;
@@ -125,8 +125,8 @@ impl Tokenizer {
         }
     }
 
-    /// The ids of a text in which special tokens stand by their names, as a chat template writes it: all that a `tokenizer.json` lists, or
-    /// the control pieces of a `.model` and what was added to it.
+    /// The ids of a text in which tokens stand by their names, as transformers reads prompts and what a chat template writes: all that a
+    /// `tokenizer.json` lists, or the control pieces of a `.model` and what was added to it.
     pub fn encode_named(&self, text: &str) -> Vec<u32> {
         match &self.sort {
             Sort::SentencePiece(tokenizer) => {
@@ -138,13 +138,11 @@ impl Tokenizer {
         }
     }
 
-    /// A `.model` with tokens behind its pieces, as a model of Hugging Face may add them; `prefixes_stretches` is its "legacy": a space
-    /// goes before each stretch of text between tokens, not only before the text. A `tokenizer.json` knows its own and stays as it is.
-    pub fn with_added(self, added: Vec<AddedToken>, prefixes_stretches: bool) -> Tokenizer {
+    /// A `.model` with tokens that a directory of Hugging Face adds, and the space before stretches of text between named tokens. A
+    /// `tokenizer.json` knows its own and stays as it is.
+    pub fn with_added(self, added: Vec<AddedToken>, space: StretchSpace) -> Tokenizer {
         match self.sort {
-            Sort::SentencePiece(tokenizer) => {
-                Tokenizer { sort: Sort::SentencePiece(Box::new(tokenizer.with_added(added, prefixes_stretches))), ..self }
-            }
+            Sort::SentencePiece(tokenizer) => Tokenizer { sort: Sort::SentencePiece(Box::new(tokenizer.with_added(added, space))), ..self },
             Sort::Json(_) => self,
         }
     }

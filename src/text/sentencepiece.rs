@@ -1,11 +1,11 @@
 //! The SentencePiece tokenizer: a BPE `.model`, ready to encode and decode with SentencePiece's own ids.
 
 use super::Special;
-use super::added::{AddedToken, Cut, Named};
+use super::added::{AddedToken, Cut, Named, StretchSpace};
 use super::decode::{Decoder, Decoding};
 use super::encode::{self, Scratch};
 use super::model_file::{ModelFile, Piece, PieceKind, TrainerSpec};
-use super::tables::Tables;
+use super::tables::{SPACE_MARK, Tables};
 use crate::error::Result;
 use std::path::Path;
 use std::sync::Mutex;
@@ -17,8 +17,9 @@ pub struct SentencePiece {
     decoder: Decoder,
     special: Special,
     named: Named,
-    /// Whether the encoder's space stands before each stretch of text between tokens, not only before a text.
-    prefixes_stretches: bool,
+    space: StretchSpace,
+    /// The model asks for a space before a text.
+    dummy_prefix: bool,
     /// Workspaces of the encoder that no call uses just now.
     idle: Mutex<Vec<Scratch>>,
 }
@@ -29,18 +30,24 @@ impl SentencePiece {
     pub fn from_bytes(bytes: &[u8], origin: &Path) -> Result<SentencePiece> {
         let model = ModelFile::parse(origin, bytes)?;
         let pieces = model.checked_pieces(origin)?;
-        let decoder = Decoder {
-            unk_surface: model.trainer.unk_surface.clone().unwrap_or_else(|| " \u{2047} ".into()),
-            dummy_prefix: model.normalizer.add_dummy_prefix.unwrap_or(true),
-        };
+        let dummy_prefix = model.normalizer.add_dummy_prefix.unwrap_or(true);
+        let unk_surface = model.trainer.unk_surface.clone().unwrap_or_else(|| " \u{2047} ".into());
+        let decoder = Decoder { unk_surface, dummy_prefix };
         let special = special_ids(&model.trainer, &pieces);
-        let (tables, named) = (Tables::new(&pieces), Named::new(&pieces, Vec::new()));
-        Ok(SentencePiece { pieces, tables, decoder, special, named, prefixes_stretches: false, idle: Mutex::new(Vec::new()) })
+        let (tables, space) = (Tables::new(&pieces), StretchSpace::OfModel);
+        let named = Named::new(&pieces, &named_kinds(space), Vec::new());
+        Ok(SentencePiece { pieces, tables, decoder, special, named, space, dummy_prefix, idle: Mutex::new(Vec::new()) })
     }
 
-    /// With tokens behind its pieces, and how stretches of text between tokens begin.
-    pub(super) fn with_added(self, added: Vec<AddedToken>, prefixes_stretches: bool) -> SentencePiece {
-        SentencePiece { named: Named::new(&self.pieces, added), prefixes_stretches, ..self }
+    /// With the tokens of a directory, and how stretches of text between named tokens begin.
+    pub(super) fn with_added(self, added: Vec<AddedToken>, space: StretchSpace) -> SentencePiece {
+        let dummy_prefix = match space {
+            StretchSpace::OfModel => self.dummy_prefix,
+            StretchSpace::First | StretchSpace::Each => true,
+            StretchSpace::None => false,
+        };
+        let decoder = Decoder { dummy_prefix, ..self.decoder };
+        SentencePiece { named: Named::new(&self.pieces, &named_kinds(space), added), decoder, space, ..self }
     }
 
     /// The ids, and how many pairs of symbols were looked at: the work done, free of clocks. O(n log n) for any text; a
@@ -51,28 +58,37 @@ impl SentencePiece {
         (ids, operations)
     }
 
-    /// Appends the ids of a text in which control pieces and added tokens stand by their names.
+    /// Appends the ids of a text in which tokens stand by their names.
     pub(super) fn encode_named(&self, text: &str, ids: &mut Vec<u32>) {
         for (i, cut) in self.named.cut(text).into_iter().enumerate() {
             match cut {
                 Cut::Token(id) => ids.push(id),
-                Cut::Text(stretch) => drop(self.encode_stretch(stretch, i == 0 || self.prefixes_stretches, ids)),
+                Cut::Text(stretch) => {
+                    let begins_with_space = stretch.starts_with([' ', SPACE_MARK]);
+                    let takes_space = match self.space {
+                        StretchSpace::OfModel => self.dummy_prefix,
+                        StretchSpace::First => i == 0 && !begins_with_space,
+                        StretchSpace::Each => !begins_with_space,
+                        StretchSpace::None => false,
+                    };
+                    self.encode_stretch(stretch, takes_space, ids);
+                }
             }
         }
     }
 
     /// Appends the ids of a text; the pairs of symbols looked at.
     pub(super) fn encode_with(&self, text: &str, ids: &mut Vec<u32>) -> u64 {
-        self.encode_stretch(text, true, ids)
+        self.encode_stretch(text, self.dummy_prefix, ids)
     }
 
-    fn encode_stretch(&self, text: &str, begins: bool, ids: &mut Vec<u32>) -> u64 {
+    fn encode_stretch(&self, text: &str, takes_space: bool, ids: &mut Vec<u32>) -> u64 {
         if text.is_empty() {
             return 0;
         }
         let mut scratch = self.idle.lock().expect("no panic while held").pop().unwrap_or_else(Scratch::new);
         let before = scratch.operations;
-        if begins && self.decoder.dummy_prefix {
+        if takes_space {
             encode::encode(&self.tables, &format!(" {text}"), &mut scratch, ids);
         } else {
             encode::encode(&self.tables, text, &mut scratch, ids);
@@ -130,6 +146,15 @@ impl SentencePiece {
     pub(super) fn special(&self) -> Special {
         self.special
     }
+}
+
+/// Which pieces a text may name.
+fn named_kinds(space: StretchSpace) -> Vec<PieceKind> {
+    let mut kinds = vec![PieceKind::Control, PieceKind::Unknown];
+    if space != StretchSpace::OfModel {
+        kinds.push(PieceKind::UserDefined);
+    }
+    kinds
 }
 
 /// The special ids as SentencePiece finds them: by the piece's name in the trainer spec, and only when it is a control

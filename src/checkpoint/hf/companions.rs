@@ -4,7 +4,7 @@
 use crate::checkpoint::stored::Stored;
 use crate::error::{Error, IoContext, Result};
 use crate::text::chat::{self, ChatTemplate, SpecialTokens};
-use crate::text::{self, AddedToken, Tokenizer};
+use crate::text::{self, AddedToken, StretchSpace, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,6 +20,9 @@ pub(super) const GENERATION_CONFIG: &str = "generation_config.json";
 const SPECIAL_TOKENS: &str = "special_tokens_map.json";
 /// Tokens behind those of a SentencePiece model, in directories of transformers 4.
 const ADDED_TOKENS: &str = "added_tokens.json";
+/// Under these keys, there and in [`TOKENIZER_CONFIG`], stand tokens or lists of them.
+const SPECIAL_KEYS: [&str; 8] =
+    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "mask_token", "additional_special_tokens", "extra_special_tokens"];
 /// Under this key stands the template in [`TOKENIZER_CONFIG`].
 const CHAT_TEMPLATE: &str = "chat_template";
 /// A larger file is none of these: the largest published tokenizer.json has 35 MB.
@@ -102,28 +105,61 @@ pub fn tokenizer(stored: &Stored) -> Result<Option<Tokenizer>> {
     if let Some(json) = stored.meta().companions.get(text::JSON_FILE) {
         return Tokenizer::from_bytes(json.clone(), &stored.dir().join(text::JSON_FILE)).map(Some);
     }
-    let prefixes_stretches = value(stored, TOKENIZER_CONFIG)["legacy"] == true;
-    Ok(stored.tokenizer()?.map(|tokenizer| tokenizer.with_added(added_tokens(stored), prefixes_stretches)))
+    let Some(tokenizer) = stored.tokenizer()? else { return Ok(None) };
+    let added = added_tokens(stored, &tokenizer);
+    Ok(Some(tokenizer.with_added(added, stretch_space(stored))))
 }
 
-/// What transformers adds to a SentencePiece model: the table in tokenizer_config.json, or, as earlier versions wrote it, a file of its
-/// own, with the special ones in another.
-fn added_tokens(stored: &Stored) -> Vec<AddedToken> {
-    let is_id = |id: u64| u32::try_from(id).ok();
+/// Which of its tokenizers transformers 5 takes for a SentencePiece model, and how that parts text.
+fn stretch_space(stored: &Stored) -> StretchSpace {
     let config = value(stored, TOKENIZER_CONFIG);
-    if let Some(table) = config["added_tokens_decoder"].as_object() {
-        let token = |(id, token): (&String, &Value)| {
-            let text = token["content"].as_str()?.to_string();
-            Some(AddedToken { text, id: is_id(id.parse().ok()?)?, is_special: token["special"] == true })
-        };
-        return table.iter().filter_map(token).collect();
+    let is_llama = value(stored, config::FILE)["model_type"] == "llama"
+        && ["LlamaTokenizer", "LlamaTokenizerFast"].iter().any(|class| config["tokenizer_class"] == *class);
+    match config.get("legacy") {
+        _ if is_llama && config["add_prefix_space"] == false => StretchSpace::None,
+        // Which a tokenizer of any class is made by.
+        Some(legacy) if *legacy != true => StretchSpace::First,
+        Some(_) if is_llama => StretchSpace::Each,
+        None if is_llama => StretchSpace::First,
+        _ => StretchSpace::OfModel,
     }
-    let special = value(stored, SPECIAL_TOKENS).to_string();
-    let token = |(text, id): (&String, &Value)| {
-        let is_special = special.contains(&Value::from(text.as_str()).to_string());
-        Some(AddedToken { text: text.clone(), id: is_id(id.as_u64()?)?, is_special })
+}
+
+/// What a directory adds to a SentencePiece model: the table in tokenizer_config.json, or, as earlier versions wrote it, a file of its
+/// own, with the special ones in another; and pieces that it calls special.
+fn added_tokens(stored: &Stored, tokenizer: &Tokenizer) -> Vec<AddedToken> {
+    let config = value(stored, TOKENIZER_CONFIG);
+    let map = value(stored, SPECIAL_TOKENS);
+    let special: Vec<&Value> = SPECIAL_KEYS.iter().flat_map(|key| [&config[*key], &map[*key]]).flat_map(one_or_all).collect();
+    let token = |text: &str, id: u64, flags: &Value, is_special: bool| {
+        let takes_space = ["lstrip", "rstrip"].map(|side| flags[side] == true);
+        Some(AddedToken { text: text.into(), id: u32::try_from(id).ok()?, is_special, takes_space })
     };
-    value(stored, ADDED_TOKENS).as_object().into_iter().flatten().filter_map(token).collect()
+    let named = |text: &str| special.iter().find(|one| text_of(one) == Some(text)).copied();
+    let called = special.iter().filter_map(|one| token(text_of(one)?, tokenizer.id_of(text_of(one)?)?.into(), one, true));
+    let added: Vec<AddedToken> = match config["added_tokens_decoder"].as_object() {
+        Some(table) => {
+            let of_table = |(id, one): (&String, &Value)| token(text_of(one)?, id.parse().ok()?, one, one["special"] == true);
+            table.iter().filter_map(of_table).collect()
+        }
+        None => {
+            let file = value(stored, ADDED_TOKENS);
+            let of_file =
+                |(text, id): (&String, &Value)| token(text, id.as_u64()?, named(text).unwrap_or(&Value::Null), named(text).is_some());
+            file.as_object().into_iter().flatten().filter_map(of_file).collect()
+        }
+    };
+    called.chain(added).collect()
+}
+
+/// A list's values, or the one.
+fn one_or_all(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice).iter()
+}
+
+/// A token written as a text, or as an object with it.
+fn text_of(token: &Value) -> Option<&str> {
+    token.as_str().or(token["content"].as_str())
 }
 
 /// The ids that the model came with; else those of its tokenizer; else none.
@@ -175,7 +211,7 @@ pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<Ch
     let config = value(stored, TOKENIZER_CONFIG);
     let map = value(stored, SPECIAL_TOKENS);
     // By name, a text or an object with it; else the model's id, of several the first.
-    let named = |from: &Value, key: &str| from[key].as_str().or(from[key]["content"].as_str()).map(String::from);
+    let named = |from: &Value, key: &str| text_of(&from[key]).map(String::from);
     let by_id = |id: &Value| id.as_u64().or(id[0].as_u64()).and_then(|id| tokenizer.piece_text(id as u32));
     let token = |key: &str, id: &Value| named(&config, key).or_else(|| named(&map, key)).or_else(|| by_id(id)).unwrap_or_default();
     let special = SpecialTokens {
