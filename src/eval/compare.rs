@@ -22,6 +22,15 @@ pub struct Bootstrap {
     pub seed: u64,
 }
 
+/// What the draws say of a difference.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Resampled {
+    /// The interval that holds 95 % of the resampled differences.
+    pub interval: [f64; 2],
+    /// Two-sided: twice the share of resampled differences on the other side of 0 (or on it), at most 1.
+    pub p: f64,
+}
+
 /// The difference of a score, B - A.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Difference {
@@ -31,10 +40,8 @@ pub struct Difference {
     pub metric: String,
     /// The score of A, and of B.
     pub scores: [f64; 2],
-    /// The interval that holds 95 % of the resampled differences.
-    pub interval: [f64; 2],
-    /// Two-sided: twice the share of resampled differences on the other side of 0 (or on it), at most 1.
-    pub p: f64,
+    /// None where a leaf has a single item, which says nothing of what others would have shown.
+    pub resampled: Option<Resampled>,
     /// Items.
     pub n: usize,
 }
@@ -74,12 +81,17 @@ fn difference(task: &TaskScores, [a, b]: [&Score; 2], items: &[Vec<Evidence>; 2]
         pairs.map(|(of_a, of_b)| of_b.metrics[&a.metric] - of_a.metrics[&a.metric]).collect()
     };
     let strata: Vec<Vec<f64>> = leaves.iter().map(of_leaf).collect();
-    let (interval, p) = resample(&strata, Random::new(bootstrap.seed, &format!("compare {} {}", a.task, a.metric)), bootstrap.n_resamples);
-    Difference { task: a.task.clone(), metric: a.metric.clone(), scores: [a.value, b.value], interval, p, n: a.n }
+    let noise = Random::new(bootstrap.seed, &format!("compare {} {}", a.task, a.metric));
+    let resampled = resample(&strata, noise, bootstrap.n_resamples);
+    Difference { task: a.task.clone(), metric: a.metric.clone(), scores: [a.value, b.value], resampled, n: a.n }
 }
 
-/// The 95 % interval of the mean of the differences, each stratum drawn by itself, and the two-sided p.
-fn resample(strata: &[Vec<f64>], noise: Random, n_resamples: usize) -> ([f64; 2], f64) {
+/// The 95 % interval of the mean of the differences, each stratum drawn by itself, and the two-sided p; none for a stratum of one item,
+/// which every draw repeats.
+fn resample(strata: &[Vec<f64>], noise: Random, n_resamples: usize) -> Option<Resampled> {
+    if strata.iter().any(|stratum| stratum.len() == 1) {
+        return None;
+    }
     let n: usize = strata.iter().map(Vec::len).sum();
     let mean = |resample: usize| {
         let mut counter = (resample * n) as u64;
@@ -98,15 +110,19 @@ fn resample(strata: &[Vec<f64>], noise: Random, n_resamples: usize) -> ([f64; 2]
     let beyond = [means.iter().filter(|&&x| x <= 0.0).count(), means.iter().filter(|&&x| x >= 0.0).count()];
     // One more in both, so that no number of draws makes it 0.
     let p = 2.0 * (beyond[0].min(beyond[1]) + 1) as f64 / (n_resamples + 1) as f64;
-    ([at(0.025), at(0.975)], p.min(1.0))
+    Some(Resampled { interval: [at(0.025), at(0.975)], p: p.min(1.0) })
 }
 
 /// As a table for people.
 pub fn table(differences: &[Difference]) -> String {
     let line = |one: &Difference| {
-        let ([a, b], [low, high]) = (one.scores, one.interval);
+        let [a, b] = one.scores;
+        let (interval, p) = match one.resampled {
+            Some(Resampled { interval: [low, high], p }) => (format!("[{low:+.4}, {high:+.4}]"), format!("{p:.4}")),
+            None => ("-".into(), "-".into()),
+        };
         let named = format!("{} {}", one.task, one.metric);
-        format!("{named:48} {a:7.4} {b:7.4} {:+8.4} [{low:+.4}, {high:+.4}] {:7.4} {:6}", b - a, one.p, one.n)
+        format!("{named:48} {a:7.4} {b:7.4} {:+8.4} {interval:18} {p:>7} {:6}", b - a, one.n)
     };
     let head = format!("{:48} {:>7} {:>7} {:>8} {:18} {:>7} {:>6}", "task metric,filter", "A", "B", "B - A", "95 % interval", "p", "n");
     std::iter::once(head).chain(differences.iter().map(line)).collect::<Vec<_>>().join("\n")
@@ -121,10 +137,11 @@ mod tests {
     #[test]
     fn intervals_and_p_are_those_of_the_draws() {
         let n_resamples = 20_000;
-        let (interval, p) = resample(&[vec![1.0, 0.0]], Random::new(1, "test"), n_resamples);
+        let Resampled { interval, p } = resample(&[vec![1.0, 0.0]], Random::new(1, "test"), n_resamples).unwrap();
         let tolerance = 2.0 * 5.0 * 0.5 / (n_resamples as f64).sqrt();
         assert!(interval == [0.0, 1.0] && (p - 0.5).abs() < tolerance, "{interval:?} {p}");
-        assert_eq!(resample(&[vec![0.0; 9]], Random::new(1, "test"), 100), ([0.0, 0.0], 1.0));
+        let same = Resampled { interval: [0.0, 0.0], p: 1.0 };
+        assert_eq!(resample(&[vec![0.0; 9]], Random::new(1, "test"), 100), Some(same));
         // 400 pairs: 60 better, 20 worse. The sum has mean 40 and variance 80 - 4: in items, 0.1 +- 0.0218.
         let many: Vec<f64> = (0..400)
             .map(|i| {
@@ -137,7 +154,7 @@ mod tests {
                 }
             })
             .collect();
-        let ([low, high], p) = resample(&[many], Random::new(2, "test"), n_resamples);
+        let Resampled { interval: [low, high], p } = resample(&[many], Random::new(2, "test"), n_resamples).unwrap();
         let sd = 76f64.sqrt() / 400.0;
         // A quantile's error is that of its share over the density there, 0.0584 / sd, and a step of the sum.
         let error = 5.0 * (0.025f64 * 0.975 / n_resamples as f64).sqrt() / (0.0584 / sd) + 1.0 / 400.0;
@@ -145,10 +162,17 @@ mod tests {
         assert!(p < 0.001, "{p}");
     }
 
-    /// A stratum is drawn by itself: where the leaves differ and nothing differs within them, no draw differs.
+    /// A stratum is drawn by itself: where the leaves differ and nothing differs within them, no draw differs. A single item has neither
+    /// interval nor p, however large its difference, and neither has a group with it, as they have no standard error.
     #[test]
     fn leaves_are_drawn_by_themselves() {
-        let (interval, _) = resample(&[vec![1.0; 3], vec![0.0; 1]], Random::new(3, "test"), 1000);
-        assert_eq!(interval, [0.75, 0.75]);
+        let of = |strata: &[Vec<f64>]| resample(strata, Random::new(3, "test"), 1000);
+        assert_eq!(of(&[vec![1.0; 3], vec![0.0; 5]]).unwrap().interval, [0.375, 0.375]);
+        assert_eq!((of(&[vec![1.0]]), of(&[vec![1.0; 3], vec![0.0]])), (None, None));
+        let resampled = |resampled| Difference { task: "arc".into(), metric: "acc,none".into(), scores: [0.0, 1.0], resampled, n: 1 };
+        let all = table(&[resampled(of(&[vec![1.0]])), resampled(of(&[vec![1.0; 2]]))]);
+        let lines: Vec<Vec<&str>> = all.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[0], ["arc", "acc,none", "0.0000", "1.0000", "+1.0000", "-", "-", "1"]);
+        assert_eq!(lines[1][5..], ["[+1.0000,", "+1.0000]", "0.0020", "1"]);
     }
 }
