@@ -74,11 +74,19 @@ fn byte_level_tokens() -> impl Iterator<Item = String> {
     all.map(|bytes: Vec<u8>| bytes.into_iter().map(byte_char).collect())
 }
 
+/// One space is taken from the beginning of a text, two from its end.
+fn ends_stripped() -> Tokenizer {
+    let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+    let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 2});
+    let decoder = json!({"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]});
+    tokenizer_json(bytes().chain(PIECES.iter().map(|text| text.to_string())), decoder)
+}
+
 fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
     let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
     let strip = json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
     let like_llama = json!({"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]});
-    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    let metaspace = |scheme: &str| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
     let words = ["##a", "##b", "a", "n't", ".", "'", "do", ",", "##é", "?"];
     let word_piece = json!({"type": "WordPiece", "prefix": "##", "cleanup": true});
     let suffixed = ["▁a", "a</w>", "a", "b</w>", "</w>", "x</w>y", "é</w>", "</w></w>"];
@@ -91,7 +99,11 @@ fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
         ("SentencePiece without dummy prefix", sentencepiece(false)),
         ("byte level", tokenizer_json(byte_level_tokens(), byte_level)),
         ("like Llama", tokenizer_json(bytes().chain(pieces()), like_llama)),
-        ("metaspace", tokenizer_json(pieces(), metaspace)),
+        ("metaspace", tokenizer_json(pieces(), metaspace("always"))),
+        ("metaspace, first", tokenizer_json(pieces(), metaspace("first"))),
+        ("metaspace, never", tokenizer_json(pieces(), metaspace("never"))),
+        ("ends stripped", ends_stripped()),
+        ("bytes only", tokenizer_json(bytes().chain(pieces()), json!({"type": "ByteFallback"}))),
         ("word piece", tokenizer_json(words.iter().map(|word| word.to_string()), word_piece)),
         ("no decoder", tokenizer_json(pieces(), Value::Null)),
         (
@@ -120,6 +132,26 @@ fn random_ids(tokenizer: &Tokenizer, noise: &Random, n: usize) -> Vec<u32> {
         }
     }
     ids
+}
+
+/// Characters are stripped from the ends of a text as far as they are there, also when it is shorter than what may be taken, which the crate
+/// that reads such files answers with a panic.
+#[test]
+fn ends_are_stripped_as_far_as_they_are_there() {
+    let tokenizer = ends_stripped();
+    for (pieces, expected) in [
+        (&[][..], ""),
+        (&["▁"], ""),
+        (&["▁▁"], ""),
+        (&["▁▁", "▁▁"], " "),
+        (&["a"], "a"),
+        (&["a", "▁"], "a"),
+        (&["▁a", "▁", "▁▁"], "a "),
+        (&["▁▁", "あ"], " あ"),
+    ] {
+        let ids: Vec<u32> = pieces.iter().map(|piece| tokenizer.id_of(piece).unwrap()).collect();
+        assert_eq!(tokenizer.decode(&ids), expected, "{pieces:?}");
+    }
 }
 
 /// After every id the growing text is the decoding of all ids so far, and what it calls unchanged is: else stops are missed, or the

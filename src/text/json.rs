@@ -5,6 +5,9 @@ use super::Special;
 use crate::error::{Error, Result};
 use std::path::Path;
 use tokenizers::DecoderWrapper;
+use tokenizers::decoders::sequence::Sequence;
+use tokenizers::decoders::strip::Strip;
+use tokenizers::normalizers::replace::{Replace, ReplacePattern};
 
 /// Names by which the families of open models call their special tokens, the most usual first; a `tokenizer.json` itself does not
 /// say which of its special tokens ends a text.
@@ -34,6 +37,10 @@ impl JsonTokenizer {
         // A file may ask for cut or padded texts; ours are taken as they are.
         tokenizer.with_truncation(None).map_err(|error| wrong(&error))?;
         tokenizer.with_padding(None);
+        if let Some(decoder) = tokenizer.get_decoder() {
+            let decoder = without_end_strips(decoder).map_err(|error| wrong(&error))?;
+            tokenizer.with_decoder(Some(decoder));
+        }
         let highest = tokenizer.get_vocab(true).into_values().max();
         let vocab_size = highest.map_or(0, |id| id as usize + 1);
         if vocab_size == 0 {
@@ -96,6 +103,20 @@ impl JsonTokenizer {
         let first = |names: &[&str]| names.iter().find_map(|name| self.tokenizer.token_to_id(name));
         Special { unk: first(&UNK), bos: first(&BOS), eos: first(&EOS), pad: first(&PAD) }
     }
+}
+
+/// A decoder that takes characters from the ends of texts as one that replaces them by nothing: the crate's own goes wrong, with a panic,
+/// over a text that is shorter than what it may take.
+fn without_end_strips(decoder: &DecoderWrapper) -> tokenizers::Result<DecoderWrapper> {
+    let decoders = match decoder {
+        DecoderWrapper::Sequence(sequence) => sequence.get_decoders().iter().map(without_end_strips).collect::<tokenizers::Result<_>>()?,
+        DecoderWrapper::Strip(Strip { content, start, stop, .. }) if *stop > 0 => {
+            let at_end = ReplacePattern::Regex(format!(r"\x{{{:x}}}{{1,{stop}}}\z", u32::from(*content)));
+            vec![DecoderWrapper::Strip(Strip::new(*content, *start, 0)), DecoderWrapper::Replace(Replace::new(at_end, "")?)]
+        }
+        other => return Ok(other.clone()),
+    };
+    Ok(DecoderWrapper::Sequence(Sequence::new(decoders)))
 }
 
 /// Whether a decoder looks at one token at a time, but for the first and the last token, for runs of bytes, and for whether the token before
