@@ -109,6 +109,30 @@ fn write_lines(path: &Path, values: &[Value]) {
     std::fs::write(path, values.iter().map(|value| format!("{value}\n")).collect::<String>()).unwrap();
 }
 
+/// Memory is that of the longest pass, not of all the numbers of rows that passes have: sequences of every length up to 200 take at most
+/// five times what the longest takes alone (powers of two up to twice its rows, all of them kept, are four times). With a temporary kept
+/// for every length it is a hundred times.
+#[test]
+fn memory_does_not_grow_with_the_input() {
+    let place = Place::new();
+    let model = checkpoint(&place);
+    let peak_of = |lengths: std::ops::RangeInclusive<usize>| {
+        let (device, stored) = (Cpu::new(), stored_checkpoint::open(&model).unwrap());
+        let groups = Groups::new(Box::new(trireme::comm::solo::Solo::new()), ParallelLayout::SINGLE);
+        let mut chunks = [load_as(&device, &stored, &groups, DType::F32, None).unwrap()];
+        let before = device.memory().live_bytes;
+        let numerics = scorer::numerics(None, &device, ParallelLayout::SINGLE, None).unwrap();
+        let scorer = Scorer { device: &device, groups: &groups, batch_tokens: 1, numerics, stop: &|| false };
+        let sequence = |n: usize| Sequence { id: n.to_string(), tokens: (0..n as u32).collect() };
+        let scored = score::logprobs(&scorer, &mut chunks, &lengths.map(sequence).collect::<Vec<_>>()).unwrap();
+        assert!(scored.iter().all(|one| one.sum.is_finite()));
+        device.memory().peak_bytes - before
+    };
+    let (alone, all) = (peak_of(200..=200), peak_of(2..=200));
+    println!("the longest alone {alone} bytes, all {all}");
+    assert!(alone > 200 * 384 * 4 && all < 5 * alone, "{all} bytes for all, {alone} for the longest");
+}
+
 /// A policy scored against itself: the log-ratio of every token, between the forward of a training step and what trireme-score
 /// writes, is exactly 0, whatever the batch, the layouts and the storage. DPO and RPO begin with a loss of exactly ln 2 because of it.
 /// In fast numerics some token differs, so the test can fail.

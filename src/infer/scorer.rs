@@ -94,6 +94,9 @@ pub fn numerics<'a>(
     Ok(Numerics::Fast)
 }
 
+/// A pool of temporaries rounds the rows of most, not the columns of statistics by head and row; after so many passes it is a new one.
+const PASSES_OF_POOL: usize = 64;
+
 impl Scorer<'_> {
     /// The wanted scores of all sequences, in their order, on every rank. Err: asked to stop, or a log-probability that is no number.
     /// Collective.
@@ -182,12 +185,14 @@ impl Scorer<'_> {
     ) -> Result<()> {
         let groups = self.groups;
         let mut progress = (groups.world.rank() == 0).then(|| Progress::new("score", passes.len() as u64, "passes"));
-        let scratch = Scratch::new();
-        let sequence = SequenceMode::Replicated;
-        let ctx = Ctx { device: self.device, tp: &*groups.tp, scratch: &scratch, sequence, numerics: self.numerics };
+        let mut scratch = Scratch::of_any_rows();
         let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: 1, n_micro: 1 });
         let mut failed = Ok(());
-        for round in passes.chunks(groups.layout.dp) {
+        for (number, round) in passes.chunks(groups.layout.dp).enumerate() {
+            // Hardly two passes have as many rows: a pool with a tensor for each number would grow with the input.
+            if number % PASSES_OF_POOL == 0 {
+                scratch = Scratch::of_any_rows();
+            }
             // One micro-batch at a time: memory stays that of one, and nothing waits on a whole file.
             let mine = match round.get(groups.at.dp).map(|pass| Ok((pass, batch(pass)?))).transpose() {
                 Ok(mine) => mine,
@@ -207,6 +212,8 @@ impl Scorer<'_> {
                 );
             }
             if let Some((pass, batch)) = mine {
+                let (tp, sequence, numerics) = (&*groups.tp, SequenceMode::Replicated, self.numerics);
+                let ctx = Ctx { device: self.device, tp, scratch: &scratch, sequence, numerics };
                 let passed = executor::run(&schedule, chunks, &ctx, groups, (&[batch], Keep::Nothing), &mut Nothing);
                 let is_here = !(passed.token_losses[0].is_empty() && passed.attributes[0].is_empty());
                 if is_here && groups.at.tp == 0 {
