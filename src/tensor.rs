@@ -4,7 +4,10 @@
 //! `Tensor`, so every operation takes `&Tensor` and `&mut Tensor`, whole or part. Where the bytes lie is the business of
 //! the device that made them. This file knows nothing of devices.
 
-use std::alloc::Layout;
+mod memory;
+
+pub use memory::Areas;
+use memory::Memory;
 use std::any::Any;
 use std::borrow::Cow;
 use std::fmt;
@@ -114,51 +117,20 @@ enum Storage {
     Nothing,
 }
 
-/// Zeroed bytes, 64-byte aligned or better.
+/// Memory of the host.
 struct HostBuffer {
-    start: *mut u8,
-    layout: Layout,
+    memory: Memory,
     /// Told the size when the memory goes back, so that a device can count its live bytes.
-    on_drop: Option<Arc<dyn Fn(usize) + Send + Sync>>,
+    on_drop: Option<OnDrop>,
 }
 
-// SAFETY: the buffer is plain memory; aliasing is governed by the borrows of the tensors above it.
-unsafe impl Send for HostBuffer {}
-// SAFETY: as above.
-unsafe impl Sync for HostBuffer {}
-
-/// A page of the kind that one entry of the processor's address cache reaches as far with as with 512 ordinary ones.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Zeroed memory, in huge pages where it fills some and the kernel has them.
-fn zeroed(size: usize) -> Option<(*mut u8, Layout)> {
-    let is_large = size >= 2 * HUGE_PAGE;
-    let layout = Layout::from_size_align(size, if is_large { HUGE_PAGE } else { 64 }).ok()?;
-    if !is_large {
-        // SAFETY: the layout has a non-zero size.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        return (!start.is_null()).then_some((start, layout));
-    }
-    // SAFETY: as above.
-    let start = unsafe { std::alloc::alloc(layout) };
-    if start.is_null() {
-        return None;
-    }
-    // SAFETY: the whole pages among these bytes are ours; a kernel that has no huge pages says so, and nothing is lost. The kind of a page
-    // is settled when it is first written, which is here.
-    unsafe {
-        libc::madvise(start.cast(), size - size % HUGE_PAGE, libc::MADV_HUGEPAGE);
-        start.write_bytes(0, size);
-    }
-    Some((start, layout))
-}
+/// Hears how many bytes went back.
+pub type OnDrop = Arc<dyn Fn(usize) + Send + Sync>;
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        // SAFETY: `start` came from `zeroed` with this very layout and is freed once.
-        unsafe { std::alloc::dealloc(self.start, self.layout) };
         if let Some(tell) = &self.on_drop {
-            tell(self.layout.size());
+            tell(self.memory.size());
         }
     }
 }
@@ -185,11 +157,19 @@ pub struct Tensor {
 
 impl Tensor {
     /// Zeroed host memory. `None` when the allocator refuses. `on_drop` hears the freed size.
-    pub fn host(shape: &[usize], dtype: DType, on_drop: Option<Arc<dyn Fn(usize) + Send + Sync>>) -> Option<Tensor> {
+    pub fn host(shape: &[usize], dtype: DType, on_drop: Option<OnDrop>) -> Option<Tensor> {
+        Tensor::host_of(None, shape, dtype, on_drop)
+    }
+
+    /// The same; memory of middle size comes from these areas.
+    pub fn host_in(areas: &Arc<Areas>, shape: &[usize], dtype: DType, on_drop: Option<OnDrop>) -> Option<Tensor> {
+        Tensor::host_of(Some(areas), shape, dtype, on_drop)
+    }
+
+    fn host_of(areas: Option<&Arc<Areas>>, shape: &[usize], dtype: DType, on_drop: Option<OnDrop>) -> Option<Tensor> {
         let shape = Shape::new(shape);
-        let size = (shape.n_elements() * dtype.bytes()).max(64);
-        let (start, layout) = zeroed(size)?;
-        Some(Tensor { shape, dtype, shared: Shared::new(Storage::Host(HostBuffer { start, layout, on_drop })), offset_bytes: 0 })
+        let memory = Memory::zeroed((shape.n_elements() * dtype.bytes()).max(64), areas)?;
+        Some(Tensor { shape, dtype, shared: Shared::new(Storage::Host(HostBuffer { memory, on_drop })), offset_bytes: 0 })
     }
 
     /// A host tensor with these values; for tests and small tables.
@@ -282,20 +262,20 @@ impl Tensor {
     /// The bytes of a host tensor. Panics for other memory.
     pub fn bytes(&self) -> &[u8] {
         let Storage::Host(buffer) = &self.shared.storage else { panic!("bytes() of a tensor that is not in host memory") };
-        assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
+        assert!(self.offset_bytes + self.n_bytes() <= buffer.memory.size());
         // SAFETY: in bounds (asserted), alive as long as `self.shared`; `&self` excludes a writer, because views that
         // write borrow their tensor mutably, and nobody writes what is lent.
-        unsafe { std::slice::from_raw_parts(buffer.start.add(self.offset_bytes), self.n_bytes()) }
+        unsafe { std::slice::from_raw_parts(buffer.memory.start().add(self.offset_bytes), self.n_bytes()) }
     }
 
     /// The bytes of a host tensor, to write. Panics for other memory, and while it is lent.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.assert_not_lent();
         let Storage::Host(buffer) = &self.shared.storage else { panic!("bytes_mut() of a tensor that is not in host memory") };
-        assert!(self.offset_bytes + self.n_bytes() <= buffer.layout.size());
+        assert!(self.offset_bytes + self.n_bytes() <= buffer.memory.size());
         // SAFETY: as in `bytes`; `&mut self` is the only path to these bytes while it lives: nobody has borrowed them (asserted),
         // and to lend them takes a `&self`.
-        unsafe { std::slice::from_raw_parts_mut(buffer.start.add(self.offset_bytes), self.n_bytes()) }
+        unsafe { std::slice::from_raw_parts_mut(buffer.memory.start().add(self.offset_bytes), self.n_bytes()) }
     }
 
     /// Copies its bytes from `at` on to the host, wherever they lie.
@@ -412,7 +392,7 @@ impl Tensor {
     pub fn with_rows(self, n_rows: usize) -> Tensor {
         let tensor = Tensor { shape: self.shape.with_rows(n_rows), ..self };
         if let Storage::Host(buffer) = &tensor.shared.storage {
-            assert!(tensor.offset_bytes + tensor.n_bytes() <= buffer.layout.size(), "{n_rows} rows of {:?}", self.shape);
+            assert!(tensor.offset_bytes + tensor.n_bytes() <= buffer.memory.size(), "{n_rows} rows of {:?}", self.shape);
         }
         tensor
     }

@@ -28,7 +28,7 @@ use super::canonical::CanonicalSums;
 use super::packed::PackedProducts;
 use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Areas, DType, Tensor};
 use lanes::{Element, elements, elements_mut};
 use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -59,6 +59,7 @@ use float;
 /// The host as a device. As many threads as the rayon pool it is called in has (the global one, unless the caller is in another).
 pub struct Cpu {
     isa: Isa,
+    areas: Arc<Areas>,
     live_bytes: Arc<AtomicUsize>,
     peak_bytes: AtomicUsize,
     n_allocations: AtomicUsize,
@@ -85,6 +86,7 @@ impl Cpu {
     pub fn with_isa(isa: Isa) -> Cpu {
         Cpu {
             isa: isa.min(Isa::detect()),
+            areas: Arc::default(),
             live_bytes: Arc::default(),
             peak_bytes: AtomicUsize::new(0),
             n_allocations: AtomicUsize::new(0),
@@ -131,7 +133,7 @@ impl Device for Cpu {
         });
         let bytes = (shape.iter().product::<usize>() * dtype.bytes()).max(64);
         let held = self.live_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let Some(tensor) = Tensor::host(shape, dtype, Some(on_drop)) else {
+        let Some(tensor) = Tensor::host_in(&self.areas, shape, dtype, Some(on_drop)) else {
             self.live_bytes.fetch_sub(bytes, Ordering::Relaxed);
             let wrong = format!("out of memory: {bytes} bytes for a tensor {shape:?}, {} bytes are in use", held - bytes);
             return Err(Error::new(Kind::Other, wrong).remedy("use a smaller micro-batch or model, or more ranks"));
