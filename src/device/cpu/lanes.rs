@@ -414,6 +414,19 @@ pub fn prefetch_near<E>(at: *const E) {
     let _ = at;
 }
 
+/// The same for a line that is read once, so that it displaces little of what the outer caches keep.
+#[inline(always)]
+pub fn prefetch_once<E>(at: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+        // SAFETY: a hint, which reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// `kernel! { fn name<E..>(args) -> R { body over V } }` makes `fn name<E..>(isa, args) -> R`, compiled for every instruction set.
 /// Type parameters are elements. The body sees the vector type under the name given after `over`.
 macro_rules! kernel {

@@ -35,6 +35,8 @@ const LANES: usize = 32;
 const BLOCK_BYTES: usize = 256 * 1024;
 /// Rows so few that the weight streams by: a task then needs no block to keep, and may be small.
 const MOST_STREAMED: usize = 32;
+/// To read a weight takes as long as to multiply so many rows with it.
+const LEAST_ROWS_OF_COST: usize = 4;
 /// Most pieces that are added in pairs.
 const MOST_PIECES: usize = 8;
 /// Most terms of a piece of integers: sums of as many products of 8 bits fit 32.
@@ -116,12 +118,13 @@ struct Stream {
     at: usize,
     n_panels: usize,
     panel_bytes: usize,
+    word: Word,
 }
 
 impl Stream {
-    /// Panels that a task takes together, in pairs for one row, and how many times.
+    /// Panels that a task takes together, and how many times.
     fn units(self, m: usize) -> (usize, usize) {
-        let unit = if m == 1 { 2 } else { 1 };
+        let unit = tiles::panels_of_tile(self.word, m);
         (unit, self.n_panels.div_ceil(unit))
     }
 
@@ -228,14 +231,16 @@ impl PackedProducts for Cpu {
         };
         let job = Job { word, x: packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
         let n_panels = n.div_ceil(LANES);
-        let stream = Stream { at: weight.words.f32().as_ptr() as usize, n_panels, panel_bytes: words * LANES * size_of::<f32>() };
+        let stream = Stream { at: weight.words.f32().as_ptr() as usize, n_panels, panel_bytes: words * LANES * size_of::<f32>(), word };
         if streams(m) {
             let mut passing = self.passing.lock().expect("no panic under the lock");
             team::read_next(passing.next_after(stream).map(|next| next.reads(m)));
         }
         let (unit, n_units) = stream.units(m);
         let n_tasks = stream.n_tasks(m);
-        for_tasks(n_tasks, m * n * words / 16, |task| {
+        // What streams by costs what reading it takes, however few the rows are.
+        let cost = n * words * if streams(m) { m.max(LEAST_ROWS_OF_COST) } else { m } / 16;
+        for_tasks(n_tasks, cost, |task| {
             let [first, end] = [task, task + 1].map(|task| (unit * (task * n_units / n_tasks)).min(n_panels));
             tiles::tiles(self.isa, &job, first..end);
         });

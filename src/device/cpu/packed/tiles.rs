@@ -1,7 +1,7 @@
 //! Tiles of products with packed weights: all rows of a panel of x with all lanes of a panel of W, in registers for all of k.
 
 use super::{LANES, Order, Word};
-use crate::device::cpu::lanes::{Isa, Vector, kernel, load, prefetch, prefetch_line, store};
+use crate::device::cpu::lanes::{Isa, Vector, kernel, load, prefetch, prefetch_line, prefetch_once, store};
 use crate::device::cpu::parallel::Shared;
 use half::bf16;
 use std::mem::MaybeUninit;
@@ -10,7 +10,8 @@ use std::ops::Range;
 /// Most rows of a tile that is two vectors wide, with 32 and with 16 registers.
 const MOST_ROWS_WIDE: usize = 14;
 const MOST_ROWS: usize = 6;
-/// Least rows for which the words of W are fetched ahead: with fewer the processor's own fetching keeps up.
+/// Least rows for which the words of W are fetched ahead: with fewer the processor's own fetching keeps up, but for one row of bytes, where
+/// a line of W takes least work.
 const LEAST_ROWS_AHEAD: usize = 4;
 /// Bytes from a word of W that is multiplied to the one that is fetched, while W streams by.
 const AHEAD: usize = 16 * 1024;
@@ -21,6 +22,12 @@ const N_WAITING: usize = 3;
 pub fn rows_of_tile(isa: Isa, m: usize) -> usize {
     let most = if isa >= Isa::Avx512 { MOST_ROWS_WIDE } else { MOST_ROWS };
     m.div_ceil(m.div_ceil(most))
+}
+
+/// Panels of W that a tile of the only row of x takes side by side. A chain of sums waits for its own last addition: a second panel hides
+/// that for floats. Integers wait for less, and memory brings one panel after another faster than two at a time.
+pub fn panels_of_tile(word: Word, m: usize) -> usize {
+    if m == 1 && word != Word::Bytes { 2 } else { 1 }
 }
 
 /// Where sums go.
@@ -74,8 +81,8 @@ const PAIR: u8 = 1;
 const APART: u8 = 2;
 const BYTES: u8 = 3;
 
-/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on. With more than a few rows, the words
-/// `ahead` bytes further are fetched, unless that is 0.
+/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on. With more than a few rows, or one of
+/// bytes, the words `ahead` bytes further are fetched, unless that is 0.
 /// SAFETY: behind `x` are words * R elements, behind each of `w` words * LANES less the lanes before it.
 #[inline(always)]
 unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
@@ -92,9 +99,10 @@ unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
             // All of W's vectors first: each term of x then needs a register for as long as it meets them.
             let (mut low, mut high) = ([[V::zero(); 2]; P], [[V::zero(); 2]; P]);
             for (p, w) in panel.iter_mut().enumerate() {
-                if R >= LEAST_ROWS_AHEAD && ahead > 0 {
+                if (R >= LEAST_ROWS_AHEAD || (R == 1 && WORD == BYTES)) && ahead > 0 {
                     for line in (0..2 * V::N).step_by(LINE) {
-                        prefetch_line(w.wrapping_byte_add(ahead).wrapping_add(line));
+                        let at = w.wrapping_byte_add(ahead).wrapping_add(line);
+                        if R == 1 { prefetch_once(at) } else { prefetch_line(at) }
                     }
                 }
                 for half in 0..2 {
@@ -251,7 +259,7 @@ fn store_sums<V: Vector, const R: usize, const P: usize>(job: &Job, (row, column
 /// Tiles of so many row panels leave the memory time to bring what comes after them.
 const LEAST_ROW_PANELS: usize = 4;
 
-/// All tiles of these panels of W. One row alone takes two panels at a time: a chain waits for its own last addition.
+/// All tiles of these panels of W.
 ///
 /// Few panels of x pass by each panel of W in turn. The first of them fetches W a little ahead of itself; while the second meets W in
 /// the cache, the next panel of W comes, so that memory does not wait for the products.
@@ -277,7 +285,7 @@ fn rows_by_panels<V: Vector, const WORD: u8, const R: usize>(job: &Job, panels: 
     for row_panel in 0..n_row_panels {
         let mut panel = panels.start;
         while panel < panels.end {
-            let pair = R == 1 && panel + 2 <= panels.end;
+            let pair = R == 1 && WORD != BYTES && panel + 2 <= panels.end;
             prefetch(&next[(n_tiles * share).min(next.len())..((n_tiles + 1) * share).min(next.len())]);
             n_tiles += 1;
             for lane in (0..LANES).step_by(2 * V::N) {
