@@ -6,6 +6,7 @@ use crate::comm::Communicator;
 use crate::device::cpu::for_tasks;
 use crate::device::{Device, Draw};
 use crate::tensor::{DType, Tensor};
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 /// One choice a row of logits[n, V/tp] of all tensor-parallel ranks, of the first `n_valid` columns; the same on all of them.
@@ -48,17 +49,23 @@ fn draw_on_device(device: &dyn Device, logits: &Tensor, n_valid: usize, drawings
 }
 
 /// Logits of all tensor-parallel ranks on the host.
-struct Gathered {
+struct Gathered<'a> {
     /// The bytes of [tp, n, V/tp].
-    words: Vec<u32>,
+    words: Cow<'a, [u32]>,
     dtype: DType,
     tp: usize,
     n: usize,
     columns: usize,
 }
 
-impl Gathered {
-    fn new(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor) -> Gathered {
+impl<'a> Gathered<'a> {
+    fn new(device: &dyn Device, tp: &dyn Communicator, logits: &'a Tensor) -> Gathered<'a> {
+        let of = |words| Gathered { words, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() };
+        // All of them lie here already, unless they end amid a word.
+        let here = (tp.size() == 1 && logits.is_host()).then(|| bytemuck::try_cast_slice(logits.bytes()).ok()).flatten();
+        if let Some(words) = here {
+            return of(Cow::Borrowed(words));
+        }
         let mut words = vec![0u32; (logits.n_bytes() * tp.size()).div_ceil(4)];
         let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..logits.n_bytes() * tp.size()];
         if tp.size() == 1 {
@@ -68,7 +75,7 @@ impl Gathered {
             device.download(logits, &mut mine);
             tp.start_all_gather_bytes(&mine, bytes).wait();
         }
-        Gathered { words, dtype: logits.dtype(), tp: tp.size(), n: logits.n_rows(), columns: logits.row_len() }
+        of(Cow::Owned(words))
     }
 
     /// Whole rows [n, V], on a device.
