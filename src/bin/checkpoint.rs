@@ -13,7 +13,6 @@ use trireme::cli;
 use trireme::device::cpu::Cpu;
 use trireme::error::{Context, Error, IoContext, Kind, Result};
 use trireme::infer::verify::{self, Compared};
-use trireme::tensor::DType;
 
 /// Checkpoints in and out of Hugging Face's form, shown, verified, compared and averaged.
 ///
@@ -53,9 +52,10 @@ enum What {
         /// Directory to write
         #[arg(long)]
         out: PathBuf,
-        /// f32 (of training in bf16: its f32 master weights) or bf16 (rounded to nearest even); left out: each tensor as it is stored
-        #[arg(long, value_parser = cli::parse_dtype)]
-        dtype: Option<DType>,
+        /// f32 (of training in bf16: its f32 master weights), bf16 or f16 (both rounded to nearest even; a value beyond f16's is an error);
+        /// left out: each tensor as it is stored, which of an import from F16 is f32
+        #[arg(long, value_parser = parse_export_type)]
+        dtype: Option<ExportType>,
         /// Most bytes of a file of weights, unless one tensor alone is larger: a number, or one with KB, MB, GB, KiB, MiB or GiB
         #[arg(long, default_value = "5GB", value_parser = cli::parse_bytes)]
         shard_size: u64,
@@ -92,6 +92,15 @@ enum What {
     },
 }
 
+fn parse_export_type(text: &str) -> std::result::Result<ExportType, String> {
+    match text {
+        "f32" => Ok(ExportType::F32),
+        "bf16" => Ok(ExportType::Bf16),
+        "f16" => Ok(ExportType::F16),
+        other => Err(format!("{other:?} is none of f32, bf16 and f16")),
+    }
+}
+
 fn main() -> ExitCode {
     let args: Args = cli::parse();
     let filter = std::env::var("TRIREME_LOG").unwrap_or("warn".into());
@@ -106,11 +115,7 @@ fn run(args: &Args) -> Result<()> {
             if *verify { compare_logits(hf_dir, out, ExportType::AsStored) } else { Ok(()) }
         }
         What::Export { checkpoint, out, dtype, shard_size, verify } => {
-            let dtype = match dtype {
-                Some(DType::BF16) => ExportType::Bf16,
-                Some(_) => ExportType::F32,
-                None => ExportType::AsStored,
-            };
+            let dtype = dtype.unwrap_or(ExportType::AsStored);
             tell_written(out, &hf::export_in_files(checkpoint, out, dtype, *shard_size)?)?;
             if *verify { compare_logits(out, checkpoint, dtype) } else { Ok(()) }
         }

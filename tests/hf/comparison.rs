@@ -34,7 +34,7 @@ fn what_was_written_is_the_same() {
         let expected = Compared { n_sequences: 3, n_outputs, n_weights };
         // A tied embedding is read in both layers where it ends the last and begins the first, and so counted twice.
         assert_eq!(compare(&source, &imported, ExportType::AsStored), Ok(expected), "{name}");
-        for dtype in [ExportType::AsStored, ExportType::F32, ExportType::Bf16] {
+        for dtype in [ExportType::AsStored, ExportType::F32, ExportType::Bf16, ExportType::F16] {
             let out = at(&format!("{name}-{dtype:?}"));
             hf::export_in_files(&imported, &out, dtype, 1000).unwrap();
             assert!(out.join("model.safetensors.index.json").exists());

@@ -1,7 +1,7 @@
 //! In and out again: where rows land, that nothing changes, what each type of an export holds, what comes along.
 
 use crate::oracles;
-use crate::parts::{LLAMA, NEMOTRON, all_of, hf_tensors, mixed, read_whole, row, value, write_hf};
+use crate::parts::{LLAMA, NEMOTRON, all_of, checkpoint_program, hf_tensors, mixed, read_whole, row, value, write_hf};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,6 +10,7 @@ use trireme::checkpoint::{self, Meta, Piece};
 use trireme::comm::solo::Solo;
 use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::slice::Slice;
+use trireme::rng::Random;
 use trireme::tensor::Tensor;
 
 /// Rows land where Megatron's interleave puts them (for each kv head its query heads, then k, then v), gate and up rows
@@ -102,7 +103,7 @@ fn exports_convert() {
     let at = |name: &str| dir.path().join(name);
     write_hf(&at("hf"), &NEMOTRON(), mixed, 1);
     hf::import(&at("hf"), &at("c")).unwrap();
-    for (dtype, name, bytes) in [(ExportType::F32, "float32", 4), (ExportType::Bf16, "bfloat16", 2)] {
+    for (dtype, name, bytes) in [(ExportType::F32, "float32", 4), (ExportType::Bf16, "bfloat16", 2), (ExportType::F16, "float16", 2)] {
         let out = at(name);
         let manifest = hf::export(&at("c"), &out, dtype).unwrap();
         assert_eq!(manifest, hf::export(&at("c"), &out, dtype).unwrap());
@@ -115,6 +116,61 @@ fn exports_convert() {
         hf::import(&out, &at(&format!("again-{name}"))).unwrap();
         let norm = read_whole(&at(&format!("again-{name}")), "layers.0.mlp_norm.bias", &[10]);
         assert_eq!(norm, row("model.layers.0.post_attention_layernorm.bias", 0, 10));
+    }
+}
+
+/// A directory in F16 comes out of `--dtype f16` as it was, bit by bit: subnormals, zeros of both signs, infinities and every NaN. A number
+/// that f16 has not is an error that names its weight and place; what is small is rounded, half-way cases to even.
+#[test]
+fn f16_comes_out_as_it_went_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for (name, config, n_files) in [("nemotron", NEMOTRON(), 3), ("llama", LLAMA(), 1)] {
+        write_hf(&at(name), &config, all_of("F16"), n_files);
+        let random = Random::new(7, name);
+        let mut seen = 0;
+        for entry in std::fs::read_dir(at(name)).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.extension().is_some_and(|extension| extension == "safetensors") {
+                let mut bytes = std::fs::read(&entry).unwrap();
+                let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+                for half in bytes[header..].chunks_exact_mut(2) {
+                    half.copy_from_slice(&(random.bits(seen) as u16).to_le_bytes());
+                    seen += 1;
+                }
+                std::fs::write(&entry, bytes).unwrap();
+            }
+        }
+        hf::import(&at(name), &at(&format!("{name}-c"))).unwrap();
+        hf::export(&at(&format!("{name}-c")), &at(&format!("{name}-out")), ExportType::F16).unwrap();
+        let (before, after) = (tensors_of(&at(name)), tensors_of(&at(&format!("{name}-out"))));
+        assert!(before == after && seen > 1000, "{name}");
+    }
+    let config = NEMOTRON();
+    let numbers = [(65519.0f32, Some(0x7bff)), (65520.0, None), (-70000.0, None), (2f32.powi(-25), Some(0)), (1.0 / 3.0, Some(0x3555))];
+    for (n, (value, expected)) in numbers.into_iter().enumerate() {
+        let at = |name: &str| at(&format!("{n}-{name}"));
+        write_hf(&at("hf"), &config, all_of("F32"), 1);
+        let path = at("hf").join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let last = bytes.len() - 4;
+        bytes[last..].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        hf::import(&at("hf"), &at("c")).unwrap();
+        let output = checkpoint_program(dir.path(), &format!("export {n}-c --out {n}-out --dtype f16 --verify"));
+        let said = String::from_utf8(output.stderr).unwrap();
+        match expected {
+            Some(bits) => {
+                assert_eq!(output.status.code(), Some(0), "{said}");
+                // The last tensor of the file that was written by hand.
+                let (_, halves) = &tensors_of(&at("out"))["lm_head.weight"];
+                assert_eq!(halves[halves.len() - 2..], u16::to_le_bytes(bits), "{value}");
+            }
+            None => {
+                assert!(output.status.code() == Some(3) && said.lines().count() == 1, "{said}");
+                assert!(said.contains(&format!(" head.weight[36, 9] is {value}, and f16 ends at 65504")), "{said}");
+                assert!(!at("out").exists());
+            }
+        }
     }
 }
 

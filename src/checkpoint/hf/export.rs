@@ -3,7 +3,7 @@
 
 use super::companions;
 use super::names::{Mapped, SCORE_BIAS, mapping};
-use super::{config, weights_name};
+use super::{config, f16, weights_name};
 use crate::artifact::{self, ArtifactWriter, Begin, HashingFile, Manifest};
 use crate::checkpoint::KIND;
 use crate::checkpoint::safetensors::{self, Element};
@@ -30,6 +30,9 @@ pub enum ExportType {
     F32,
     /// bf16: the weights, those stored as f32 rounded to nearest even.
     Bf16,
+    /// f16: the weights, rounded to nearest even; one that would become infinite is an error. What was imported from F16 comes out as it
+    /// was, bit by bit.
+    F16,
 }
 
 /// The values that an export of a checkpoint has, by the names of our parameters.
@@ -61,6 +64,7 @@ impl<'a> Exported<'a> {
         match (self.dtype, tensor.dtype) {
             (ExportType::F32, _) | (ExportType::AsStored, StoredType::F32) => Ok(Element::F32),
             (ExportType::Bf16, _) | (ExportType::AsStored, StoredType::Bf16) => Ok(Element::Bf16),
+            (ExportType::F16, _) => Ok(Element::F16),
             (ExportType::AsStored, StoredType::U32) => {
                 let wrong = format!("{full_name} is u32, expected f32 or bf16");
                 Err(Error::file(self.stored.dir(), wrong).remedy("use a checkpoint of this program"))
@@ -68,7 +72,7 @@ impl<'a> Exported<'a> {
         }
     }
 
-    /// A whole parameter, in the type of the export.
+    /// A whole parameter, in the type of the export; values of f16 stand in f32.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let dtype = if self.element(name)? == Element::Bf16 { DType::BF16 } else { DType::F32 };
         let (full_name, tensor) = self.source(name)?;
@@ -77,7 +81,21 @@ impl<'a> Exported<'a> {
             Error::new(Kind::Other, wrong).remedy("use a machine with more memory")
         })?;
         self.stored.read(&mut [Wanted { name: full_name, slice: Slice::whole(&tensor.shape), tensor: &mut value }])?;
+        if self.dtype == ExportType::F16 {
+            self.round_to_f16(name, &mut value)?;
+        }
         Ok(value)
+    }
+
+    fn round_to_f16(&self, name: &str, values: &mut Tensor) -> Result<()> {
+        let n_columns = values.row_len();
+        for (i, value) in values.f32_mut().iter_mut().enumerate() {
+            *value = f16::widen(f16::narrow(*value).ok_or_else(|| {
+                let wrong = format!("{name}[{}, {}] is {value}, and f16 ends at 65504", i / n_columns, i % n_columns);
+                Error::file(self.stored.dir(), wrong).remedy("export it as bf16 or f32")
+            })?);
+        }
+        Ok(())
     }
 }
 
@@ -96,7 +114,11 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, dtype: ExportType, most_fi
 fn export_weights(stored: &Stored, out: &Path, dtype: ExportType, most_file_bytes: u64) -> Result<Manifest> {
     let exported = Exported::new(stored, dtype);
     let ids = companions::token_ids(stored)?;
-    let torch_name = if exported.element("embedding.weight")? == Element::Bf16 { "bfloat16" } else { "float32" };
+    let torch_name = match exported.element("embedding.weight")? {
+        Element::F32 => "float32",
+        Element::Bf16 => "bfloat16",
+        Element::F16 => "float16",
+    };
     let config = config::write(stored.dir(), &stored.meta().model, &ids, torch_name)?;
     let files = plan_files(stored, &exported, most_file_bytes)?;
     let recipe = json!({"config": config, "dtype": format!("{dtype:?}"), "file_bytes": most_file_bytes});
@@ -186,7 +208,16 @@ fn stream_out(exported: &Exported, part: &Part, whole: &mut Option<(String, Tens
     }
     let (_, value) = whole.as_ref().expect("read above");
     for rows in part.mapped.rows_of_source(&exported.stored.meta().model, part.source) {
-        file.append(value.rows(rows).bytes())?;
+        let rows = value.rows(rows);
+        match part.planned.element {
+            Element::F16 => file.append(&halves(rows.f32()))?,
+            Element::F32 | Element::Bf16 => file.append(rows.bytes())?,
+        }
     }
     Ok(())
+}
+
+/// Of values that f16 holds.
+fn halves(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| f16::narrow(*value).expect("rounded when it was read").to_le_bytes()).collect()
 }

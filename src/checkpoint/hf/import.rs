@@ -2,7 +2,7 @@
 
 use super::companions::Found;
 use super::names::{Mapped, Rows, SCORE_BIAS, mapping};
-use super::{config, weights_name};
+use super::{config, f16, weights_name};
 use crate::artifact::{self, Manifest};
 use crate::checkpoint::safetensors::{Element, Weights};
 use crate::checkpoint::save::{Meta, Planned, Streamed};
@@ -132,7 +132,7 @@ impl Source {
                     self.weights.read_rows(name, rows, &mut |bytes| {
                         seen(element, bytes);
                         match (element, dtype) {
-                            (Element::F16, _) => sink(&widen(bytes, |bits| half::f16::from_bits(bits).to_f32())),
+                            (Element::F16, _) => sink(&widen(bytes, f16::widen)),
                             (Element::Bf16, DType::F32) => sink(&widen(bytes, |bits| half::bf16::from_bits(bits).to_f32())),
                             _ => sink(bytes),
                         }

@@ -6,6 +6,7 @@
 mod companions;
 pub mod config;
 mod export;
+mod f16;
 mod import;
 pub mod names;
 mod unsupported;
