@@ -80,6 +80,7 @@ impl Size {
             activation: self.activation,
             rotary_fraction: self.rotary_fraction,
             rope_base: 10000.0,
+            rope_scaling: None,
             tied_embeddings: false,
             head: HeadKind::Vocabulary,
             init_std: 0.02,

@@ -18,6 +18,7 @@ mod oracle;
 mod traffic;
 
 use cases::{Arg, Case, Init, Kind, Vocabulary};
+use oracle::Scaled;
 use std::time::Instant;
 use trireme::device::cuda::Cuda;
 use trireme::device::{Activation, Device, Direction, Fp8Scales, Gemm};
@@ -89,7 +90,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::elementwise("add", T * h, (Kind::Float, Kind::Float)),
         cases::elementwise("add", T * h, (Kind::F32, Kind::Float)),
         cases::elementwise("scale", T * h, (Kind::F32, Kind::Float)),
-        cases::rope(T, model.heads, model.heads.2 / 2, Direction::Forward),
+        cases::rope(T, model.heads, (model.heads.2 / 2, Scaled::Not), Direction::Forward),
         cases::embed(tokens(), (model.vocabulary, h), 0),
         cases::embed_backward(tokens(), (model.vocabulary, h), 0),
         cases::cross_entropy_max(vocabulary),

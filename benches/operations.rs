@@ -14,6 +14,7 @@ mod oracle;
 mod traffic;
 
 use cases::{Case, Init, Kind, Vocabulary};
+use oracle::Scaled;
 use std::hint::black_box;
 use std::time::Instant;
 use trireme::device::cpu::{Cpu, Isa};
@@ -70,8 +71,8 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::elementwise("copy", T * f, (Kind::Float, Kind::F32)),
         cases::elementwise("add", T * f, (Kind::Float, Kind::Float)),
         cases::elementwise("scale", T * f, (Kind::Float, Kind::Float)),
-        cases::rope(T, model.heads, model.heads.2 / 2, Direction::Forward),
-        cases::rope(T, model.heads, model.heads.2, Direction::Backward),
+        cases::rope(T, model.heads, (model.heads.2 / 2, Scaled::Not), Direction::Forward),
+        cases::rope(T, model.heads, (model.heads.2, Scaled::Not), Direction::Backward),
         cases::embed((0..T).map(|i| i * 7919 % model.vocabulary).collect(), (model.vocabulary, h), 0),
         cases::embed_backward((0..T).map(|i| i * 7919 % model.vocabulary).collect(), (model.vocabulary, h), 0),
         cases::cross_entropy_max(vocabulary),

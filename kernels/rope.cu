@@ -1,17 +1,18 @@
 // Rotary embedding of the queries and keys of packed rows, in place.
-// Grid: one block of 256 threads for each token; dynamic shared memory for cos and sin of the token's angles, computed in f64 and
-// rounded once. Limited by memory, when there are many heads; by the f64 angles when there are few.
+// Grid: one block of 256 threads for each token; dynamic shared memory for cos and sin of the token's angles, computed in f64,
+// times the attention factor, and rounded once. Limited by memory, when there are many heads; by the f64 angles when there are few.
 #include "rows.cuh"
 
-// qkv[T, (A+2G)D], positions[T]; half = rotary_dims / 2; sign -1 rotates back.
+// qkv[T, (A+2G)D], positions[T], frequencies[half]; half = rotary_dims / 2; sign -1 rotates back, times the same factor.
 template <class T>
-__device__ __forceinline__ void rope(T* qkv, const unsigned* positions, int per_kv, int n_kv, int dim, int half, double base, float sign) {
+__device__ __forceinline__ void rope(T* qkv, const unsigned* positions, const double* frequencies, int per_kv, int n_kv, int dim, int half,
+                                     double factor, float sign) {
     DYNAMIC_SHARED(memory);
     float *cosines = (float*)memory, *sines = cosines + half;
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
-        double angle = (double)positions[blockIdx.x] * pow(base, -(double)i / half);
-        cosines[i] = (float)cos(angle);
-        sines[i] = sign * (float)sin(angle);
+        double angle = (double)positions[blockIdx.x] * frequencies[i];
+        cosines[i] = (float)(factor * cos(angle));
+        sines[i] = sign * (float)(factor * sin(angle));
     }
     __syncthreads();
     T* row = qkv + (long long)blockIdx.x * n_kv * (per_kv + 2) * dim;
@@ -36,8 +37,9 @@ __device__ __forceinline__ void rope(T* qkv, const unsigned* positions, int per_
 
 #define KERNEL(T, name)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(256)                                                                                \
-        rope_##name(T* qkv, const unsigned* positions, int per_kv, int n_kv, int dim, int half, double base, float sign) {          \
-        rope(qkv, positions, per_kv, n_kv, dim, half, base, sign);                                                                   \
+        rope_##name(T* qkv, const unsigned* positions, const double* frequencies, int per_kv, int n_kv, int dim, int half,          \
+                    double factor, float sign) {                                                                                     \
+        rope(qkv, positions, frequencies, per_kv, n_kv, dim, half, factor, sign);                                                    \
     }
 KERNEL(float, f32)
 KERNEL(bf16, bf16)

@@ -12,6 +12,7 @@ mod paged;
 
 use cases::{Case, Kind, Vocabulary};
 use check::{check, fresh};
+use oracle::Scaled;
 use trireme::device::cpu::{Cpu, Isa};
 use trireme::device::{Activation, Device, Direction, Gemm};
 use trireme::rng::Random;
@@ -103,7 +104,7 @@ fn results_do_not_depend_on_threads() {
         cases::norm_backward(false, (1000, 129)),
         cases::embed(tokens(), (13, 257), 2),
         cases::embed_backward(tokens(), (13, 257), 2),
-        cases::rope(301, heads, 32, Direction::Forward),
+        cases::rope(301, heads, (32, Scaled::Yarn), Direction::Forward),
         cases::attention(vec![0, 100, 401], heads),
         cases::attention_backward(vec![0, 100, 401], heads),
         cases::attention_cached(&[(0, 250, 90), (0, 17, 1), (3, 211, 33), (0, 0, 33)], heads),
@@ -212,10 +213,12 @@ fn oracle_gradients_equal_central_differences() {
         let gradient = values(&oracle::attention_backward(&inputs, &starts, heads, 0.0));
         check_gradient("attention", &|qkv| values(&oracle::attention(qkv, &starts, heads, 0.0).0), &qkv, &dout, &gradient);
         let positions: Vec<f64> = (0..9).map(f64::from).collect();
-        let rotary = (heads.2 / 2 * 2, 10000.0);
         let drotated = normals("drotated", qkv.len());
-        let gradient = values(&oracle::rope(&drotated, &positions, heads, rotary, -1.0));
-        check_gradient("rope", &|qkv| values(&oracle::rope(qkv, &positions, heads, rotary, 1.0)), &qkv, &drotated, &gradient);
+        for scaled in [Scaled::Not, Scaled::Yarn] {
+            let rotary = ((heads.2 / 2 * 2, 10000.0), scaled);
+            let gradient = values(&oracle::rope(&drotated, &positions, heads, rotary, -1.0));
+            check_gradient("rope", &|qkv| values(&oracle::rope(qkv, &positions, heads, rotary, 1.0)), &qkv, &drotated, &gradient);
+        }
     }
     let (logits, target, weight) = (normals("logits", 11), 4, 0.7);
     let forward = |x: &[f64]| vec![weight * (x.iter().map(|v| v.exp()).sum::<f64>().ln() - x[target])];

@@ -6,7 +6,7 @@ use common::models;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
-use trireme::device::{Activation, NormKind};
+use trireme::device::{Activation, Llama3Scaling, NormKind, RopeScaling};
 use trireme::model::config::HeadKind;
 use trireme::recipe::{
     Batch, Checkpoint, Data, DecayShape, EndWeights, Health, Layers, Linear, LrDecay, Mode, Moments, Numerics, Observe, Optimizer,
@@ -260,6 +260,25 @@ fn missing_keys_are_named() {
     assert_eq!((of_tensors.numerics.linear, parse(&of_tensors.to_toml(), &[])), (Linear::Fp8Tensor, Ok(of_tensors)));
 }
 
+/// Scaled rotary frequencies are a table of the model, whole numbers or not, and come back from the text that a run keeps; a recipe
+/// without them says nothing of them, so that old texts and new ones are the same.
+#[test]
+fn rotary_frequencies_may_be_scaled() {
+    let text = sound().to_toml();
+    assert!(!text.contains("rope_scaling"), "{text}");
+    let scaling = "factor = 8, low_freq_factor = 1, high_freq_factor = 4.0, original_max_position_embeddings = 16";
+    let recipe = parse(&text, &[&format!("model.rope_scaling={{ llama3 = {{ {scaling} }} }}")]).unwrap();
+    let expected = Llama3Scaling { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 16 };
+    assert_eq!(recipe.model.rope_scaling, Some(RopeScaling::Llama3(expected)));
+    assert_eq!(parse(&recipe.to_toml(), &[]).unwrap(), recipe);
+    let yarn = "factor = 4, original_max_position_embeddings = 16, beta_fast = 32, beta_slow = 1, truncate = true";
+    let recipe = parse(&text, &[&format!("model.rope_scaling={{ yarn = {{ {yarn} }} }}")]).unwrap();
+    assert_eq!(parse(&recipe.to_toml(), &[]).unwrap(), recipe);
+    assert_eq!(recipe.model.rope().attention_factor(), 0.1 * 4f64.ln() + 1.0);
+    let line = parse(&text, &["model.rope_scaling={ linear = { factor = 0.5 } }"]).unwrap().check(8).unwrap_err().to_string();
+    assert!(line.contains("model.rope_scaling.linear.factor = 0.5; give the new length over the old, at least 1"), "{line}");
+}
+
 /// A value of a wrong type is named with its place, what it is, and what it should be.
 #[test]
 fn wrong_types_name_both() {
@@ -291,6 +310,13 @@ fn wrong_types_name_both() {
         ("steps", "has no ="),
         (".a=1", "has an empty key"),
         ("trian.samples=1", "--set trian.samples: trian is an unknown key; did you mean train?"),
+        ("model.rope_scaling=linear", "is \"linear\" alone, expected a value for it"),
+        ("model.rope_scaling={ ntk = { factor = 2 } }", "is \"ntk\", expected one of \"linear\", \"llama3\", \"yarn\""),
+        ("model.rope_scaling={ llama3 = { factor = 8 } }", "model.rope_scaling.llama3 misses the key low_freq_factor"),
+        (
+            "model.rope_scaling={ linear = { facter = 8 } }",
+            "model.rope_scaling.linear.facter is an unknown key; did you mean model.rope_scaling.linear.factor?",
+        ),
     ];
     for (set, expected) in cases {
         let line = parse(&text, &[set]).expect_err(set);

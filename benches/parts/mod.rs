@@ -1,7 +1,7 @@
 //! A prompt's pass by its operations: each by itself, with the weights and caches of all layers in turn, as a pass asks for them.
 
 use std::time::Instant;
-use trireme::device::{CacheSpan, Device, Direction, Heads, KvCache, Norm, Rope};
+use trireme::device::{CacheSpan, Device, Heads, KvCache, Norm};
 use trireme::model::chunk::Chunk;
 use trireme::model::param::Param;
 use trireme::tensor::DType;
@@ -65,8 +65,7 @@ impl Prompt<'_> {
                 device.attention_cached(&mut mixed, &qkv, cache, &spans, heads);
             }
         });
-        let rotary_dims = (config.rotary_fraction * config.head_dim as f64) as usize;
-        let rope = Rope { rotary_dims, base: config.rope_base, direction: Direction::Forward };
+        let rope = config.rope();
         line("rope", 0.0, &mut || (0..config.n_layers).for_each(|_| device.rope(&mut qkv, &positions, heads, rope)));
         let (mut x, delta, mut normed, mut stats) =
             (random(config.hidden), random(config.hidden), random(config.hidden), new(t, 2, DType::F32));

@@ -14,12 +14,14 @@ pub mod cpu;
 pub mod cuda;
 pub mod packed;
 pub mod peak;
+mod rope;
 mod scratch;
 
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 use canonical::CanonicalSums;
 use packed::PackedProducts;
+pub use rope::{Direction, LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling};
 pub use scratch::{Scratch, ScratchTensor};
 
 /// Transposition and accumulation of a matrix product.
@@ -183,27 +185,6 @@ impl Activation {
             Activation::Swiglu => 2,
         }
     }
-}
-
-/// Rotary position embedding on the first `rotary_dims` of each query and key head, pairs (i, i + rotary_dims/2),
-/// angle = position * base^(-2i/rotary_dims), angles in f64 rounded to f32 cos and sin.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Rope {
-    /// Rotated dims of each head; even; 0 rotates nothing.
-    pub rotary_dims: usize,
-    /// Base of the frequencies.
-    pub base: f64,
-    /// Forward rotation, or the inverse one of the backward pass.
-    pub direction: Direction,
-}
-
-/// Forward or backward through a rotation.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Direction {
-    /// Rotate by +angle.
-    Forward,
-    /// Rotate by -angle (the transpose).
-    Backward,
 }
 
 /// Tokens of a page of a KV cache. Kernels walk keys in tiles of 64 or 32, and no tile may cross pages; with larger pages more of the
@@ -468,7 +449,8 @@ pub trait Device: Send + Sync {
         how: Norm,
     );
 
-    /// Rotates queries and keys of the packed qkv[T, (A+2G)D] in place; positions[T] u32.
+    /// Rotates queries and keys of the packed qkv[T, (A+2G)D] in place, and multiplies their rotated dims by the attention factor, forward
+    /// and backward alike; positions[T] u32.
     fn rope(&self, qkv: &mut Tensor, positions: &Tensor, heads: Heads, how: Rope);
 
     /// Causal attention within each sequence: out[T, A*D] float; lse[A, T] f32 = log-sum-exp of the scaled scores, kept for

@@ -1,7 +1,7 @@
 //! The model as data: closed enums, sizes, and the one table of parameters that feeds init, optimizer, checkpoint and
 //! import/export. Source: Nemotron-4 340B report, section 2.1; transformers' NemotronForCausalLM for the exact equations.
 
-use crate::device::{Activation, Heads, NormKind};
+use crate::device::{Activation, Direction, Heads, LinearScaling, Llama3Scaling, NormKind, Rope, RopeScaling, YarnScaling};
 use crate::error::{Error, Result};
 use crate::parallel::layout::{Coords, ParallelLayout};
 use crate::parallel::slice::Slice;
@@ -41,6 +41,9 @@ pub struct ModelConfig {
     pub rotary_fraction: f64,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
+    /// How the frequencies were changed for longer sequences; None: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Whether the output layer is the embedding.
     pub tied_embeddings: bool,
     /// What the last layer projects to.
@@ -149,6 +152,12 @@ impl ModelConfig {
     /// Rotated dims of each head: int(head_dim * fraction), the denominator of the frequencies too.
     pub fn rotary_dims(&self) -> usize {
         (self.head_dim as f64 * self.rotary_fraction) as usize
+    }
+
+    /// The rotation, forward.
+    pub fn rope(&self) -> Rope {
+        let (rotary_dims, base) = (self.rotary_dims(), self.rope_base);
+        Rope { rotary_dims, base, scaling: self.rope_scaling, direction: Direction::Forward }
     }
 
     /// Heads on one of `tp` ranks.
@@ -276,7 +285,7 @@ impl ModelConfig {
                 format!("model.norm_eps = {}, model.init_std = {}, model.rope_base = {}", self.norm_eps, self.init_std, self.rope_base);
             return Err(Error::recipe(wrong).remedy("all three must be positive"));
         }
-        Ok(())
+        self.rope_scaling.map_or(Ok(()), |scaling| check_scaling(scaling, self.rope_base))
     }
 
     /// Parameters of the whole model: (embeddings in and out, everything else).
@@ -295,6 +304,48 @@ impl ModelConfig {
         let tied = if self.ties_embeddings() { self.padded_vocab() * self.hidden } else { 0 };
         let attention = 2 * self.n_layers * self.n_heads * self.head_dim * seq_len;
         6.0 * n_tokens as f64 * (linears + tied + attention) as f64
+    }
+}
+
+/// Whether frequencies can be scaled so.
+fn check_scaling(scaling: RopeScaling, base: f64) -> Result<()> {
+    let wrong = |what: String, remedy: &str| Err(Error::recipe(format!("model.rope_scaling.{what}")).remedy(remedy));
+    let (name, factor, original) = match scaling {
+        RopeScaling::Linear(LinearScaling { factor }) => ("linear", factor, 1),
+        RopeScaling::Llama3(Llama3Scaling { factor, original_max_position_embeddings, .. }) => {
+            ("llama3", factor, original_max_position_embeddings)
+        }
+        RopeScaling::Yarn(YarnScaling { factor, original_max_position_embeddings, .. }) => {
+            ("yarn", factor, original_max_position_embeddings)
+        }
+    };
+    if !(factor >= 1.0 && factor.is_finite()) {
+        return wrong(format!("{name}.factor = {factor}"), "give the new length over the old, at least 1");
+    }
+    if original == 0 {
+        return wrong(format!("{name}.original_max_position_embeddings = 0"), "give the length of the first training");
+    }
+    match scaling {
+        RopeScaling::Llama3(Llama3Scaling { low_freq_factor: low, high_freq_factor: high, .. }) if !(low > 0.0 && high > low) => wrong(
+            format!("llama3 has low_freq_factor = {low}, high_freq_factor = {high}"),
+            "give two positive numbers, the first the smaller",
+        ),
+        RopeScaling::Yarn(YarnScaling { beta_fast: fast, beta_slow: slow, .. }) if !(slow > 0.0 && fast >= slow) => {
+            wrong(format!("yarn has beta_fast = {fast}, beta_slow = {slow}"), "give two positive numbers, the second not the larger")
+        }
+        RopeScaling::Yarn(_) if !(base > 1.0) => {
+            wrong(format!("yarn with model.rope_base = {base}"), "give a base above 1, for its ramp divides by the base's logarithm")
+        }
+        RopeScaling::Yarn(yarn) if !(scaling.attention_factor() > 0.0 && scaling.attention_factor().is_finite()) => {
+            let said = [yarn.attention_factor, yarn.mscale, yarn.mscale_all_dim].map(|x| x.map_or("none".into(), |x| x.to_string()));
+            let [attention_factor, mscale, all_dim] = said;
+            let all = format!("attention_factor = {attention_factor}, mscale = {mscale}, mscale_all_dim = {all_dim}");
+            wrong(
+                format!("yarn has {all}: cos and sin times {}", scaling.attention_factor()),
+                "give a positive factor, or none of the three",
+            )
+        }
+        _ => Ok(()),
     }
 }
 
@@ -319,6 +370,7 @@ mod tests {
             activation: Activation::SquaredRelu,
             rotary_fraction: 0.5,
             rope_base: 10000.0,
+            rope_scaling: None,
             tied_embeddings: false,
             head: HeadKind::Vocabulary,
             init_std: 0.0063,

@@ -10,7 +10,7 @@ use super::mlp::Mlp;
 use super::norm::Norm;
 use super::param::Param;
 use super::reward::RewardHead;
-use crate::device::{self, Direction, NormKind, Rope};
+use crate::device::{self, NormKind};
 use std::collections::HashMap;
 
 /// The parameters of a chunk by name, until each is taken to its layer.
@@ -54,14 +54,13 @@ impl Parts {
 
     pub(super) fn block(&mut self, layer: usize, config: &ModelConfig, tp: usize) -> Block {
         let at = format!("layers.{layer}");
-        let rope = Rope { rotary_dims: config.rotary_dims(), base: config.rope_base, direction: Direction::Forward };
         Block {
             attention_norm: self.norm(&format!("{at}.attention_norm"), config),
             attention: Attention {
                 qkv: ColumnParallelLinear { weight: self.matrix(&format!("{at}.attention.qkv.weight")) },
                 out: RowParallelLinear { weight: self.matrix(&format!("{at}.attention.out.weight")) },
                 heads: config.heads(tp),
-                rope,
+                rope: config.rope(),
             },
             mlp_norm: self.norm(&format!("{at}.mlp_norm"), config),
             mlp: Mlp {

@@ -254,13 +254,17 @@ fn kept(stored: &Stored) -> Result<Option<Kept>> {
 fn first_difference(theirs: &ModelConfig, ours: &ModelConfig) -> String {
     let value = |model: &ModelConfig| serde_json::to_value(model).expect("plain data");
     let (theirs, ours) = (value(theirs), value(ours));
-    let keys = ours.as_object().map(|table| table.keys().cloned().collect::<Vec<_>>()).unwrap_or_default();
+    // Of both: what is none is not among the keys.
+    let keys = [&ours, &theirs].into_iter().flat_map(|model| model.as_object().into_iter().flat_map(|table| table.keys().cloned()));
     let differs = keys.into_iter().find(|key| ours[key] != theirs[key]);
     differs.map_or(String::new(), |key| format!("model.{key} = {} there, {} here", plain(&theirs[&key]), plain(&ours[&key])))
 }
 
 /// A value as a recipe has it: 1e-5 in f32 is not 9.999999747378752e-6.
 fn plain(value: &serde_json::Value) -> String {
+    if value.is_null() {
+        return "none".into();
+    }
     let short = value.as_f64().map(|wide| (wide, wide as f32)).filter(|&(wide, short)| f64::from(short) == wide);
     short.map_or(value.to_string(), |(_, short)| short.to_string())
 }

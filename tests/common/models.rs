@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use trireme::checkpoint::Meta;
-use trireme::device::{Activation, NormKind};
+use trireme::device::{Activation, NormKind, RopeScaling, YarnScaling};
 use trireme::model::config::{HeadKind, ModelConfig};
 use trireme::parallel::layout::ParallelLayout;
 
@@ -24,10 +24,25 @@ pub fn nemotron(dims: [usize; 7], max_tokens: usize) -> ModelConfig {
         activation: Activation::SquaredRelu,
         rotary_fraction: 0.5,
         rope_base: 10000.0,
+        rope_scaling: None,
         tied_embeddings: false,
         head: HeadKind::Vocabulary,
         init_std: 0.02,
     }
+}
+
+/// Frequencies scaled for 16 times as many tokens as these, each pair by another share, cos and sin by a factor.
+pub fn yarn(original_max_position_embeddings: usize) -> RopeScaling {
+    RopeScaling::Yarn(YarnScaling {
+        factor: 16.0,
+        original_max_position_embeddings,
+        beta_fast: 8.0,
+        beta_slow: 0.25,
+        truncate: false,
+        attention_factor: None,
+        mscale: None,
+        mscale_all_dim: None,
+    })
 }
 
 /// Of a checkpoint whose model nobody looks at.

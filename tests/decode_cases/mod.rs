@@ -24,7 +24,8 @@ const MAX_TOKENS: usize = 600;
 const PAGES: usize = 30;
 
 fn model() -> ModelConfig {
-    ModelConfig { vocab_divisor: 8, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, 16, 48, 61], MAX_TOKENS) }
+    let rope_scaling = Some(models::yarn(32));
+    ModelConfig { vocab_divisor: 8, rope_scaling, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, 16, 48, 61], MAX_TOKENS) }
 }
 
 /// A model, its weights E4M3 where that is asked for, with caches whose every row holds something.

@@ -23,7 +23,17 @@ use trireme::train::state::TrainState;
 /// Makes the device of a rank.
 pub type Devices<'a> = &'a (dyn Fn() -> Box<dyn Device> + Sync);
 
-pub const VARIANTS: [&str; 5] = ["nemotron-gqa", "nemotron-head-dim", "nemotron-rotary-full", "nemotron-tied", "llama"];
+pub const VARIANTS: [&str; 9] = [
+    "nemotron-gqa",
+    "nemotron-head-dim",
+    "nemotron-rotary-full",
+    "nemotron-tied",
+    "llama",
+    "llama-linear",
+    "llama-llama3",
+    "llama-yarn",
+    "nemotron-yarn",
+];
 
 /// Tensors of a safetensors file as f64, with their shapes.
 pub fn read_safetensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {

@@ -4,6 +4,8 @@
     pip install torch transformers safetensors
     python tests/goldens/make.py
 
+With names of variants as arguments, those alone; with "rope", the frequencies.
+
 For each variant a folder with what transformers' save_pretrained writes (config.json, model.safetensors in float32) and
 golden.safetensors: tokens [2, T+1], logits [2, T, V], loss (mean over all 2T targets), "grad.NAME" and "after.NAME" (weights
 after three steps of clip_grad_norm_ 1.0 and torch.optim.AdamW lr 1e-2, betas 0.9/0.95, eps 1e-4, decay 0.1 on matrices only).
@@ -12,14 +14,47 @@ Weights are exact in float32, so both sides start from the same numbers; results
 The folder nemotron-reward is a NemotronForSequenceClassification of five attributes whose score layer has a bias (NeMo-Aligner's
 reward head; transformers' own has none): tokens [3, T] and lengths [3], attributes [3, 5] at the last token of each sequence, labels
 [3, 5] with NaN where there is none, loss (mean of the squared errors over all labels there are), and "grad.NAME".
+
+SCALED are models whose rotary frequencies are scaled, on sequences three times as long as the "original" ones. Their whole forward runs
+in float64: transformers' text says torch.float in places (frequencies, angles, norms, softmax), which is read as float64 here.
+
+rope.json: what transformers' functions of frequencies give in float64 for a list of config.json: {"name", "config", "frequencies",
+"attention_factor"}.
 """
+import contextlib
+import json
 import pathlib
+import sys
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM, NemotronForSequenceClassification
+from transformers import modeling_rope_utils
+from transformers.models.llama import modeling_llama
+from transformers.models.nemotron import modeling_nemotron
 
 HERE = pathlib.Path(__file__).parent
 T = 12
+T_SCALED = 24
+
+
+class Float64Torch:
+    """torch, whose float is float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def in_float64():
+    """What stands inside runs transformers' text with float64 where it says torch.float."""
+    modules = [modeling_rope_utils, modeling_llama, modeling_nemotron]
+    for module in modules:
+        module.torch = Float64Torch()
+    yield
+    for module in modules:
+        module.torch = torch
 
 
 def nemotron_config(**changes):
@@ -36,11 +71,13 @@ def nemotron(**changes):
     return NemotronForCausalLM(nemotron_config(**changes))
 
 
-def llama():
-    return LlamaForCausalLM(LlamaConfig(
+def llama(**changes):
+    sizes = dict(
         vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, max_position_embeddings=32, rms_norm_eps=1e-6, rope_theta=500.0, tie_word_embeddings=True, attention_bias=False,
-    ))
+    )
+    sizes.update(changes)
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 VARIANTS = {
@@ -52,6 +89,19 @@ VARIANTS = {
         head_dim=4, num_key_value_heads=4, partial_rotary_factor=1.0, num_hidden_layers=4, intermediate_size=12, vocab_size=23),
     "nemotron-tied": lambda: nemotron(tie_word_embeddings=True),
     "llama": llama,
+}
+
+# Of the four pairs of each head one is fast, one between and two are slow (llama3), or each is another share of the way (yarn).
+ORIGINAL = {"original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 0.2, "high_freq_factor": 1.0, **ORIGINAL}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1.0, "beta_slow": 0.05, **ORIGINAL}
+SCALED = {
+    "llama-linear": lambda: llama(rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}),
+    "llama-llama3": lambda: llama(rope_parameters={**LLAMA3, "rope_theta": 500.0}),
+    "llama-yarn": lambda: llama(rope_parameters={**YARN, "rope_theta": 500.0}),
+    # Half of each head of 16 turns; the ramp between whole dims, the attention factor by mscale.
+    "nemotron-yarn": lambda: nemotron(head_dim=16, rope_parameters={
+        **YARN, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.3, "rope_theta": 500.0, "partial_rotary_factor": 0.5}),
 }
 
 
@@ -67,7 +117,7 @@ def randomise(model, generator):
                 parameter.copy_((noise * 0.25).float())
 
 
-def make(name, build, seed):
+def make(name, build, seed, n_tokens, at_float64):
     generator = torch.Generator().manual_seed(seed)
     model = build().float()
     model.config._attn_implementation = "eager"
@@ -76,7 +126,14 @@ def make(name, build, seed):
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)
     model = model.double()
-    tokens = torch.randint(0, model.config.vocab_size, (2, T + 1), generator=generator)
+    tokens = torch.randint(0, model.config.vocab_size, (2, n_tokens + 1), generator=generator)
+    with at_float64():
+        # Frequencies anew: those of the model have been through float32.
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        train(name, folder, model, tokens)
+
+
+def train(name, folder, model, tokens):
     tensors = {"tokens": tokens.to(torch.int32)}
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
@@ -127,7 +184,63 @@ def make_reward(name, seed):
     print(name, "loss", f"{loss:.6f}", "attributes", attributes.tolist())
 
 
+def rope_configs():
+    """(name, config.json) of frequencies to be kept: published models, and what each key does."""
+    def llama_config(head_dim, theta, longest, rope):
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8 * head_dim, "intermediate_size": 64,
+                "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": head_dim, "vocab_size": 64,
+                "max_position_embeddings": longest, "rms_norm_eps": 1e-5, "rope_theta": theta, "rope_scaling": rope}
+    llama3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    yield "Llama-2", llama_config(128, 10000.0, 4096, None)
+    yield "Llama-3.1", llama_config(128, 500000.0, 131072, {**llama3, "factor": 8.0})
+    yield "Llama-3.2", llama_config(64, 500000.0, 131072, {**llama3, "factor": 32.0})
+    yield "linear", llama_config(128, 10000.0, 16384, {"rope_type": "linear", "factor": 4.0})
+    yield "deepseek-coder", llama_config(128, 100000, 16384, {"type": "linear", "factor": 4.0})
+    yield "Yarn-Llama-2", llama_config(128, 10000.0, 65536, {
+        "factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True})
+    yield "yarn of long models", llama_config(128, 1000000.0, 131072, {**yarn, "original_max_position_embeddings": 32768})
+    yield "yarn without truncation", llama_config(64, 150000.0, 131072, {
+        **yarn, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False})
+    yield "yarn with an attention factor", llama_config(96, 10000.0, 16384, {**yarn, "attention_factor": 1.3})
+    yield "yarn with mscale", llama_config(64, 10000.0, 163840, {**yarn, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707})
+    yield "yarn with one mscale", llama_config(64, 10000.0, 163840, {**yarn, "factor": 40.0, "mscale": 2.0})
+    yield "yarn without a factor", llama_config(64, 10000.0, 20480, {**yarn, "factor": None})
+    yield "yarn of factor 1", llama_config(64, 10000.0, 4096, {**yarn, "factor": 1.0})
+    yield "yarn of one step", llama_config(64, 10000.0, 16384, {**yarn, "beta_fast": 8.0, "beta_slow": 8.0, "truncate": False})
+    yield "yarn of a short past", llama_config(10, 10000.0, 64, {**yarn, "original_max_position_embeddings": 4})
+    nemotron = {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "hidden_size": 384, "intermediate_size": 64,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 192, "vocab_size": 64,
+                "max_position_embeddings": 16384, "norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    for name, rope in [("plain", None), ("linear", {"rope_type": "linear", "factor": 2.5}), ("yarn", yarn),
+                       ("llama3", {**llama3, "factor": 4.0, "original_max_position_embeddings": 4096})]:
+        yield f"half a head, {name}", {**nemotron, "rope_scaling": rope}
+
+
+def make_rope():
+    rows = []
+    for name, config in rope_configs():
+        family, rotary = (
+            (LlamaConfig, modeling_llama.LlamaRotaryEmbedding) if config["model_type"] == "llama"
+            else (NemotronConfig, modeling_nemotron.NemotronRotaryEmbedding))
+        with in_float64():
+            embedding = rotary(family(**json.loads(json.dumps(config))))
+        assert embedding.inv_freq.dtype == torch.float64
+        rows.append({"name": name, "config": config, "frequencies": embedding.inv_freq.tolist(),
+                     "attention_factor": float(embedding.attention_scaling)})
+    text = ",\n".join(json.dumps(row) for row in rows)
+    (HERE / "rope.json").write_text(f"[\n{text}\n]\n")
+    print(f"rope.json: {len(rows)} configs")
+
+
 if __name__ == "__main__":
-    for seed, (name, build) in enumerate(VARIANTS.items()):
-        make(name, build, 1000 + seed)
-    make_reward("nemotron-reward", 2000)
+    wanted = sys.argv[1:]
+    variants = [(name, build, T, contextlib.nullcontext) for name, build in VARIANTS.items()]
+    variants += [(name, build, T_SCALED, in_float64) for name, build in SCALED.items()]
+    for seed, (name, *how) in enumerate(variants):
+        if not wanted or name in wanted:
+            make(name, how[0], 1000 + seed, *how[1:])
+    if not wanted or "nemotron-reward" in wanted:
+        make_reward("nemotron-reward", 2000)
+    if not wanted or "rope" in wanted:
+        make_rope()

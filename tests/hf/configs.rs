@@ -4,7 +4,7 @@ use crate::parts::{LLAMA, NEMOTRON};
 use serde_json::{Value, json};
 use std::path::Path;
 use trireme::checkpoint::hf::config;
-use trireme::device::{Activation, NormKind};
+use trireme::device::{Activation, NormKind, RopeScaling};
 
 /// Every spelling that published checkpoints use describes the same model; what is left out is what transformers assumes.
 #[test]
@@ -60,6 +60,90 @@ fn config_spellings() {
     }
 }
 
+/// The frequencies of published models and what each key does to them are those of transformers in f64 (tests/goldens/make.py rope), and
+/// so is the factor on cos and sin; a config.json that we write says the same. Both sides are off by a few roundings of powers; a frequency
+/// between the two ends of a ramp is a share of one 1/factor as large, whose rounding counts factor times.
+#[test]
+fn frequencies_equal_transformers() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/rope.json");
+    let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(rows.len(), 19);
+    let mut n_scaled = 0;
+    for row in &rows {
+        let model = config::parse(&path, &row["config"]).unwrap_or_else(|error| panic!("{}: {error}", row["name"]));
+        let written = config::write(&path, &model, &config::TokenIds::default(), "float32").unwrap();
+        assert_eq!(config::parse(&path, &written).unwrap(), model, "{}", row["name"]);
+        let (rope, expected) = (model.rope(), row["frequencies"].as_array().unwrap());
+        let found = rope.frequencies();
+        assert_eq!(found.len(), expected.len(), "{}", row["name"]);
+        let factor = row["config"]["rope_scaling"]["factor"].as_f64().unwrap_or(5.0);
+        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let expected = expected.as_f64().unwrap();
+            let error = (found - expected).abs() / expected;
+            assert!(error <= 4.0 * factor * f64::EPSILON, "{}: frequency {i} is {found:e}, expected {expected:e}", row["name"]);
+            n_scaled += usize::from((expected * rope.base.powf(2.0 * i as f64 / rope.rotary_dims as f64) - 1.0).abs() > 1e-9);
+        }
+        let expected = row["attention_factor"].as_f64().unwrap();
+        assert!((rope.attention_factor() - expected).abs() <= 2.0 * f64::EPSILON, "{}: {}", row["name"], rope.attention_factor());
+    }
+    assert!(n_scaled > 300, "only {n_scaled} frequencies are scaled");
+}
+
+/// Whatever transformers has called a scaled rotary embedding, it is the same one; null is absent, and what is left out is what
+/// transformers assumes.
+#[test]
+fn spellings_of_scaled_rotary_embeddings() {
+    let path = Path::new("config.json");
+    let with = |table: &str, value: Value| {
+        let mut config = LLAMA();
+        config[table] = value;
+        config
+    };
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+    let mut inside = llama3.clone();
+    inside["original_max_position_embeddings"] = json!(16);
+    let expected = config::parse(path, &with("rope_scaling", inside.clone())).unwrap();
+    let Some(RopeScaling::Llama3(how)) = expected.rope_scaling else { panic!("{expected:?}") };
+    assert_eq!((how.factor, how.high_freq_factor, how.original_max_position_embeddings), (8.0, 4.0, 16));
+    let mut outside = with("rope_scaling", llama3.clone());
+    outside["original_max_position_embeddings"] = json!(16);
+    let mut nested = inside.clone();
+    nested["rope_theta"] = json!(500000.0);
+    let mut nested = with("rope_parameters", nested);
+    nested.as_object_mut().unwrap().remove("rope_theta");
+    let mut typed = inside.clone();
+    (typed["type"], typed["rope_type"], typed["mscale"]) = (json!("llama3"), Value::Null, Value::Null);
+    let mut twice = with("rope_scaling", inside.clone());
+    twice["rope_parameters"] = inside.clone();
+    for other in [outside, nested, with("rope_scaling", typed), twice] {
+        assert_eq!(config::parse(path, &other).unwrap(), expected, "{other}");
+    }
+    // Nothing said: the longest sequence.
+    let Some(RopeScaling::Llama3(how)) = config::parse(path, &with("rope_scaling", llama3.clone())).unwrap().rope_scaling else { panic!() };
+    assert_eq!(how.original_max_position_embeddings, 64);
+    let yarn = json!({"type": "yarn", "original_max_position_embeddings": 16, "beta_fast": 0, "finetuned": true});
+    let Some(RopeScaling::Yarn(how)) = config::parse(path, &with("rope_scaling", yarn)).unwrap().rope_scaling else { panic!() };
+    assert_eq!((how.factor, how.beta_fast, how.beta_slow, how.truncate, how.attention_factor), (4.0, 32.0, 1.0, true, None));
+    // Two that differ, in the file or in one table, are two models.
+    let mut differ = with("rope_scaling", inside.clone());
+    differ["original_max_position_embeddings"] = json!(32);
+    let mut tables = with("rope_scaling", inside);
+    tables["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 500000.0});
+    for (config, said) in [
+        (differ, "original_max_position_embeddings = 32, but rope_scaling.original_max_position_embeddings = 16"),
+        (tables, "rope_parameters = {\"rope_type\":\"default\",\"rope_theta\":500000.0}, but rope_scaling = {"),
+    ] {
+        let error = config::parse(path, &config).unwrap_err();
+        assert!(error.to_string().contains(said) && error.exit_code() == 3, "{error}");
+    }
+    // Before transformers 4.43 only these two keys were allowed.
+    let linear = with("rope_scaling", json!({"type": "linear", "factor": 2.5}));
+    let model = config::parse(path, &linear).unwrap();
+    let written = config::write(path, &model, &config::TokenIds::default(), "float32").unwrap();
+    assert_eq!((&written["rope_scaling"], &written["rope_theta"]), (&linear["rope_scaling"], &json!(500000.0)));
+    assert_eq!(written["rope_parameters"], json!({"rope_type": "linear", "factor": 2.5, "rope_theta": 500000.0}));
+}
+
 /// A config that asks for another function than ours, or for nothing sensible, is refused with the key and its value.
 #[test]
 fn configs_that_cannot_be_computed_are_refused() {
@@ -67,9 +151,26 @@ fn configs_that_cannot_be_computed_are_refused() {
         ("architectures", json!(["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
         ("hidden_act", json!("gelu"), "gelu"),
         ("attention_bias", json!(true), "attention_bias"),
-        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), "llama3"),
-        ("rope_parameters", json!({"rope_type": "yarn"}), "yarn"),
-        ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "rope_scaling.type = \"linear\""),
+        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling of type llama3 has no low_freq_factor"),
+        ("rope_parameters", json!({"rope_type": "linear"}), "rope_parameters of type linear has no factor"),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "rope_scaling.type = \"dynamic\", expected default, linear, llama3"),
+        ("rope_parameters", json!({"rope_type": "longrope", "factor": 4.0}), "rope_parameters.rope_type = \"longrope\", expected"),
+        ("rope_scaling", json!({"rope_type": 3}), "rope_scaling.rope_type = 3, expected the name of a type"),
+        ("rope_scaling", json!({"rope_type": "linear", "type": "yarn"}), "rope_type = \"linear\", but rope_scaling.type = \"yarn\""),
+        ("rope_scaling", json!({"type": "linear", "factor": "2"}), "rope_scaling.factor = \"2\", expected a number"),
+        ("rope_scaling", json!({"type": "linear", "factor": 0.5}), "model.rope_scaling.linear.factor = 0.5"),
+        ("rope_scaling", json!({"type": "linear", "factor": 2, "beta_fast": 32}), "rope_scaling.beta_fast = 32, which rotary"),
+        ("rope_scaling", json!({"type": "linear", "factor": 2, "attention_factor": 1.2}), "rope_scaling.attention_factor = 1.2, which"),
+        (
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}),
+            "low_freq_factor = 4, high_freq_factor = 1",
+        ),
+        ("rope_scaling", json!({"type": "yarn", "original_max_position_embeddings": 0}), "original_max_position_embeddings = 0, expected"),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2, "beta_fast": 0.5}), "beta_fast = 0.5, beta_slow = 1"),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2, "truncate": 1}), "rope_scaling.truncate = 1, expected true or false"),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2, "attention_factor": -1}), "attention_factor = -1, mscale = none"),
+        ("rope_scaling", json!({"type": "yarn", "short_factor": [1.0]}), "rope_scaling.short_factor = [1.0]"),
         ("rope_scaling", json!({"factor": 2.0}), "rope_scaling.factor = 2.0"),
         ("rope_scaling", json!({"rope_type": "default", "beta_fast": 32}), "rope_scaling.beta_fast = 32"),
         ("rope_parameters", json!({"full_attention": {"rope_type": "default"}}), "rope_parameters.full_attention = {"),
@@ -116,6 +217,8 @@ fn keys_without_effect_are_accepted() {
     let expected = config::parse(Path::new("config.json"), &NEMOTRON()).unwrap();
     let neutral = [
         ("rope_scaling", Value::Null),
+        ("rope_scaling", json!({})),
+        ("original_max_position_embeddings", json!(32)),
         ("rope_parameters", json!({"rope_type": "default", "rope_theta": 1e4, "factor": 1.0, "low_freq_factor": null})),
         ("attention_bias", json!(false)),
         ("sliding_window", Value::Null),

@@ -310,7 +310,9 @@ fn transformers_gives_the_same_logits() {
     let python = oracles::python("torch, transformers");
     let dir = tempfile::tempdir().unwrap();
     let mut pairs = Vec::new();
-    for variant in ["nemotron-gqa", "nemotron-head-dim", "nemotron-rotary-full", "nemotron-tied", "llama"] {
+    let plain = ["nemotron-gqa", "nemotron-head-dim", "nemotron-rotary-full", "nemotron-tied", "llama"];
+    let scaled = ["llama-linear", "llama-llama3", "llama-yarn", "nemotron-yarn"];
+    for variant in plain.into_iter().chain(scaled) {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(variant);
         let at = |name: &str| dir.path().join(format!("{variant}-{name}"));
         hf::import(&source, &at("c")).unwrap();

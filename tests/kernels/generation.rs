@@ -23,7 +23,8 @@ use trireme::rng::Random;
 use trireme::tensor::DType;
 
 fn model(head_dim: usize) -> ModelConfig {
-    ModelConfig { rotary_fraction: 0.5, init_std: 0.3, ..models::nemotron([2, 32, 4, 2, head_dim, 48, 40], 200) }
+    let rope_scaling = Some(models::yarn(16));
+    ModelConfig { rotary_fraction: 0.5, rope_scaling, init_std: 0.3, ..models::nemotron([2, 32, 4, 2, head_dim, 48, 40], 200) }
 }
 
 /// Beginnings of a page and more that requests share, greedy and drawn, of lengths around a page.

@@ -3,7 +3,7 @@
 use crate::cases::{self, Case, Kind, Vocabulary};
 use crate::check::{self, check};
 use crate::emulator::{emulator, hopper};
-use crate::oracle::HeadCounts;
+use crate::oracle::{HeadCounts, Scaled};
 use trireme::device::cuda::Cuda;
 use trireme::device::{Activation, Device, Direction, Gemm};
 use trireme::rng::Random;
@@ -109,8 +109,10 @@ fn row_operations_match_the_oracle() {
     }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
-            list.push(cases::rope(t, heads, rotary_dims, Direction::Forward));
-            list.push(cases::rope(t, heads, rotary_dims, Direction::Backward));
+            for scaled in [Scaled::Not, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
+                list.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Forward));
+                list.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Backward));
+            }
         }
     }
     check_all(list);

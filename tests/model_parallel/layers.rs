@@ -275,7 +275,7 @@ fn make_attention(rank: &Rank) -> Attention {
         qkv: ColumnParallelLinear { weight: rank.param("qkv", &qkv, Split::Rows) },
         out: RowParallelLinear { weight: rank.param("out", &out, Split::Columns) },
         heads: Heads { query: HEADS.query / tp, kv: HEADS.kv / tp, dim: HEADS.dim },
-        rope: Rope { rotary_dims: ROTARY, base: ROPE_BASE, direction: Direction::Forward },
+        rope: Rope { rotary_dims: ROTARY, base: ROPE_BASE, scaling: None, direction: Direction::Forward },
     }
 }
 

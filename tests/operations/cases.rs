@@ -3,9 +3,10 @@
 mod attention;
 pub mod fp8;
 
-use crate::oracle::{self, HeadCounts, Near, U, near};
+use crate::oracle::{self, HeadCounts, Near, Scaled, U, near};
 pub use attention::{attention, attention_backward, attention_cached};
-use trireme::device::{Activation, Adamw, AdamwShard, Device, Direction, Gemm, Heads, Norm, NormKind, Rope, Store};
+use trireme::device::{Activation, Adamw, AdamwShard, Device, Direction, Gemm, Heads, LinearScaling, Llama3Scaling};
+use trireme::device::{Norm, NormKind, Rope, RopeScaling, Store, YarnScaling};
 use trireme::tensor::{DType, Tensor};
 
 /// Element type of an argument.
@@ -322,12 +323,33 @@ pub fn norm_backward(layer: bool, (t, h): (usize, usize)) -> Case {
     }
 }
 
-pub fn rope(t: usize, heads: HeadCounts, rotary_dims: usize, direction: Direction) -> Case {
+pub fn rope(t: usize, heads: HeadCounts, (rotary_dims, scaled): (usize, Scaled), direction: Direction) -> Case {
     let columns = heads_of(heads).qkv_columns();
-    let how = Rope { rotary_dims, base: 10000.0, direction };
+    let (factor, original_max_position_embeddings) = (8.0, 512);
+    let scaling = match scaled {
+        Scaled::Not => None,
+        Scaled::Linear => Some(RopeScaling::Linear(LinearScaling { factor })),
+        Scaled::Llama3 => Some(RopeScaling::Llama3(Llama3Scaling {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings,
+        })),
+        Scaled::Yarn => Some(RopeScaling::Yarn(YarnScaling {
+            factor,
+            original_max_position_embeddings,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+            attention_factor: None,
+            mscale: None,
+            mscale_all_dim: None,
+        })),
+    };
+    let how = Rope { rotary_dims, base: 10000.0, scaling, direction };
     Case {
         operation: "rope",
-        shape: format!("[{t}] heads {heads:?} rotary {rotary_dims} {direction:?}"),
+        shape: format!("[{t}] heads {heads:?} rotary {rotary_dims} {scaled:?} {direction:?}"),
         args: vec![updated(&[t, columns], Kind::Float), ids((0..t).map(|i| (i * 37) % 4099).collect())],
         run: Box::new(move |device, tensors| {
             let [qkv, positions] = tensors else { unreachable!() };
@@ -335,7 +357,7 @@ pub fn rope(t: usize, heads: HeadCounts, rotary_dims: usize, direction: Directio
         }),
         oracle: Box::new(move |v, _| {
             let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
-            vec![oracle::rope(&v[0], &v[1], heads, (rotary_dims, 10000.0), sign)]
+            vec![oracle::rope(&v[0], &v[1], heads, ((rotary_dims, 10000.0), scaled), sign)]
         }),
         flops: 0.0,
     }

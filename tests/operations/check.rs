@@ -1,7 +1,7 @@
 //! The cases that every device is held to, and how: each output against the oracle, each input against itself.
 
 use crate::cases::{self, Case, Kind, Role, Vocabulary, widened};
-use crate::oracle::{HeadCounts, Near, U};
+use crate::oracle::{HeadCounts, Near, Scaled, U};
 use trireme::device::{Activation, Device, Direction, Fp8Axis, Fp8Scales, Gemm};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
@@ -106,8 +106,10 @@ pub fn row_cases() -> Vec<Case> {
     }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
-            cases.push(cases::rope(t, heads, rotary_dims, Direction::Forward));
-            cases.push(cases::rope(t, heads, rotary_dims, Direction::Backward));
+            for scaled in [Scaled::Not, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
+                cases.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Forward));
+                cases.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Backward));
+            }
         }
     }
     cases

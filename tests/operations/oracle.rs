@@ -141,20 +141,56 @@ pub fn norm_backward(old: (&[f64], &[f64], &[f64]), dy: &[f64], x: &[f64], gain:
     result
 }
 
+/// Ways to scale rotary frequencies for 8 times as many tokens as the 512 of the first training; Llama 3's and YaRN's ramps as published,
+/// of turns 1 to 4 and 1 to 32 within those 512.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Scaled {
+    Not,
+    Linear,
+    Llama3,
+    Yarn,
+}
+
+/// Frequency of pair `i` of so many dims of this base, and what cos and sin are multiplied by. By wavelengths, as the papers have it.
+fn frequency(scaled: Scaled, i: usize, (dims, base): (usize, f64)) -> (f64, f64) {
+    let (factor, old) = (8.0, 512.0);
+    let wavelength = 2.0 * std::f64::consts::PI * base.powf((2 * i) as f64 / dims as f64);
+    let of = |wavelength: f64| 2.0 * std::f64::consts::PI / wavelength;
+    match scaled {
+        Scaled::Not => (of(wavelength), 1.0),
+        Scaled::Linear => (of(wavelength * factor), 1.0),
+        Scaled::Llama3 if wavelength > old => (of(wavelength * factor), 1.0),
+        Scaled::Llama3 if wavelength < old / 4.0 => (of(wavelength), 1.0),
+        Scaled::Llama3 => {
+            let smooth = (old / wavelength - 1.0) / (4.0 - 1.0);
+            ((1.0 - smooth) * of(wavelength) / factor + smooth * of(wavelength), 1.0)
+        }
+        Scaled::Yarn => {
+            // base^(2 d / dims) 2 pi = old / turns, solved for the dim.
+            let dim = |turns: f64| (old / (turns * 2.0 * std::f64::consts::PI)).log(base) * dims as f64 / 2.0;
+            let (low, high) = (dim(32.0).floor().max(0.0), dim(1.0).ceil().min((dims - 1) as f64));
+            let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            (of(wavelength) * (1.0 - ramp) + of(wavelength * factor) * ramp, 0.1 * factor.ln() + 1.0)
+        }
+    }
+}
+
 /// The packed qkv rotated. Frequencies from the definition; a cosine rounded to f32 is off by U.
-pub fn rope(qkv: &[f64], positions: &[f64], heads: HeadCounts, (rotary_dims, base): (usize, f64), sign: f64) -> Vec<Near> {
-    let (query, kv, d) = heads;
+pub fn rope(qkv: &[f64], positions: &[f64], heads: HeadCounts, (turning, scaled): ((usize, f64), Scaled), sign: f64) -> Vec<Near> {
+    let ((query, kv, d), half) = (heads, turning.0 / 2);
     let columns = (query + 2 * kv) * d;
     let mut out: Vec<Near> = qkv.iter().map(|v| near(*v, 0.0)).collect();
+    let frequencies: Vec<(f64, f64)> = (0..half).map(|i| frequency(scaled, i, turning)).collect();
     for (t, position) in positions.iter().enumerate() {
         let rotated = (0..query).map(|a| query_at(heads, a)).chain((0..kv).map(|g| key_at(heads, g)));
         for at in rotated {
-            for i in 0..rotary_dims / 2 {
-                let angle = sign * position / base.powf((2 * i) as f64 / rotary_dims as f64);
-                let (at, pair) = (t * columns + at + i, t * columns + at + i + rotary_dims / 2);
-                let (a, b) = (qkv[at], qkv[pair]);
-                // The angle itself may be off by a few f64 roundings, relatively.
-                let bound = (4.0 * U + angle.abs() * 1e-14) * (a.abs() + b.abs());
+            for (i, (frequency, factor)) in frequencies.iter().enumerate() {
+                let angle = sign * position * frequency;
+                let (at, pair) = (t * columns + at + i, t * columns + at + i + half);
+                let (a, b) = (factor * qkv[at], factor * qkv[pair]);
+                // The angle itself may be off by a few f64 roundings, relatively; a share of a frequency that is divided by 8, by 8 times
+                // as many.
+                let bound = (4.0 * U + angle.abs() * 8e-14) * (a.abs() + b.abs());
                 out[at] = near(a * angle.cos() - b * angle.sin(), bound);
                 out[pair] = near(b * angle.cos() + a * angle.sin(), bound);
             }

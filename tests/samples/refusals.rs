@@ -7,6 +7,7 @@ use trireme::artifact::{ArtifactWriter, Begin, HashingFile};
 use trireme::checkpoint;
 use trireme::data::order::DataOrder;
 use trireme::data::shards::{Split, TokenShards};
+use trireme::device::{LinearScaling, RopeScaling};
 use trireme::recipe::{Moments, Pretrain, RampStage, Start};
 use trireme::train::identity::Changed;
 use trireme::train::pretrain::Ended;
@@ -64,11 +65,18 @@ fn what_changed_is_refused_with_both_values() {
         changed
     };
     type Case<'a> = (&'a str, Pretrain, &'a [&'a str], usize);
-    let cases: [Case; 6] = [
+    let scaling = RopeScaling::Linear(LinearScaling { factor: 2.5 });
+    let cases: [Case; 7] = [
         ("data", change(&|r| r.data.train[0].shards = others[0].clone()), &[], 2),
         ("data", change(&|r| r.data.seed = 10), &[], 2),
         ("tokenizer", change(&|r| r.data.train[0].shards = others[1].clone()), &[], 2),
         ("model", change(&|r| r.model.rope_base = 5e5), &["model.rope_base = 10000 there, 500000 here"], 2),
+        (
+            "model",
+            change(&|r| r.model.rope_scaling = Some(scaling)),
+            &["model.rope_scaling = none there, {\"linear\":{\"factor\":2.5}} here"],
+            2,
+        ),
         ("recipe", change(&|r| r.optimizer.lr = 2e-2), &["`optimizer.lr = 0.01`", "`optimizer.lr = 0.02`"], 0),
         ("recipe", change(&|r| r.phase = crate::tools::ramp_and_phases(dir.path()).phase), &["`phase.0.name = nothing`"], 0),
     ];

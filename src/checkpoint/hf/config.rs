@@ -3,7 +3,7 @@
 //! change the function in a way this program does not compute is an error. Source: transformers' configuration_nemotron.py
 //! and configuration_llama.py, and the history of nvidia/Minitron-4B-Base.
 
-use super::unsupported;
+use super::{rope, unsupported};
 use crate::device::{Activation, NormKind};
 use crate::error::{Error, IoContext, Result};
 use crate::model::config::{HeadKind, ModelConfig};
@@ -49,11 +49,13 @@ const ROTARY: &[&str] = &[
 const BASE: &[&str] = &["rope_theta", "rotary_base", "rotary_emb_base", "rope_parameters.rope_theta", "rope_scaling.rope_theta"];
 const TIED: &[&str] = &["tie_word_embeddings", "share_embeddings_and_output_weights"];
 const INIT_STD: &[&str] = &["initializer_range", "init_method_std"];
+/// Read with the tables of the rotary embedding.
+const ORIGINAL: &[&str] = &[rope::ORIGINAL];
 const LABELS: &[&str] = &["num_labels"];
 const ACTIVATION: &[&str] = &["hidden_act", "hidden_activation", "activation", "activation_function"];
 /// All of them.
-const READ: [&[&str]; 15] =
-    [HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, MAX_TOKENS, EPS, ROTARY, BASE, TIED, INIT_STD, LABELS, ACTIVATION];
+const READ: [&[&str]; 16] =
+    [HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, MAX_TOKENS, EPS, ROTARY, BASE, ORIGINAL, TIED, INIT_STD, LABELS, ACTIVATION];
 
 /// Reads `dir/config.json`: the model that it describes. Keys that nobody here has heard of are told.
 pub fn read(dir: &Path) -> Result<ModelConfig> {
@@ -74,7 +76,7 @@ pub fn parse(path: &Path, config: &Value) -> Result<ModelConfig> {
     let keys = Keys { path, config };
     let family = keys.family()?;
     keys.refuse_what_is_not_computed(family)?;
-    let (hidden, n_heads) = (keys.size(HIDDEN)?, keys.size(HEADS)?);
+    let (hidden, n_heads, max_tokens) = (keys.size(HIDDEN)?, keys.size(HEADS)?, keys.size(MAX_TOKENS)?);
     let (rotary, eps, init_std) = match family {
         Family::Nemotron => (0.5, 1e-5, 0.0134),
         Family::Llama => (1.0, 1e-6, 0.02),
@@ -92,12 +94,13 @@ pub fn parse(path: &Path, config: &Value) -> Result<ModelConfig> {
         ffn_hidden: keys.size(FFN)?,
         vocab_size: keys.size(VOCAB)?,
         vocab_divisor: VOCAB_DIVISOR,
-        max_tokens: keys.size(MAX_TOKENS)?,
+        max_tokens,
         norm,
         norm_eps: keys.number_or(EPS, eps)? as f32,
         activation,
         rotary_fraction: keys.number_or(ROTARY, rotary)?,
         rope_base: keys.number_or(BASE, 10000.0)?,
+        rope_scaling: rope::read(config, max_tokens).map_err(|wrong| keys.wrong(wrong))?,
         tied_embeddings: keys.flag(TIED)?,
         head: keys.head()?,
         init_std: keys.number_or(INIT_STD, init_std)?,
@@ -228,7 +231,7 @@ pub struct TokenIds {
     pub pad: Value,
 }
 
-/// The config.json of a model, or why transformers has none for it. `dtype` is "float32" or "bfloat16".
+/// The config.json of a model, or why transformers has none for it. `dtype` is "float32", "bfloat16" or "float16".
 pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> Result<Value> {
     let family = match (model.norm, model.activation) {
         (NormKind::LayerNorm1P, Activation::SquaredRelu) => Family::Nemotron,
@@ -245,7 +248,6 @@ pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> R
     let ending = if model.head == HeadKind::Vocabulary { "ForCausalLM" } else { CLASSIFIER };
     // The shortest decimal of the f32, not the f64 nearest to it: 1e-5 stays 1e-5.
     let eps: f64 = model.norm_eps.to_string().parse().expect("a float prints as a float");
-    let mut rope = json!({"rope_type": "default", "rope_theta": model.rope_base});
     let mut config = json!({
         "architectures": [format!("{name}{ending}")],
         "model_type": model_type,
@@ -259,7 +261,6 @@ pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> R
         "max_position_embeddings": model.max_tokens,
         "hidden_act": activation,
         eps_key: eps,
-        "rope_theta": model.rope_base,
         "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std,
         "attention_bias": false,
@@ -272,11 +273,7 @@ pub fn write(path: &Path, model: &ModelConfig, ids: &TokenIds, dtype: &str) -> R
         "torch_dtype": dtype,
         "dtype": dtype,
     });
-    if family == Family::Nemotron {
-        config["partial_rotary_factor"] = json!(model.rotary_fraction);
-        rope["partial_rotary_factor"] = json!(model.rotary_fraction);
-    }
-    config["rope_parameters"] = rope;
+    rope::write(&mut config, model, (family == Family::Nemotron).then_some(model.rotary_fraction));
     if let HeadKind::Reward(n) = model.head {
         let names = |flip: fn(usize) -> (String, Value)| Value::Object((0..n).map(flip).collect());
         config["num_labels"] = json!(n);

@@ -9,6 +9,7 @@ mod export;
 mod f16;
 mod import;
 pub mod names;
+mod rope;
 mod unsupported;
 
 pub use companions::{COMPANIONS, adds_first, bos_id, chat_template, eos_ids, tokenizer};

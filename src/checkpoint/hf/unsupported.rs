@@ -1,6 +1,6 @@
 //! What a config.json may say that this program does not compute: each such key with the values under which it changes nothing. All
 //! else about these keys is an error with the value; keys that nobody here has heard of are told. Sources: transformers 4.40 to 5
-//! (configuration_nemotron.py, configuration_llama.py, modeling_rope_utils.py), NeMo's model_config.yaml, and what forks of Llama add.
+//! (configuration_nemotron.py, configuration_llama.py), NeMo's model_config.yaml, and what forks of Llama add.
 
 use serde_json::Value;
 
@@ -82,11 +82,6 @@ const HARMLESS: &[&str] = &[
     "transformers.js_config",
 ];
 
-/// What a rotary table may hold besides what is read: key and the one value (JSON) that changes nothing.
-const ROPE: &[(&str, &str)] = &[("rope_type", "\"default\""), ("type", "\"default\""), ("factor", "1"), ("attention_factor", "1")];
-/// What is read from it.
-const ROPE_READ: &[&str] = &["rope_theta", "partial_rotary_factor"];
-
 /// The first thing in a config.json that this program does not compute: `key = value, but ..`.
 pub(super) fn first(config: &Value) -> Option<String> {
     let windows_are_off = config["use_sliding_window"] == Value::Bool(false);
@@ -98,25 +93,8 @@ pub(super) fn first(config: &Value) -> Option<String> {
             }
         }
     }
-    if let Some(other) = config["layer_types"].as_array().and_then(|types| types.iter().find(|kind| *kind != "full_attention")) {
-        return Some(format!("layer_types has {other}, but attention sees everything before a token here"));
-    }
-    ["rope_parameters", "rope_scaling"].into_iter().find_map(|object| first_of_rope(object, &config[object]))
-}
-
-fn first_of_rope(object: &str, value: &Value) -> Option<String> {
-    if value.is_null() {
-        return None;
-    }
-    let Some(table) = value.as_object() else { return Some(format!("{object} = {value}, expected an object")) };
-    // The type says more than its parameters: it comes first.
-    let named = ROPE.iter().filter_map(|(key, neutral)| Some((*key, *neutral, table.get(*key)?)));
-    if let Some((key, _, found)) = named.into_iter().find(|(_, neutral, found)| !found.is_null() && !is(found, neutral)) {
-        return Some(format!("{object}.{key} = {found}, expected plain rotary embeddings (\"default\")"));
-    }
-    let is_known = |key: &str| ROPE_READ.contains(&key) || ROPE.iter().any(|(known, _)| *known == key);
-    let (key, found) = table.iter().find(|(key, found)| !is_known(key) && !found.is_null())?;
-    Some(format!("{object}.{key} = {found}, expected plain rotary embeddings (\"default\")"))
+    let other = config["layer_types"].as_array()?.iter().find(|kind| *kind != "full_attention")?;
+    Some(format!("layer_types has {other}, but attention sees everything before a token here"))
 }
 
 /// Keys that are neither read nor known to be harmless, with a value that is not null or false.

@@ -1,4 +1,5 @@
-//! Rotary embedding: a table of cos and sin for each position, kept between calls, and the rotation of packed rows.
+//! Rotary embedding: a table of cos and sin for each position, times the attention factor, kept between calls, and the rotation of packed
+//! rows.
 
 use super::lanes::{each, kernel, load, store};
 use super::parallel::{Shared, for_rows};
@@ -7,8 +8,7 @@ use std::sync::{Arc, RwLock};
 
 /// cos then sin of each frequency, for positions 0..: [positions, 2, rotary_dims / 2].
 pub struct Table {
-    rotary_dims: usize,
-    base_bits: u64,
+    of: Rope,
     values: Vec<f32>,
 }
 
@@ -19,19 +19,18 @@ impl Table {
     }
 }
 
-/// The tables made so far, one for each (rotary_dims, base).
+/// The tables made so far, one for each way to turn.
 #[derive(Default)]
 pub struct Tables {
     list: RwLock<Vec<Arc<Table>>>,
 }
 
 fn fill(values: &mut [f32], first_position: usize, how: Rope) {
-    let half = how.rotary_dims / 2;
-    let frequencies: Vec<f64> = (0..half).map(|i| how.base.powf(-2.0 * i as f64 / how.rotary_dims as f64)).collect();
+    let (half, frequencies, factor) = (how.rotary_dims / 2, how.frequencies(), how.attention_factor());
     for (row, position) in values.chunks_exact_mut(2 * half).zip(first_position..) {
         for (i, frequency) in frequencies.iter().enumerate() {
             let (sin, cos) = (position as f64 * frequency).sin_cos();
-            (row[i], row[half + i]) = (cos as f32, sin as f32);
+            (row[i], row[half + i]) = ((factor * cos) as f32, (factor * sin) as f32);
         }
     }
 }
@@ -40,7 +39,7 @@ impl Tables {
     /// A table that reaches these positions.
     pub fn get(&self, positions: &[u32], how: Rope) -> Arc<Table> {
         let n_positions = positions.iter().max().map_or(1, |p| *p as usize + 1);
-        let wanted = |t: &Arc<Table>| t.rotary_dims == how.rotary_dims && t.base_bits == how.base.to_bits();
+        let wanted = |t: &Arc<Table>| t.of.turns_like(&how);
         let enough = |t: &Arc<Table>| t.values.len() >= n_positions * how.rotary_dims;
         if let Some(table) = self.list.read().expect("no panic under the lock").iter().find(|t| wanted(t) && enough(t)) {
             return Arc::clone(table);
@@ -52,7 +51,7 @@ impl Tables {
             // SAFETY: the ranges are disjoint.
             fill(unsafe { shared.part(rows.start * how.rotary_dims..rows.end * how.rotary_dims) }, rows.start, how);
         });
-        let table = Arc::new(Table { rotary_dims: how.rotary_dims, base_bits: how.base.to_bits(), values });
+        let table = Arc::new(Table { of: how, values });
         let mut list = self.list.write().expect("no panic under the lock");
         list.retain(|t| !(wanted(t) && t.values.len() <= table.values.len()));
         list.push(Arc::clone(&table));

@@ -29,6 +29,7 @@ mod sample;
 pub mod streams;
 mod tensor_map;
 
+use crate::device::Rope;
 use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
@@ -60,6 +61,8 @@ struct Use {
     n_tensors: AtomicUsize,
     /// While work is recorded, by whichever of those that share the machine.
     tape: Mutex<Option<Tape>>,
+    /// Frequencies of every way to turn that was asked for.
+    rope_tables: Mutex<Vec<(Rope, Workspace)>>,
 }
 
 /// Memory of a tensor; goes back to the backend with the tensor's last view.
