@@ -48,8 +48,41 @@ scripts() {
   return $failed
 }
 
-# One failing test binary must not hide the others.
-unit() { cargo test --release --no-fail-fast; }
+# One program of tests, WHAT being cargo's words for it: a line, and what it printed when it failed.
+unit_of() { # WHAT..
+  local log started=$SECONDS outcome=passed
+  log=target/tests/unit/$(echo "$*" | tr -cd 'a-z_').log
+  cargo test --release --quiet --no-fail-fast "$@" >"$log" 2>&1 </dev/null || outcome=FAILED
+  # Under a lock, so that two reports do not mix.
+  {
+    flock 9
+    printf '%-6s %4d s  %s\n' $outcome $((SECONDS - started)) "$*"
+    if [ $outcome = passed ]; then grep -E '^(test result|mpi_ranks|nccl): ' "$log"; else cat "$log"; fi
+  } 9>target/tests/unit/report.lock
+  [ $outcome = passed ]
+}
+
+# Two programs at a time, for many wait: for ranks to start, to hang, to be killed. The longest come first; none hides another's failure.
+unit() {
+  local longest=(kernels kills nccl mpi_ranks) file name failed=0
+  rm -rf target/tests/unit
+  mkdir -p target/tests/unit
+  cargo test --release --no-run --quiet || return 1
+  {
+    printf -- '--test %s\n' "${longest[@]}"
+    printf -- '%s\n' --lib --bins --doc
+    for file in tests/*.rs tests/*/main.rs; do
+      name=${file#tests/} name=${name%/main.rs} name=${name%.rs}
+      case " ${longest[*]} " in *" $name "*) ;; *) echo "--test $name" ;; esac
+    done
+  } >target/tests/unit/programs
+  export -f unit_of
+  # shellcheck disable=SC2016 # the words are those of each line
+  xargs -P 2 -L 1 bash -c 'unit_of "$@"' unit <target/tests/unit/programs || failed=1
+  # shellcheck disable=SC2016 # awk's variables
+  cat target/tests/unit/*.log | awk '/^test result: / { passed += $4; failed += $6 } /^(mpi_ranks|nccl): / { passed += $2; failed += $4 } END { print passed " tests passed, " failed " failed" }'
+  return $failed
+}
 
 build() { cargo build --release --all-targets; }
 
