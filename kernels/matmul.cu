@@ -6,7 +6,8 @@
 //
 // bf16, on GPUs that are no Hopper (matmul_hopper.cu): mma.sync m16n8k16 from shared memory, which cp.async fills STAGES - 1 steps
 // ahead. One barrier a step: behind it a stage that was waited for is there for all, and the one before has been read by all. Sums that
-// wait for others stay in registers. The operands are stored [m,k] or [k,m] and [n,k] or [k,n]; where rows do not begin at multiples of 16 bytes, elements are fetched one by one.
+// wait for others stay in registers. The operands are stored [m,k] or [k,m] and [n,k] or [k,n]; where rows do not
+// begin at multiples of 16 bytes, elements are fetched one by one.
 // f32: fused multiply-adds, one term after another.
 // Grid: x tiles of out, eight rows of tiles at a time so that what they share is in the L2 cache; z: parts of the pieces, each a subtree
 // whose sum goes to a plane of its own, for matmul_add. Tiles: 128 x 128 and 128 x 64 of 256 threads for many rows, limited by the

@@ -1,5 +1,5 @@
-// Values of several ranks combined in rank order: one piece of each rank, added (one after another or in pairs, or compared) in f32, rounded once. So a sum has the
-// same bits on every rank and in every run, whatever way the pieces travelled.
+// Values of several ranks combined in rank order: one piece of each rank, added (one after another or in pairs, or compared) in f32,
+// rounded once. So a sum has the same bits on every rank and in every run, whatever way the pieces travelled.
 // Grid: any number of blocks of 256 threads, each thread takes eight elements at a time. No shared memory. Limited by memory.
 #include "rows.cuh"
 

@@ -73,8 +73,9 @@ fn check_scores(ours: &Value, theirs: &Value) -> usize {
 }
 
 /// Every run of the harness through the binary: contexts, continuations, tokens, few-shot draws, log-likelihoods, generated texts, what
-/// the filters find, metrics of each item, with and without a beginning of sequence before every text, scores of leaves and groups and their standard errors. Breaks with any change of a prompt,
-/// of how text is cut into tokens, of a metric, or of the order in which examples are drawn.
+/// the filters find, metrics of each item, with and without a beginning of sequence before every text, scores of leaves and groups and
+/// their standard errors. Breaks with any change of a prompt, of how text is cut into tokens, of a metric, or of the order in which
+/// examples are drawn.
 #[test]
 fn every_item_has_the_harness_s_numbers() {
     let (golden, place) = (Golden::read(), Place::new());

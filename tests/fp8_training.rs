@@ -269,9 +269,9 @@ fn losses(run: &Path) -> Vec<f64> {
 /// off by 2 r = 0.1 of what it adds at most, as are the sums of such blocks, and the logits, which are linear in them, by 0.1 of
 /// themselves. A token with probability p of its target and logits of up to ln 61 + 2 = 6 above the rest then moves its loss by
 /// (1 - p) 0.6 to first order, up or down, and by p (1 - p) 0.6^2 / 2 < 0.045, always up, to second: with p between 1/61 and 1 the mean of
-/// 128 tokens by 0.6 / sqrt(128) = 0.053 and 0.045, together below 0.1. Gradients have errors of the same 0.1 of themselves in other directions
-/// in each step, which moves the course of the weights by less than the draw of the samples does; as much again and half is left for that.
-/// That the loss falls by ten times as much is asked too: a product that comes out wrong shows at once.
+/// 128 tokens by 0.6 / sqrt(128) = 0.053 and 0.045, together below 0.1. Gradients have errors of the same 0.1 of themselves in other
+/// directions in each step, which moves the course of the weights by less than the draw of the samples does; as much again and half is left
+/// for that. That the loss falls by ten times as much is asked too: a product that comes out wrong shows at once.
 #[test]
 fn a_run_follows_the_one_without() {
     let dir = tempfile::tempdir().unwrap();

@@ -32,7 +32,8 @@ use trireme::tensor::DType;
 const LIBRARIES: &str = "LD_LIBRARY_PATH";
 /// NCCL's sums in another order than that of the ranks.
 const REVERSE: (&str, &str) = ("STAND_IN_SUMS", "reverse");
-/// Communication goes on while its rank does something else, as a GPU's does: another stage may wait for a message whose sender never waits.
+/// Communication goes on while its rank does something else, as a GPU's does: another stage may wait for a message whose sender never
+/// waits.
 const SENT_AT_ONCE: (&str, &str) = ("STAND_IN_EAGER", "252");
 const WITHOUT: (&str, &str) = ("STAND_IN_WITHOUT_NCCL", "1");
 const OLD: (&str, &str) = ("STAND_IN_NCCL_VERSION", "21704");

@@ -64,8 +64,8 @@ fn every_layout_gives_the_same_bits_in_f32() {
     check_all(Run::reference(model(), DType::F32), &[1, 2, 4], &RECOMPUTES);
 }
 
-/// The same in bf16 storage, where the kinds of recompute and the schedules take turns. Breaks also when something is rounded to bf16 before its sum
-/// over ranks is whole.
+/// The same in bf16 storage, where the kinds of recompute and the schedules take turns. Breaks also when something is rounded to bf16
+/// before its sum over ranks is whole.
 #[test]
 fn every_layout_gives_the_same_bits_in_bf16() {
     let reference = Run::reference(model(), DType::BF16);

@@ -214,7 +214,7 @@ fn oracle_gradients_equal_central_differences() {
         check_gradient("attention", &|qkv| values(&oracle::attention(qkv, &starts, heads, 0.0).0), &qkv, &dout, &gradient);
         let positions: Vec<f64> = (0..9).map(f64::from).collect();
         let drotated = normals("drotated", qkv.len());
-        for scaled in [Scaled::Not, Scaled::Yarn] {
+        for scaled in [Scaled::Plain, Scaled::Yarn] {
             let rotary = ((heads.2 / 2 * 2, 10000.0), scaled);
             let gradient = values(&oracle::rope(&drotated, &positions, heads, rotary, -1.0));
             check_gradient("rope", &|qkv| values(&oracle::rope(qkv, &positions, heads, rotary, 1.0)), &qkv, &drotated, &gradient);

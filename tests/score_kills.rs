@@ -100,8 +100,9 @@ const LIVES: [(usize, &[&str]); 6] = [
     (2, &["--pp", "2", "--batch-tokens", "30"]),
 ];
 
-/// Kills lives of a job at random places, at one of the first `most` times there, until so many were killed, each life with other passes, ranks or layout, then lets it end. How many
-/// lives went on with what another had made. An answer made twice, lost, out of order, or dependent on what it was made beside shows.
+/// Kills lives of a job at random places, at one of the first `most` times there, until so many were killed, each life with other passes,
+/// ranks or layout, then lets it end. How many lives went on with what another had made. An answer made twice, lost, out of order, or
+/// dependent on what it was made beside shows.
 fn kill_at_random(place: &Place, job: &Job, n_kills: usize, (places, most): (&[&str], usize), seed: u64) -> usize {
     let (undisturbed, out) = (place.path("undisturbed"), place.path("killed"));
     let first = job.run(&undisturbed, 1, &[], "");
@@ -213,8 +214,8 @@ fn a_signal_among_generated_answers() {
     assert_finished(&out, &files(&undisturbed), "after a signal among answers");
 }
 
-/// A journal that cannot be written, on one rank of two, ends the job on both with that rank's error; what both had kept by then is not made
-/// again.
+/// A journal that cannot be written, on one rank of two, ends the job on both with that rank's error; what both had kept by then is not
+/// made again.
 #[test]
 fn a_full_disk_of_one_rank_ends_all() {
     let place = Place::new();

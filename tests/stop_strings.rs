@@ -134,8 +134,8 @@ fn random_ids(tokenizer: &Tokenizer, noise: &Random, n: usize) -> Vec<u32> {
     ids
 }
 
-/// Characters are stripped from the ends of a text as far as they are there, also when it is shorter than what may be taken, which the crate
-/// that reads such files answers with a panic.
+/// Characters are stripped from the ends of a text as far as they are there, also when it is shorter than what may be taken, which the
+/// crate that reads such files answers with a panic.
 #[test]
 fn ends_are_stripped_as_far_as_they_are_there() {
     let tokenizer = ends_stripped();

@@ -82,8 +82,8 @@ fn unsealed(line: &[u8]) -> std::result::Result<Vec<u8>, String> {
     Ok([open, b"}"].concat())
 }
 
-/// The whole lines of a file of objects with their numbers from 1, without their checksums; or what is wrong with a line. Empty ones are left
-/// out.
+/// The whole lines of a file of objects with their numbers from 1, without their checksums; or what is wrong with a line. Empty ones are
+/// left out.
 pub fn whole_lines(bytes: &[u8]) -> impl Iterator<Item = (usize, std::result::Result<Vec<u8>, String>)> + '_ {
     let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |i| i + 1);
     let lines = bytes[..whole].split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());

@@ -131,8 +131,8 @@ pub trait Communicator: std::marker::Send + Sync {
     fn groups_are_in_order(&self) -> bool {
         false
     }
-    /// Whether collectives of a device's tensors may be among the work that `Device::record` records: nothing of them waits on the host. All
-    /// ranks then record the same work, and ask for it again together.
+    /// Whether collectives of a device's tensors may be among the work that `Device::record` records: nothing of them waits on the host.
+    /// All ranks then record the same work, and ask for it again together.
     fn is_recordable(&self) -> bool {
         self.size() == 1
     }

@@ -67,7 +67,8 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// Opens or creates the file. A record that was torn by a kill is removed; from a damaged one on, everything, which is told. Errors: the file is something else.
+    /// Opens or creates the file. A record that was torn by a kill is removed; from a damaged one on, everything, which is told. Errors:
+    /// the file is something else.
     pub fn open(path: &Path, wall_time: f64) -> Result<EventWriter> {
         let file = File::options().read(true).append(true).create(true).open(path).at(path)?;
         let n_bytes = file.metadata().at(path)?.len();

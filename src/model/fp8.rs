@@ -27,8 +27,8 @@
 //! - **A scale is that of the tensor at hand**, not of earlier steps (delayed scaling): nothing to keep in checkpoints, so a resume or
 //!   another layout has the same numbers, and no step whose values jump is cut off at 448. (Both others have this form: TransformerEngine's
 //!   Float8CurrentScaling, torchao's dynamic scaling, with the largest agreed by an all-reduce where ranks hold parts.)
-//! - **The tensor of one scale** is a micro-batch in fast numerics, so that it is one product. In reproducible numerics it is a sample, lest
-//!   a number depend on what runs beside it: the products there are made of the numbers behind the codes, so they are still one.
+//! - **The tensor of one scale** is a micro-batch in fast numerics, so that it is one product. In reproducible numerics it is a sample,
+//!   lest a number depend on what runs beside it: the products there are made of the numbers behind the codes, so they are still one.
 //! - **What a scale spans and tp divides** (the rows of x and W before a sum over ranks, those of dy and W^T where each rank has a part of
 //!   the outputs, all of a weight with one scale) has its largest size agreed between the ranks: 4 bytes a token. So every layout rounds to
 //!   the same numbers, and in reproducible numerics, where the numbers behind the codes are multiplied as floats in the canonical order,

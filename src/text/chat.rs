@@ -106,7 +106,8 @@ impl ChatTemplate {
     }
 }
 
-/// `{% generation %}` .. `{% endgeneration %}` tell transformers which part of a text is trained on; what they enclose is rendered as it is.
+/// `{% generation %}` .. `{% endgeneration %}` tell transformers which part of a text is trained on; what they enclose is rendered as it
+/// is.
 fn without_marks_of_training(text: &str) -> String {
     let (mut out, mut rest) = (String::with_capacity(text.len()), text);
     while let Some(open) = rest.find("{%") {

@@ -119,9 +119,9 @@ fn without_end_strips(decoder: &DecoderWrapper) -> tokenizers::Result<DecoderWra
     Ok(DecoderWrapper::Sequence(Sequence::new(decoders)))
 }
 
-/// Whether a decoder looks at one token at a time, but for the first and the last token, for runs of bytes, and for whether the token before
-/// is the same (CTC): so do byte-level BPE, BPE with a suffix, WordPiece and what SentencePiece's models are converted to. Without a decoder
-/// tokens stand apart by a space.
+/// Whether a decoder looks at one token at a time, but for the first and the last token, for runs of bytes, and for whether the token
+/// before is the same (CTC): so do byte-level BPE, BPE with a suffix, WordPiece and what SentencePiece's models are converted to. Without a
+/// decoder tokens stand apart by a space.
 fn decodes_locally(decoder: &DecoderWrapper) -> bool {
     match decoder {
         DecoderWrapper::ByteLevel(_)

@@ -41,8 +41,8 @@ fn tensor_at(table: &serde_json::Value, file: &str, byte: usize) -> Option<Strin
 }
 
 /// A flipped bit anywhere in any file of a checkpoint is found before a number reaches a tensor, by loading as by
-/// verifying, and the file is named, and the tensor if it is one's. In the manifest a flip may hit what means nothing (blanks, the time of writing, the
-/// producer): then what is loaded must still be the truth.
+/// verifying, and the file is named, and the tensor if it is one's. In the manifest a flip may hit what means nothing (blanks, the time of
+/// writing, the producer): then what is loaded must still be the truth.
 #[test]
 fn a_flipped_bit_is_never_loaded() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 //! Every collective on fresh data, for any communicator: what tests/collectives.rs runs on threads, tests/mpi_ranks.rs on
-//! MPI and tests/nccl.rs between devices. Every rank knows what every other rank sends (data are a function of rank and element), so each result is compared,
-//! bit for bit, with a plain loop in rank order written here.
+//! MPI and tests/nccl.rs between devices. Every rank knows what every other rank sends (data are a function of rank and element), so each
+//! result is compared, bit for bit, with a plain loop in rank order written here.
 
 use half::bf16;
 use std::ops::Range;

@@ -95,7 +95,8 @@ pub fn check(devices: Devices, how: How, allowed: (f64, f64), tmp: &Path) {
         let squares = found.iter().zip(&golden["labels"].1).filter(|(_, label)| !label.is_nan()).map(|(x, label)| (x - label).powi(2));
         let squares: Vec<f64> = squares.collect();
         let (loss, expected) = (squares.iter().sum::<f64>() / squares.len() as f64, golden["loss"].1[0]);
-        // d loss = 2 (x - label) dx, and |x - label| is about the root of the loss: at most twice the relative error of x, which is smaller.
+        // d loss = 2 (x - label) dx, and |x - label| is about the root of the loss: at most twice the relative error of x, which is
+        // smaller.
         assert!((loss - expected).abs() / expected <= 2.0 * allowed.0, "{what}: loss {loss}, expected {expected}");
         hf::export(&out.join("exportable"), &out.join("exported"), ExportType::F32).unwrap();
         let mut gradients = read_safetensors(&out.join("exported/model.safetensors"));

@@ -38,9 +38,9 @@ fn products_match_the_oracle() {
 #[test]
 fn products_are_the_sum_written_down() {
     with_each(|cuda| {
-        // Few rows, few tiles, many tiles: 16 x 64, 64 x 64, 128 x 64 and, with one piece, 128 x 128. On Hopper 64 x 64, 128 x 128 and, with
-        // one piece, 128 x 256; pieces that end inside of a step and of an instruction, rounds of the ring, tile after tile. Then more tiles
-        // than one band of eight has downwards, and many side by side.
+        // Few rows, few tiles, many tiles: 16 x 64, 64 x 64, 128 x 64 and, with one piece, 128 x 128. On Hopper 64 x 64, 128 x 128 and,
+        // with one piece, 128 x 256; pieces that end inside of a step and of an instruction, rounds of the ring, tile after tile. Then more
+        // tiles than one band of eight has downwards, and many side by side.
         let shapes = [(1, 1, 1), (3, 70, 264), (16, 9, 1000), (33, 65, 250), (140, 130, 300), (8, 130, 2048), (130, 520, 640)];
         for (m, n, k) in shapes.into_iter().chain([(1100, 3, 24), (9, 700, 24)]) {
             let (a, b) = (values("a", m * k), values("b", n * k));

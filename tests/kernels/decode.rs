@@ -11,8 +11,8 @@ use trireme::device::{Device, Fp8Scales};
 use trireme::tensor::DType;
 
 /// A step asked for in one call reads the tokens, positions, slots and lengths of its time, not those it was recorded with: its logits
-/// and what it adds to the caches have the bits of the same step asked for operation by operation. Every step but the first of a size is such
-/// a one, and the one in which a sequence outgrows what was recorded.
+/// and what it adds to the caches have the bits of the same step asked for operation by operation. Every step but the first of a size is
+/// such a one, and the one in which a sequence outgrows what was recorded.
 #[test]
 fn recorded_steps_see_new_values() {
     let Some(backend) = Pooled::new() else { return };

@@ -109,7 +109,7 @@ fn row_operations_match_the_oracle() {
     }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
-            for scaled in [Scaled::Not, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
+            for scaled in [Scaled::Plain, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
                 list.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Forward));
                 list.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Backward));
             }

@@ -25,8 +25,9 @@ fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// Every element is that of a plain loop in rank order, or of the pairs written down, bit for bit: with one's own piece lying elsewhere, in place, with gaps
-/// between pieces and without, for sizes that vectors do not divide; and nothing is written past the end (the emulator looks).
+/// Every element is that of a plain loop in rank order, or of the pairs written down, bit for bit: with one's own piece lying elsewhere, in
+/// place, with gaps between pieces and without, for sizes that vectors do not divide; and nothing is written past the end (the emulator
+/// looks).
 #[test]
 fn pieces_are_combined_in_rank_order() {
     let Some(emulator) = emulator() else { return };

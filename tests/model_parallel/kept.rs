@@ -106,8 +106,8 @@ fn bits_of(case: Case) -> Vec<Bits> {
 
 /// Losses and all gradients have the bits of the step that keeps everything and runs the backward whole: for each kind of recompute
 /// and layers of several kinds, both halves apart or not, on 1, 2 and 4 ranks with and without sequence parallelism, in f32 and
-/// bf16, both families, tied embeddings, a reward head, one chunk and several. An operation made again on other inputs, a gradient added twice or
-/// in another order, or a tensor overwritten while it is still needed, changes a bit.
+/// bf16, both families, tied embeddings, a reward head, one chunk and several. An operation made again on other inputs, a gradient added
+/// twice or in another order, or a tensor overwritten while it is still needed, changes a bit.
 #[test]
 fn recompute_and_halves_keep_the_bits() {
     use Recompute::{Full, None, Selective};
@@ -206,8 +206,8 @@ fn peak_bytes(case: Case, n: usize, what: Kept) -> usize {
 }
 
 /// One micro-batch more in flight costs exactly the bytes of the fields that its recompute keeps, to the byte: of a layer
-/// 4 T'H + T (A+2G) D/tp + T A D/tp + .., less what selective makes again, or T'H alone for full. Waiting for its weight gradients a micro-batch
-/// keeps no more than between forward and backward, which is why ZB-H1 needs no more memory than 1F1B.
+/// 4 T'H + T (A+2G) D/tp + T A D/tp + .., less what selective makes again, or T'H alone for full. Waiting for its weight gradients a
+/// micro-batch keeps no more than between forward and backward, which is why ZB-H1 needs no more memory than 1F1B.
 #[test]
 fn memory_in_flight_is_the_formula() {
     use Recompute::{Full, None, Selective};

@@ -2,7 +2,8 @@
 // the stand-in for CUDA (../kernels/stand_in.c), whose streams run what is put into them as late as the events allow.
 // It is as strict as the header allows: a communicator does not block, is busy for a while after each call and takes no other then;
 // both ends of a message must agree on size and type, and on whether it was captured into a graph and as which of the group's captured
-// operations, so that ranks that do not launch the same graphs in the same order are seen; a group outlives its graphs; and sums are made in the order that STAND_IN_SUMS says (rank or reverse).
+// operations, so that ranks that do not launch the same graphs in the same order are seen; a group outlives its graphs; and sums are made
+// in the order that STAND_IN_SUMS says (rank or reverse).
 // Faults by the environment: STAND_IN_NCCL_VERSION=n, STAND_IN_FAIL=rank:n and STAND_IN_HANG=rank:n (after n operations of this rank
 // of the world).
 #include <fcntl.h>

@@ -327,7 +327,7 @@ pub fn rope(t: usize, heads: HeadCounts, (rotary_dims, scaled): (usize, Scaled),
     let columns = heads_of(heads).qkv_columns();
     let (factor, original_max_position_embeddings) = (8.0, 512);
     let scaling = match scaled {
-        Scaled::Not => None,
+        Scaled::Plain => None,
         Scaled::Linear => Some(RopeScaling::Linear(LinearScaling { factor })),
         Scaled::Llama3 => Some(RopeScaling::Llama3(Llama3Scaling {
             factor,

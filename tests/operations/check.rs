@@ -106,7 +106,7 @@ pub fn row_cases() -> Vec<Case> {
     }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
-            for scaled in [Scaled::Not, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
+            for scaled in [Scaled::Plain, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {
                 cases.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Forward));
                 cases.push(cases::rope(t, heads, (rotary_dims, scaled), Direction::Backward));
             }

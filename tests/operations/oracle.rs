@@ -145,7 +145,7 @@ pub fn norm_backward(old: (&[f64], &[f64], &[f64]), dy: &[f64], x: &[f64], gain:
 /// of turns 1 to 4 and 1 to 32 within those 512.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Scaled {
-    Not,
+    Plain,
     Linear,
     Llama3,
     Yarn,
@@ -157,7 +157,7 @@ fn frequency(scaled: Scaled, i: usize, (dims, base): (usize, f64)) -> (f64, f64)
     let wavelength = 2.0 * std::f64::consts::PI * base.powf((2 * i) as f64 / dims as f64);
     let of = |wavelength: f64| 2.0 * std::f64::consts::PI / wavelength;
     match scaled {
-        Scaled::Not => (of(wavelength), 1.0),
+        Scaled::Plain => (of(wavelength), 1.0),
         Scaled::Linear => (of(wavelength * factor), 1.0),
         Scaled::Llama3 if wavelength > old => (of(wavelength * factor), 1.0),
         Scaled::Llama3 if wavelength < old / 4.0 => (of(wavelength), 1.0),

@@ -238,8 +238,8 @@ pub trait Vector: Copy {
     }
 
     /// e^self within (4 + |x| / 4) units of roundoff (2^-24), relatively; exactly 1 at 0, 0 under -87.3 (where f32 goes subnormal),
-    /// inf or the largest finite number over 88.8, NaN for NaN. 2^(x log2 e) by a degree-5 minimax polynomial of the fraction (error 1.8 units); the |x| / 4
-    /// is log2 e rounded to f32.
+    /// inf or the largest finite number over 88.8, NaN for NaN. 2^(x log2 e) by a degree-5 minimax polynomial of the fraction (error 1.8
+    /// units); the |x| / 4 is log2 e rounded to f32.
     #[inline(always)]
     fn exp(self) -> Self {
         let x = Self::splat(89.0).min(self);
@@ -566,7 +566,8 @@ mod tests {
         }
     }
 
-    /// Rounding to bf16 equals the `half` crate's on ties, subnormals (0 where the processor rounds itself), overflow, infinities and NaN, and widening is exact.
+    /// Rounding to bf16 equals the `half` crate's on ties, subnormals (0 where the processor rounds itself), overflow, infinities and NaN,
+    /// and widening is exact.
     #[test]
     fn bf16_rounds_to_nearest_even() {
         let patterns = (0..1u32 << 20).map(|i| i.wrapping_mul(4099)).chain((0..1 << 16).map(|i| i << 16 | 0x8000));

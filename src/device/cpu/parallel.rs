@@ -1,5 +1,6 @@
-//! Work over the rayon pool, or the team where this thread leads it: ranges with a least size, so that small tensors stay on the calling thread; slices that several
-//! tasks write disjointly; and buffers that outlive the call, because fresh pages cost more than the work on them.
+//! Work over the rayon pool, or the team where this thread leads it: ranges with a least size, so that small tensors stay on the calling
+//! thread; slices that several tasks write disjointly; and buffers that outlive the call, because fresh pages cost more than the work on
+//! them.
 
 use super::team;
 use rayon::prelude::*;

@@ -107,7 +107,8 @@ impl Driver {
             Error::new(Kind::Other, wrong).remedy("look at it with nvidia-smi, or run with --device cpu")
         };
         let context = CudaContext::new(ordinal).map_err(failed)?;
-        // cuBLASLt keeps state of its own in the GPU's context, which would end with the last of its owners: it lives as long as the process.
+        // cuBLASLt keeps state of its own in the GPU's context, which would end with the last of its owners: it lives as long as the
+        // process.
         std::mem::forget(Arc::clone(&context));
         let capability = context.compute_capability().map_err(failed)?;
         let multiprocessors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;

@@ -11,7 +11,8 @@
 //! byte pieces, merges in the order they were made, characters by falling count.
 //!
 //! Memory: about 150 bytes and 10 more a character for every distinct word of the sample (in counting: for every thread that
-//! met it), a word being at most [`MAX_WORD_CHARS`] characters, and the sample at most `sample_bytes`. This module knows nothing of files but through the corpus.
+//! met it), a word being at most [`MAX_WORD_CHARS`] characters, and the sample at most `sample_bytes`. This module knows nothing of files
+//! but through the corpus.
 
 mod count;
 mod merge;

@@ -81,8 +81,8 @@ const PAIR: u8 = 1;
 const APART: u8 = 2;
 const BYTES: u8 = 3;
 
-/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on. With more than a few rows, or one of
-/// bytes, the words `ahead` bytes further are fetched, unless that is 0.
+/// `sums` and the next `words` words of a panel of x with those of P panels of W; the pointers move on. With more than a few rows, or one
+/// of bytes, the words `ahead` bytes further are fetched, unless that is 0.
 /// SAFETY: behind `x` are words * R elements, behind each of `w` words * LANES less the lanes before it.
 #[inline(always)]
 unsafe fn chain<V: Vector, const WORD: u8, const R: usize, const P: usize>(
