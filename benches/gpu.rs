@@ -90,7 +90,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::elementwise("add", T * h, (Kind::Float, Kind::Float)),
         cases::elementwise("add", T * h, (Kind::F32, Kind::Float)),
         cases::elementwise("scale", T * h, (Kind::F32, Kind::Float)),
-        cases::rope(T, model.heads, (model.heads.2 / 2, Scaled::Not), Direction::Forward),
+        cases::rope(T, model.heads, (model.heads.2 / 2, Scaled::Plain), Direction::Forward),
         cases::embed(tokens(), (model.vocabulary, h), 0),
         cases::embed_backward(tokens(), (model.vocabulary, h), 0),
         cases::cross_entropy_max(vocabulary),

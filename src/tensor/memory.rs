@@ -70,10 +70,11 @@ impl Spans {
     }
 }
 
-/// Memory of the allocator, given back when dropped.
+/// Whole pages of the kernel's, which has them back when dropped: the allocator would keep what is freed, and an area that comes after may
+/// not fit there.
 struct Pages {
     start: *mut u8,
-    layout: Layout,
+    size: usize,
 }
 
 // SAFETY: it is plain memory; who may touch it is governed by those who own it.
@@ -82,30 +83,60 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// So many bytes, in huge pages as far as they fill some; contents unspecified.
+    /// So many zeros or more, in huge pages as far as they fill some.
     fn huge(size: usize) -> Option<Pages> {
-        let layout = Layout::from_size_align(size, HUGE_PAGE).ok()?;
-        // SAFETY: the layout has a non-zero size.
-        let start = unsafe { std::alloc::alloc(layout) };
-        if start.is_null() {
+        let size = size.checked_next_multiple_of(STEP)?;
+        let (kind, access) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: a new mapping, of addresses that the kernel chooses.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), size.checked_add(HUGE_PAGE)?, access, kind, -1, 0) };
+        if mapped == libc::MAP_FAILED {
             return None;
+        }
+        let mapped = mapped.cast::<u8>();
+        let before = mapped.align_offset(HUGE_PAGE);
+        let start = mapped.wrapping_add(before);
+        for (at, n) in [(mapped, before), (start.wrapping_add(size), HUGE_PAGE - before)] {
+            if n > 0 {
+                // SAFETY: ends of the new mapping that nobody has seen; a huge page of them is too much.
+                unsafe { libc::munmap(at.cast(), n) };
+            }
         }
         // SAFETY: the whole pages among these bytes are ours; a kernel that has no huge pages says so, and nothing is lost. The kind of a
         // page is settled when it is first written, which is later.
         unsafe { libc::madvise(start.cast(), size - size % HUGE_PAGE, libc::MADV_HUGEPAGE) };
-        Some(Pages { start, layout })
-    }
-
-    /// So many zeros.
-    fn zeroed(size: usize) -> Option<Pages> {
-        let layout = Layout::from_size_align(size, 64).ok()?;
-        // SAFETY: the layout has a non-zero size.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        (!start.is_null()).then_some(Pages { start, layout })
+        Some(Pages { start, size })
     }
 }
 
 impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: `start` is the beginning of a mapping of this size, which ends here.
+        unsafe { libc::munmap(self.start.cast(), self.size) };
+    }
+}
+
+/// Memory of the allocator, given back when dropped.
+struct Block {
+    start: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: it is plain memory; who may touch it is governed by those who own it.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    /// So many zeros.
+    fn zeroed(size: usize) -> Option<Block> {
+        let layout = Layout::from_size_align(size, 64).ok()?;
+        // SAFETY: the layout has a non-zero size.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        (!start.is_null()).then_some(Block { start, layout })
+    }
+}
+
+impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: `start` came from the allocator with this very layout and is freed once.
         unsafe { std::alloc::dealloc(self.start, self.layout) };
@@ -121,8 +152,10 @@ pub struct Memory {
 
 /// Whose they are.
 enum Owner {
-    /// Its own.
-    Own { _pages: Pages },
+    /// Its own pages.
+    Pages { _pages: Pages },
+    /// Its own block.
+    Block { _block: Block },
     /// A span of an area.
     Areas(Arc<Areas>),
 }
@@ -135,11 +168,16 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// So many zeros, more than none; None when the allocator refuses.
     pub fn zeroed(size: usize, areas: Option<&Arc<Areas>>) -> Option<Memory> {
-        let own = |pages: Pages| Memory { start: pages.start, size, of: Owner::Own { _pages: pages } };
         let memory = match areas {
-            _ if size >= LARGE => own(Pages::huge(size)?),
+            _ if size >= LARGE => {
+                let pages = Pages::huge(size)?;
+                Memory { start: pages.start, size, of: Owner::Pages { _pages: pages } }
+            }
             Some(areas) if size >= MIDDLE => Memory { start: areas.take(size)?, size, of: Owner::Areas(Arc::clone(areas)) },
-            _ => return Pages::zeroed(size).map(own),
+            _ => {
+                let block = Block::zeroed(size)?;
+                return Some(Memory { start: block.start, size, of: Owner::Block { _block: block } });
+            }
         };
         // SAFETY: so many bytes are ours alone.
         unsafe { memory.start.write_bytes(0, size) };
