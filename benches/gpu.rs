@@ -9,10 +9,10 @@
 //! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the lines whose model, operation and shape contain one of the
 //! words, or none of them).
 
-#[allow(dead_code)]
+#[allow(dead_code)] // the tests take cases that are not timed
 #[path = "../tests/operations/cases.rs"]
 mod cases;
-#[allow(dead_code)]
+#[allow(dead_code)] // cases name their oracles, which a bench does not ask
 #[path = "../tests/operations/oracle.rs"]
 mod oracle;
 mod traffic;

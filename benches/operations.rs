@@ -5,10 +5,10 @@
 //! are timed in turn and the best of each is taken, so that a busy machine does them both the same harm. Bytes are those that
 //! the operation must read and write once.
 
-#[allow(dead_code)]
+#[allow(dead_code)] // the tests take cases that are not timed
 #[path = "../tests/operations/cases.rs"]
 mod cases;
-#[allow(dead_code)]
+#[allow(dead_code)] // cases name their oracles, which a bench does not ask
 #[path = "../tests/operations/oracle.rs"]
 mod oracle;
 mod traffic;

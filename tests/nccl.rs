@@ -8,7 +8,7 @@ mod common;
 #[path = "kernels/emulator.rs"]
 mod emulator;
 mod mpi_job;
-#[allow(dead_code)]
+#[allow(dead_code)] // the emulator takes its E4M3 alone
 #[path = "operations/oracle.rs"]
 mod oracle;
 #[path = "nccl/recorded.rs"]

@@ -79,9 +79,6 @@ struct Pages {
 
 // SAFETY: it is plain memory; who may touch it is governed by those who own it.
 unsafe impl Send for Pages {}
-// SAFETY: as above.
-unsafe impl Sync for Pages {}
-
 impl Pages {
     /// So many zeros or more, in huge pages as far as they fill some.
     fn huge(size: usize) -> Option<Pages> {
@@ -120,11 +117,6 @@ struct Block {
     start: *mut u8,
     layout: Layout,
 }
-
-// SAFETY: it is plain memory; who may touch it is governed by those who own it.
-unsafe impl Send for Block {}
-// SAFETY: as above.
-unsafe impl Sync for Block {}
 
 impl Block {
     /// So many zeros.

@@ -1,5 +1,5 @@
 //! What several test files need: tiny recipes and token shards written by hand, without the library's own writer.
-#![allow(dead_code)]
+#![allow(dead_code)] // not every test program uses all
 
 pub mod models;
 

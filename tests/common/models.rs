@@ -1,5 +1,5 @@
 //! The shape that most models of tests and benches have, with what they differ in left to be said.
-#![allow(dead_code)]
+#![allow(dead_code)] // not every test program uses all
 
 use trireme::checkpoint::Meta;
 use trireme::device::{Activation, NormKind, RopeScaling, YarnScaling};

@@ -1,5 +1,5 @@
 //! The golden evaluations: their files, the tiny model as a checkpoint, and the binary.
-#![allow(dead_code)]
+#![allow(dead_code)] // not every test program uses all
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! Whole training runs of a tiny model under any layout, and what is compared of them: bits, put together again as logical
 //! tensors by their slices. Several test programs use it, none all of it.
-#![allow(dead_code)]
+#![allow(dead_code)] // not every test program uses all
 
 use crate::common::models;
 use std::collections::BTreeMap;

@@ -391,37 +391,28 @@ pub fn prefetch<E>(x: &[E]) {
 /// The same for the cache line of an address, which need not be one of ours.
 #[inline(always)]
 pub fn prefetch_line<E>(at: *const E) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint, which reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    hint::<3, E>(at); // _MM_HINT_T0
 }
 
 /// The same, into the second-level cache alone.
 #[inline(always)]
 pub fn prefetch_near<E>(at: *const E) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint, which reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
+    hint::<2, E>(at); // _MM_HINT_T1
 }
 
 /// The same for a line that is read once, so that it displaces little of what the outer caches keep.
 #[inline(always)]
 pub fn prefetch_once<E>(at: *const E) {
+    hint::<0, E>(at); // _MM_HINT_NTA
+}
+
+/// A line may come, in the way that x86 gives the number HINT; elsewhere nothing.
+#[inline(always)]
+fn hint<const HINT: i32, E>(at: *const E) {
     #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
-        // SAFETY: a hint, which reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) };
+    // SAFETY: a hint, which reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<HINT>(at.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

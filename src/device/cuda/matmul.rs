@@ -1,6 +1,6 @@
 //! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`), but for few rows, whose time is that of
-//! reading the weights once (kernels/gemv.cu); in a canonical order of additions the
-//! kernels of kernels/matmul.cu do (`multiply_pieces`), on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
+//! reading the weights once (kernels/gemv.cu); in a canonical order of additions the kernels of kernels/matmul.cu do (`multiply_pieces`),
+//! on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
 
 mod hopper;
 
