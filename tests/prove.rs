@@ -284,7 +284,7 @@ impl Golden {
 }
 
 /// Loss and gradients of every variant are PyTorch's in float64, by the binary's own table and by what it wrote, read here: f32
-/// within 1e-5 (loss 5e-7, and its rounding to f32), bf16 within 6e-2 (loss 1.5e-2), the tolerances of tests/model_goldens.rs; on one
+/// within 1e-5 (loss 5e-7, and its rounding to f32), bf16 within 6e-2 (loss 1.5e-2), the tolerances of tests/golden_runs; on one
 /// rank and divided by tp, pp and dp, also where a replica has no sequence of its own. A wrong name, a q head in the place of a k head,
 /// or a tied gradient counted once would be far outside.
 #[test]

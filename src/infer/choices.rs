@@ -2,13 +2,13 @@
 //! continuations become tokens as in lm-evaluation-harness (its `_encode_pair` and `_loglikelihood_tokens`), so that the sums are its
 //! sums; the forward passes are those of `scorer`.
 
+use super::score_input::{self, Wrong};
 use super::scorer::{Scorer, TokenScores, Wanted};
 use crate::checkpoint::{Stored, hf};
-use crate::error::{Error, IoContext, Result, without_mark, wrong_json};
+use crate::error::{Error, Result};
 use crate::model::chunk::Chunk;
 use crate::text::Tokenizer;
 use serde::{Deserialize, Serialize};
-use std::io::BufRead;
 use std::path::Path;
 
 /// A context and what may follow it, as tokens.
@@ -226,22 +226,9 @@ pub struct Limits<'a> {
 
 /// Reads and checks a file of questions; the first wrong line is an error that names it.
 pub fn read_questions(path: &Path, limits: Limits) -> Result<Vec<Question>> {
-    let file = std::fs::File::open(path).at(path)?;
-    let mut questions = Vec::new();
-    for (number, line) in std::io::BufReader::new(file).lines().enumerate() {
-        let wrong = |what: String, remedy: &str| Error::file(path, format!("line {}: {what}", number + 1)).remedy(remedy);
-        let line = line.map_err(|error| wrong(error.to_string(), "write UTF-8, one JSON object a line"))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let line: Line = serde_json::from_slice(if number == 0 { without_mark(line.as_bytes()) } else { line.as_bytes() })
-            .map_err(|error| wrong(wrong_json(&error), "a line is {\"id\", \"context\", \"choices\": [..]}, texts or lists of tokens"))?;
-        questions.push(checked(line, limits).map_err(|what| wrong(what, "correct the line"))?);
-    }
-    if questions.is_empty() {
-        return Err(Error::file(path, "nothing to score in it").remedy("write one JSON object a line"));
-    }
-    Ok(questions)
+    score_input::read(path, "a line is {\"id\", \"context\", \"choices\": [..]}, texts or lists of tokens", |line| {
+        checked(line, limits).map_err(|what| Wrong { what, remedy: "correct the line" })
+    })
 }
 
 fn checked(line: Line, limits: Limits) -> std::result::Result<Question, String> {

@@ -19,6 +19,7 @@ pub mod sampling;
 pub mod schedule;
 pub mod score;
 pub mod score_files;
+mod score_input;
 pub mod score_journal;
 pub mod score_passes;
 pub mod scorer;

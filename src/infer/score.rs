@@ -1,12 +1,12 @@
 //! Log-probabilities of given text, and reward attributes; the forward passes are those of `scorer`.
 
 use super::choices::{self, Start};
+use super::score_input::{self, Wrong};
 use super::scorer::{Scorer, TokenScores, Wanted};
-use crate::error::{Error, IoContext, Result, without_mark, wrong_json};
+use crate::error::Result;
 use crate::model::chunk::Chunk;
 use crate::text::Tokenizer;
 use serde::{Deserialize, Serialize};
-use std::io::BufRead;
 use std::path::Path;
 
 /// A line of the input as typed.
@@ -53,37 +53,25 @@ pub struct Rated {
 /// wrong line is an error that names it.
 pub fn read_sequences(path: &Path, vocab_size: usize, longest: usize, text: (Option<&Tokenizer>, Start)) -> Result<Vec<Sequence>> {
     let (tokenizer, start) = text;
-    let file = std::fs::File::open(path).at(path)?;
-    let mut sequences = Vec::new();
-    for (number, line) in std::io::BufReader::new(file).lines().enumerate() {
-        let wrong = |what: String, remedy: &str| Error::file(path, format!("line {}: {what}", number + 1)).remedy(remedy);
-        let line = line.map_err(|error| wrong(error.to_string(), "write UTF-8, one JSON object a line"))?;
-        if line.trim().is_empty() {
-            continue;
-        }
-        let line: Line = serde_json::from_slice(if number == 0 { without_mark(line.as_bytes()) } else { line.as_bytes() })
-            .map_err(|error| wrong(wrong_json(&error), "a line is {\"id\", \"tokens\" or \"text\"}"))?;
+    let wrong = |what: &str, remedy| Err(Wrong { what: what.into(), remedy });
+    score_input::read(path, "a line is {\"id\", \"tokens\" or \"text\"}", |line: Line| {
         let tokens = match (line.tokens, line.text, tokenizer) {
             (Some(tokens), None, _) => tokens,
             (None, Some(text), Some(tokenizer)) => choices::encode(tokenizer, &text, start),
-            (None, Some(_), None) => return Err(wrong("has text, but the checkpoint has no tokenizer".into(), "give tokens")),
-            _ => return Err(wrong("needs either \"tokens\" or \"text\"".into(), "give one of them")),
+            (None, Some(_), None) => return wrong("has text, but the checkpoint has no tokenizer", "give tokens"),
+            _ => return wrong("needs either \"tokens\" or \"text\"", "give one of them"),
         };
         if tokens.is_empty() {
-            return Err(wrong("has no tokens".into(), "remove the line"));
+            return wrong("has no tokens", "remove the line");
         }
         if tokens.len() > longest {
-            return Err(wrong(format!("has {} tokens, this model scores at most {longest}", tokens.len()), "cut it"));
+            return wrong(&format!("has {} tokens, this model scores at most {longest}", tokens.len()), "cut it");
         }
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(wrong(format!("token {token} is not below the vocabulary size {vocab_size}"), "use this model's tokenizer"));
+            return wrong(&format!("token {token} is not below the vocabulary size {vocab_size}"), "use this model's tokenizer");
         }
-        sequences.push(Sequence { id: line.id, tokens });
-    }
-    if sequences.is_empty() {
-        return Err(Error::file(path, "nothing to score in it").remedy("write one JSON object a line"));
-    }
-    Ok(sequences)
+        Ok(Sequence { id: line.id, tokens })
+    })
 }
 
 /// Scores all sequences; the result is in their order and the same on every rank. Collective.

@@ -58,7 +58,7 @@ fn inferred(device: &dyn Device, run: &Path) -> (Vec<Response>, Vec<f64>) {
 
 /// Two replicas with sharded optimizer state, saved after two steps and resumed from the file, lose what the CPU loses: sums in
 /// another order give losses of about 4 another last few bits, which three steps of AdamW with eps 1e-2 do not amplify; 1e-5 is five
-/// times what tests/model_goldens.rs allows to f32. The checkpoint then says the same on both devices: the same noise takes the same
+/// times what tests/golden_runs allows to f32. The checkpoint then says the same on both devices: the same noise takes the same
 /// tokens, with log-probabilities of up to 9 tokens within 1e-4.
 #[test]
 fn a_run_is_that_of_the_cpu() {
