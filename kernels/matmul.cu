@@ -330,7 +330,7 @@ template <template <int> class Together> __device__ __forceinline__ void multipl
 extern "C" __global__ void __launch_bounds__(256, 1) matmul_pairs_f32(ARGUMENTS(float), int trans_a, int trans_b) {
     multiply_f32<InPairs>(PRODUCT(float), trans_a, trans_b);
 }
-extern "C" __global__ void __launch_bounds__(256) matmul_turn_f32(ARGUMENTS(float), int trans_a, int trans_b) {
+extern "C" __global__ void __launch_bounds__(256, 2) matmul_turn_f32(ARGUMENTS(float), int trans_a, int trans_b) {
     multiply_f32<InTurn>(PRODUCT(float), trans_a, trans_b);
 }
 

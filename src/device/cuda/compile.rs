@@ -131,18 +131,21 @@ impl Drop for Program {
     }
 }
 
-fn compile(file: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
-    let failed = |what: &str, detail: &str| {
-        Error::new(Kind::Other, format!("{what} of kernels/{file}.cu for {architecture} failed: {detail}"))
-            .remedy("use a CUDA version that knows this GPU (13.0 or newer), or run with --device cpu")
-    };
+/// A failure of the compiler at a file of kernels.
+fn failed(what: &str, file: &str, detail: &str) -> Error {
+    Error::new(Kind::Other, format!("{what} of kernels/{file}.cu failed: {detail}"))
+        .remedy("use a CUDA version that knows this GPU (13.0 or newer), or run with --device cpu")
+}
+
+/// The program, compiled down to machine code.
+fn build(file: &str, source: &str, options: &[String]) -> Result<Program> {
     let text = |text: &str| CString::new(text).expect("sources and names hold no NUL");
     let (c_source, c_name) = (text(source), text(&format!("{file}.cu")));
     let (names, headers): (Vec<CString>, Vec<CString>) = HEADERS.iter().map(|(name, header)| (text(name), text(header))).unzip();
     let pointers = |texts: &[CString]| texts.iter().map(|text| text.as_ptr()).collect::<Vec<*const c_char>>();
     let (name_pointers, header_pointers) = (pointers(&names), pointers(&headers));
     let mut program: sys::nvrtcProgram = std::ptr::null_mut();
-    // SAFETY: C strings and arrays of HEADERS.len() of them, all alive until the program is destroyed at the end of this function.
+    // SAFETY: C strings and arrays of HEADERS.len() of them, alive until the end of this function, after which nothing is compiled.
     let created = unsafe {
         sys::nvrtcCreateProgram(
             &mut program,
@@ -153,27 +156,38 @@ fn compile(file: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
             name_pointers.as_ptr(),
         )
     };
-    created.result().map_err(|error| failed("reading", &error.to_string()))?;
+    created.result().map_err(|error| failed("reading", file, &error.to_string()))?;
     let program = Program(program);
     // SAFETY: a live program.
-    if let Err(error) = unsafe { result::compile_program(program.0, &options(architecture)) } {
-        return Err(failed("compilation", &format!("{error}: {}", log_of(&program))));
+    if let Err(error) = unsafe { result::compile_program(program.0, options) } {
+        let detail = format!("{error} with {}: {}", options.join(" "), in_one_line(&log_of(&program)));
+        return Err(failed("compilation", file, &detail));
     }
+    Ok(program)
+}
+
+fn compile(file: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
+    let program = build(file, source, &options(architecture))?;
+    let failed = |error: result::NvrtcError| failed("assembly", file, &error.to_string());
     let mut size = 0;
     // SAFETY: a live, compiled program; writes one integer.
-    unsafe { sys::nvrtcGetCUBINSize(program.0, &mut size) }.result().map_err(|error| failed("assembly", &error.to_string()))?;
+    unsafe { sys::nvrtcGetCUBINSize(program.0, &mut size) }.result().map_err(failed)?;
     let mut code = vec![0u8; size];
     // SAFETY: the buffer has the size that was asked for.
-    unsafe { sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast()) }.result().map_err(|error| failed("assembly", &error.to_string()))?;
+    unsafe { sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast()) }.result().map_err(failed)?;
     Ok(code)
 }
 
-/// What the compiler said, on one line.
+/// What the compiler said.
 fn log_of(program: &Program) -> String {
     // SAFETY: a live program.
     let log = unsafe { result::get_program_log(program.0) }.unwrap_or_default();
     let bytes: Vec<u8> = log.iter().map(|&c| c as u8).collect();
-    let text = CStr::from_bytes_until_nul(&bytes).map(CStr::to_string_lossy).unwrap_or_default();
+    CStr::from_bytes_until_nul(&bytes).map(|text| text.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// The first lines of a text.
+fn in_one_line(text: &str) -> String {
     text.lines().filter(|line| !line.trim().is_empty()).take(6).collect::<Vec<_>>().join("; ")
 }
 
@@ -226,19 +240,35 @@ mod tests {
         check_present().is_ok()
     }
 
-    /// NVRTC, which knows no system headers and reads ours from memory, makes machine code with every kernel of every file; and
-    /// what it cannot compile is an error that names the place.
+    /// NVRTC, which knows no system headers and reads ours from memory, makes machine code with every kernel of every file, all of
+    /// whose values stay in registers (NVRTC and nvcc choose them differently: kernels that do not spill in one have in the other);
+    /// and what it cannot compile is an error that names the place.
     #[test]
-    fn every_source_compiles() {
+    fn every_source_compiles_without_spills() {
         if !nvrtc_is_here() {
             println!("skipped: no libnvrtc.so.13 (tests/run.sh installs it into .venv)");
             return;
         }
+        let options: Vec<String> = options("sm_90a").into_iter().chain(["--ptxas-options=-v".into()]).collect();
         for (file, source) in SOURCES {
-            let code = compile(file, source, "sm_90a").unwrap();
-            assert!(code.starts_with(b"\x7fELF"), "{file}");
-            assert!(source.contains("__global__"), "{file}");
+            let report = log_of(&build(file, source, &options).unwrap());
+            // ptxas says of each kernel: its name, then its spills.
+            let mut name = "";
+            let mut n_kernels = 0;
+            for line in report.lines() {
+                if let Some((_, rest)) = line.split_once("Function properties for ") {
+                    name = rest.trim();
+                } else if line.contains("spill stores") {
+                    n_kernels += 1;
+                    assert!(line.contains(" 0 bytes spill stores, 0 bytes spill loads"), "{file}: {name} spills: {line}");
+                }
+                let is_slow = ["serialized", "Performance Loss", "ignored", "warning"].iter().any(|word| line.contains(word));
+                assert!(!is_slow, "{file}: {line}");
+            }
+            assert!(n_kernels > 0, "{file}: {report}");
         }
+        let code = compile("adamw", SOURCES.iter().find(|(file, _)| *file == "adamw").unwrap().1, "sm_90a").unwrap();
+        assert!(code.starts_with(b"\x7fELF"));
         let error = compile("wrong", "extern \"C\" __global__ void f() { g(); }", "sm_90a").unwrap_err().to_string();
         assert!(error.contains("kernels/wrong.cu") && error.contains('g') && !error.contains('\n'), "{error}");
         let other = hash_of("a", "sm_90a");
