@@ -1,16 +1,14 @@
 // Squared ReLU and SwiGLU, forward and backward.
 // Grid: any number of blocks of 256 threads, each thread makes eight outputs at a time. Limited by memory.
 #include "rows.cuh"
-
-// max(x, 0), and NaN of NaN, which fmaxf would hide.
-__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
+#include "activation.cuh"
 
 // out = max(x, 0)^2
 template <class T> __device__ __forceinline__ void squared_relu(T* out, const T* x, long long n) {
     for_chunks(n, [&](long long at, long long left) {
         float value[CHUNK];
         load_chunk(value, x + at, left);
-        for (int i = 0; i < CHUNK; i++) value[i] = relu(value[i]) * relu(value[i]);
+        for (int i = 0; i < CHUNK; i++) value[i] = squared_relu_of(value[i]);
         store_chunk(out + at, value, left);
     });
 }
@@ -37,14 +35,12 @@ template <class T> __device__ __forceinline__ void load_pairs(float gate[CHUNK],
     }
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
 // out_i = silu(x_2i) x_2i+1
 template <class T> __device__ __forceinline__ void swiglu(T* out, const T* x, long long n) {
     for_chunks(n, [&](long long at, long long left) {
         float gate[CHUNK], up[CHUNK];
         load_pairs(gate, up, x + 2 * at, left);
-        for (int i = 0; i < CHUNK; i++) up[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        for (int i = 0; i < CHUNK; i++) up[i] = swiglu_of(gate[i], up[i]);
         store_chunk(out + at, up, left);
     });
 }
@@ -67,13 +63,19 @@ template <class T> __device__ __forceinline__ void swiglu_backward(T* dx, const 
 
 #define KERNELS(T, name)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(256) squared_relu_##name(T* out, const T* x, long long n) {                        \
+        after_predecessors();                                                                                                        \
         squared_relu(out, x, n);                                                                                                     \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(256) squared_relu_backward_##name(T* dx, const T* dout, const T* x, long long n) { \
+        after_predecessors();                                                                                                        \
         squared_relu_backward(dx, dout, x, n);                                                                                       \
     }                                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(256) swiglu_##name(T* out, const T* x, long long n) { swiglu(out, x, n); }         \
+    extern "C" __global__ void __launch_bounds__(256) swiglu_##name(T* out, const T* x, long long n) {                               \
+        after_predecessors();                                                                                                        \
+        swiglu(out, x, n);                                                                                                           \
+    }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(256) swiglu_backward_##name(T* dx, const T* dout, const T* x, long long n) {       \
+        after_predecessors();                                                                                                        \
         swiglu_backward(dx, dout, x, n);                                                                                             \
     }
 KERNELS(float, f32)

@@ -30,6 +30,7 @@ __device__ __forceinline__ void adamw(float* master, float* m, float* v, T* weig
     extern "C" __global__ void __launch_bounds__(256)                                                                                \
         adamw_##name(float* master, float* m, float* v, T* weight, const float* grad, long long n, float lr, float beta1, float beta2, \
                      float eps, float weight_decay, float m_scale, float v_scale, float grad_scale) {                               \
+        after_predecessors();                                                                                                       \
         adamw(master, m, v, weight, grad, n, lr, beta1, beta2, eps, weight_decay, m_scale, v_scale, grad_scale);                    \
     }
 KERNEL(float, f32)

@@ -299,11 +299,13 @@ template <class T, bool KEYS> __device__ __forceinline__ void backward_fma(const
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_dq_d##D##_bf16(bf16* dqkv, const bf16* dout, const float* delta, const float* lse, const bf16* qkv,                \
                                  const Tile* tiles, int n_tokens, int per_kv, int n_groups, float scale) {                           \
+        after_predecessors();                                                                                                        \
         dq_mma<D>(Backward<bf16>{dqkv, dout, delta, lse, qkv, n_tokens, per_kv, n_groups}, tiles[blockIdx.x], scale);                \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(256)                                                                                \
         attention_dkv_d##D##_bf16(bf16* dqkv, const bf16* dout, const float* delta, const float* lse, const bf16* qkv,               \
                                   const Tile* tiles, int n_tokens, int per_kv, int n_groups, float scale) {                          \
+        after_predecessors();                                                                                                        \
         dkv_mma<D>(Backward<bf16>{dqkv, dout, delta, lse, qkv, n_tokens, per_kv, n_groups}, tiles[blockIdx.x], scale);               \
     }
 BACKWARD_MMA(64)
@@ -314,11 +316,13 @@ BACKWARD_MMA(192)
     extern "C" __global__ void __launch_bounds__(128, 2)                                                                                \
         attention_##pass##_##suffix(T* dqkv, const T* dout, const float* delta, const float* lse, const T* qkv, const Tile* tiles,   \
                                     int n_tokens, int per_kv, int n_groups, int dim, float scale) {                                  \
+        after_predecessors();                                                                                                        \
         backward_fma<T, KEYS>(Backward<T>{dqkv, dout, delta, lse, qkv, n_tokens, per_kv, n_groups}, tiles[blockIdx.x], dim, scale);  \
     }
 #define DELTA(suffix, T)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_delta_##suffix(float* delta, const T* dout, const T* out, int n_tokens, int n_heads, int dim) {                    \
+        after_predecessors();                                                                                                        \
         row_dots<T>(delta, dout, out, n_tokens, n_heads, dim);                                                                       \
     }
 DELTA(f32, float)

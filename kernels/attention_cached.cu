@@ -4,8 +4,8 @@
 // bits whatever rows it was computed with.
 // append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads; "deep" with four stages of keys in the place of two,
 // where blocks are so few that each has a processor for itself. combine: grid (n_rows, G), 128 threads.
-// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 145, d128 186, d192 223,
-// fma 96; deep d64 143, 82944 bytes; d128 190, 156672; d192 220, 230400; append 40, combine 32, no shared memory. A decode fills only
+// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 151, d128 186, d192 226,
+// fma 96; deep d64 151, 82944 bytes; d128 186, 156672; d192 225, 230400; append 40, combine 32, no shared memory. A decode fills only
 // per_kv of the 64 rows of a tile.
 #include "attention_tile.cuh"
 
@@ -79,13 +79,26 @@ __device__ __forceinline__ Attend<T> over_cache(T* out, float* partial, float* p
                      n_groups};
 }
 
+// Keys and values that a block reads, hinted at before its queries are there.
+template <int D> __device__ __forceinline__ void hint_at_keys(const Attend<bf16>& how, const Item& item) {
+    for (int key = item.key_begin + threadIdx.x; key < item.key_end; key += blockDim.x) {
+        size_t at = tile_row(how, item, key) * how.stride;
+        hint_at(how.keys + at, D * sizeof(bf16));
+        hint_at(how.values + at, D * sizeof(bf16));
+    }
+}
+
 #define CACHED_MMA(name, D, STAGES)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, STAGES == 2 ? 2 : 1)                                                           \
-        attention_##name##_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,               \
+        attention_##name##_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,             \
                                      const bf16* values, const int* pages, const Item* items, int n_partial, int per_kv,             \
                                      int n_groups, float scale) {                                                                    \
-        attend_mma<D, STAGES>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D),               \
-                      items[blockIdx.x], scale);                                                                                     \
+        let_successor_come();                                                                                                        \
+        Item item = items[blockIdx.x];                                                                                               \
+        auto how = over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D);                  \
+        hint_at_keys<D>(how, item);                                                                                                  \
+        wait_for_predecessors();                                                                                                     \
+        attend_mma<D, STAGES>(how, item, scale);                                                                                     \
     }
 CACHED_MMA(cached, 64, 2)
 CACHED_MMA(cached, 128, 2)
@@ -99,16 +112,19 @@ CACHED_MMA(cached_deep, 192, 4)
         attention_cached_##suffix(T* out, float* partial, float* partial_lse, const T* qkv, const T* keys, const T* values,          \
                                   const int* pages, const Item* items, int n_partial, int per_kv, int n_groups, int dim,             \
                                   float scale) {                                                                                     \
+        after_predecessors();                                                                                                        \
         attend_fma<T>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, dim),             \
                       items[blockIdx.x], dim, scale);                                                                                \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
-        attention_append_##suffix(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {           \
+        attention_append_##suffix(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {          \
+        after_predecessors();                                                                                                        \
         append<T>(keys, values, qkv, tokens, per_kv, n_groups, dim);                                                                 \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_combine_##suffix(T* out, const float* partial, const float* partial_lse, const Combined* rows, int n_partial,      \
                                    int per_kv, int n_groups, int dim) {                                                              \
+        after_predecessors();                                                                                                        \
         combine<T>(out, partial, partial_lse, rows, n_partial, per_kv, n_groups, dim);                                               \
     }
 CACHED(f32, float)

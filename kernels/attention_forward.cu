@@ -15,6 +15,7 @@ __device__ __forceinline__ Attend<T> over_qkv(T* out, float* lse, const T* qkv, 
     extern "C" __global__ void __launch_bounds__(128, 2)                                                                              \
         attention_d##D##_bf16(bf16* out, float* lse, const bf16* qkv, const Item* items, int n_tokens, int per_kv, int n_groups,      \
                               float scale) {                                                                                         \
+        after_predecessors();                                                                                                           \
         attend_mma<D, 2>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, D), items[blockIdx.x], scale);                             \
     }
 ATTENTION_MMA(64)
@@ -24,6 +25,7 @@ ATTENTION_MMA(192)
 #define ATTENTION_FMA(name, T)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(128, 2)                                                                              \
         name(T* out, float* lse, const T* qkv, const Item* items, int n_tokens, int per_kv, int n_groups, int dim, float scale) {     \
+        after_predecessors();                                                                                                        \
         attend_fma<T>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, dim), items[blockIdx.x], dim, scale);                      \
     }
 ATTENTION_FMA(attention_f32, float)

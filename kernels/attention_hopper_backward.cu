@@ -289,6 +289,7 @@ __device__ __forceinline__ void key_gradients(bf16* dqkv, float* partial, const 
         attention_hopper_dq_d##D##_bf16(bf16* dqkv, const float* delta, const float* lse, const __grid_constant__ TensorMap queries, \
                                         const __grid_constant__ TensorMap douts, const __grid_constant__ TensorMap keys,             \
                                         const Tile* tiles, int n_tokens, int per_kv, float scale) {                                  \
+        after_predecessors();                                                                                                        \
         query_gradient<D, DQ_KEYS>(dqkv, delta, lse, queries, douts, keys, tiles[blockIdx.y], n_tokens, per_kv, scale);              \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                                             \
@@ -296,6 +297,7 @@ __device__ __forceinline__ void key_gradients(bf16* dqkv, float* partial, const 
                                          const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap queries,          \
                                          const __grid_constant__ TensorMap douts, const Tile* tiles, int n_tokens, int per_kv,       \
                                          int n_parts, float scale) {                                                                 \
+        after_predecessors();                                                                                                        \
         key_gradients<D, KEYS, QUERIES>(dqkv, partial, delta, lse, keys, queries, douts, tiles[blockIdx.y], n_tokens, per_kv,        \
                                         n_parts, scale);                                                                             \
     }
@@ -306,6 +308,7 @@ BACKWARD(192, 80, 64, 96)
 // Four elements of [T, G, 2 D] a thread.
 extern "C" __global__ void __launch_bounds__(256)
     attention_hopper_combine_bf16(bf16* dqkv, const float* partial, int n_tokens, int per_kv, int n_groups, int n_parts, int dim) {
+    after_predecessors();
     size_t n = (size_t)n_tokens * n_groups * 2 * dim, at = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
     if (at >= n) return;
     float4 sum = *(const float4*)(partial + at);

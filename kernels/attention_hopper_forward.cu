@@ -186,6 +186,7 @@ __device__ __forceinline__ void forward(bf16* out, float* lse, const TensorMap& 
         attention_hopper_d##D##_bf16(bf16* out, float* lse, const __grid_constant__ TensorMap queries,                               \
                                      const __grid_constant__ TensorMap keys, const Tile* tiles, int n_tokens, int per_kv,     \
                                      float scale) {                                                                                  \
+        after_predecessors();                                                                                                        \
         forward<D, CONSUMERS, KEYS, FEWER, MORE>(out, lse, queries, keys, tiles[blockIdx.y], n_tokens, per_kv, scale);               \
     }
 FORWARD(64, 512, 3, 128, 32, 160)

@@ -6,6 +6,7 @@
 
 // out[columns] += the groups of `n_pieces` rows in turn, the pieces of each in pairs; at most eight.
 extern "C" __global__ void __launch_bounds__(128) add_groups_f32(float* out, const float* rows, int n_groups, int n_pieces, int columns) {
+    after_predecessors();
     int at = (blockIdx.x * blockDim.x + threadIdx.x) * CHUNK;
     if (at >= columns) return;
     float total[CHUNK];
@@ -54,6 +55,7 @@ __device__ __forceinline__ void add_exactly(unsigned long long* words, double x)
 // words[WORDS] += the sums of squares, in f64, of each of `n_pieces` equal pieces of each row of x
 extern "C" __global__ void __launch_bounds__(256)
     square_pieces_f32(unsigned long long* words, const float* x, long long n_rows, int columns, int n_pieces) {
+    after_predecessors();
     __shared__ unsigned long long mine[WORDS];
     for (int i = threadIdx.x; i < WORDS; i += 256) mine[i] = 0;
     __syncthreads();
@@ -113,6 +115,7 @@ __device__ __forceinline__ void cross_entropy_pieces(float* sum, float* target_l
     extern "C" __global__ void __launch_bounds__(256)                                                                               \
         cross_entropy_pieces_##name(float* sum, float* target_logit, const T* logits, const float* max, const unsigned* targets,   \
                                     int columns, int first_row, int n_valid, int n_pieces) {                                       \
+        after_predecessors();                                                                                                       \
         cross_entropy_pieces(sum, target_logit, logits, max, targets, columns, first_row, n_valid, n_pieces);                       \
     }
 KERNEL(float, f32)

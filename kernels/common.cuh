@@ -59,7 +59,40 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the groups this thread committed are under way.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Work that is recorded (src/device/cuda/recording.rs) has each kernel come onto the device as soon as all blocks of the one before it
+// are there, not when they have ended (programmatic dependent launch, sm_90). Every kernel of this folder may be launched so. The rule,
+// which tests/kernels/dependent.rs holds to:
+//   all threads of every kernel wait, once, before they read what recorded work writes and before they write anything at all;
+//   before that they may hint at memory, and read what no recorded work writes: tables of the host. Weights are hinted at only,
+//   because whoever records may have changed them.
+// A wait ends when the kernel before has ended and all it wrote is seen. That one has waited too before it ended, so all work before it
+// has ended as well: the rule holds for chains because no kernel is left out. And since a kernel lets the next one come before it waits
+// itself, that one may begin before ANY of those before it has ended: what the last but one writes must not be read ahead either.
+// Where the launch does not ask for it neither does anything.
+__device__ __forceinline__ void let_successor_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// A hint: `bytes` from `at` on, both multiples of 16, will be read. They come to the L2 cache, where all processors see the same.
+__device__ __forceinline__ void hint_at(const void* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+#endif
+}
+#endif
+
+// The first statement of a kernel that does nothing ahead.
+__device__ __forceinline__ void after_predecessors() {
+    let_successor_come();
+    wait_for_predecessors();
+}
 
 // NVRTC has no <math.h>.
 #define MINUS_INFINITY (-__uint_as_float(0x7f800000u))

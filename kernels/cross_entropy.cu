@@ -65,16 +65,19 @@ __device__ __forceinline__ void cross_entropy_gradient(T* logits, const float* m
 
 #define KERNELS(T, name)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(512) cross_entropy_max_##name(float* max, const T* logits, int columns, int n_valid) { \
+        after_predecessors();                                                                                                        \
         cross_entropy_max(max, logits, columns, n_valid);                                                                            \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512)                                                                                \
         cross_entropy_sum_##name(float* sum, float* target_logit, const T* logits, const float* max, const unsigned* targets,       \
                                  int columns, int first_row, int n_valid) {                                                         \
+        after_predecessors();                                                                                                        \
         cross_entropy_sum(sum, target_logit, logits, max, targets, columns, first_row, n_valid);                                     \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512)                                                                                \
         cross_entropy_gradient_##name(T* logits, const float* max, const float* sum, const unsigned* targets, const float* weights, \
                                       int columns, int first_row, int n_valid) {                                                    \
+        after_predecessors();                                                                                                        \
         cross_entropy_gradient(logits, max, sum, targets, weights, columns, first_row, n_valid);                                     \
     }
 KERNELS(float, f32)

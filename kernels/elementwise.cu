@@ -37,18 +37,31 @@ template <class T> __device__ __forceinline__ void scale(T* x, long long n, floa
 constexpr int SQUARES = 4096;
 
 #define MIXED(O, out_name, T, name)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) copy_##out_name##_##name(O* out, const T* x, long long n) { copy(out, x, n); } \
-    extern "C" __global__ void __launch_bounds__(256) add_##out_name##_##name(O* x, const T* y, long long n) { add(x, y, n); }
+    extern "C" __global__ void __launch_bounds__(256) copy_##out_name##_##name(O* out, const T* x, long long n) {                    \
+        after_predecessors();                                                                                                        \
+        copy(out, x, n);                                                                                                             \
+    }                                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256) add_##out_name##_##name(O* x, const T* y, long long n) {                       \
+        after_predecessors();                                                                                                        \
+        add(x, y, n);                                                                                                                \
+    }
 MIXED(float, f32, float, f32)
 MIXED(float, f32, bf16, bf16)
 MIXED(bf16, bf16, float, f32)
 MIXED(bf16, bf16, bf16, bf16)
 
-extern "C" __global__ void __launch_bounds__(256) scale_f32(float* x, long long n, float factor) { scale(x, n, factor); }
-extern "C" __global__ void __launch_bounds__(256) scale_bf16(bf16* x, long long n, float factor) { scale(x, n, factor); }
+extern "C" __global__ void __launch_bounds__(256) scale_f32(float* x, long long n, float factor) {
+    after_predecessors();
+    scale(x, n, factor);
+}
+extern "C" __global__ void __launch_bounds__(256) scale_bf16(bf16* x, long long n, float factor) {
+    after_predecessors();
+    scale(x, n, factor);
+}
 
 // partial[block] = sum of x^2 over the block's 4096 elements
 extern "C" __global__ void __launch_bounds__(256) sum_squares_f32(double* partial, const float* x, long long n) {
+    after_predecessors();
     long long first = (long long)blockIdx.x * SQUARES;
     double sum = 0;
     for (int at = threadIdx.x * CHUNK; at < SQUARES; at += blockDim.x * CHUNK) {
@@ -62,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_squares_f32(double* partia
 
 // total[0] = sum of n partial sums; one block
 extern "C" __global__ void __launch_bounds__(1024) sum_partial_f64(double* total, const double* partial, long long n) {
+    after_predecessors();
     double sum = 0;
     for (long long i = threadIdx.x; i < n; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);

@@ -28,6 +28,7 @@ __device__ __forceinline__ void embed(T* out, const unsigned* tokens, const T* t
 
 // order[i] = index of the token that comes i-th by (row, index); those of other ranks first, as row -1.
 extern "C" __global__ void __launch_bounds__(256) embed_order_u32(int* order, const unsigned* tokens, int n, int first_row, int n_rows) {
+    after_predecessors();
     __shared__ int rows[256];
     int me = blockIdx.x * 256 + threadIdx.x, before = 0;
     int mine = me < n ? row_of(tokens[me], first_row, n_rows) : 0;
@@ -80,11 +81,13 @@ __device__ __forceinline__ void embed_backward(float* dtable, const T* dout, con
 #define KERNELS(T, name)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(256)                                                                                \
         embed_##name(T* out, const unsigned* tokens, const T* table, int columns, int first_row, int n_rows) {                      \
+        after_predecessors();                                                                                                        \
         embed(out, tokens, table, columns, first_row, n_rows);                                                                       \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         embed_backward_##name(float* dtable, const T* dout, const unsigned* tokens, const int* order, int n, int columns,          \
                               int first_row, int n_rows) {                                                                          \
+        after_predecessors();                                                                                                        \
         embed_backward(dtable, dout, tokens, order, n, columns, first_row, n_rows);                                                  \
     }
 KERNELS(float, f32)

@@ -3,6 +3,8 @@
 // the device with a full mask. Included by common.cuh under TRIREME_EMULATE.
 // So that a missing barrier or wait shows as a wrong result, blocks differ in their order: threads from the first or from the last;
 // warps side by side or any one as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
+// A launch can be made in two parts, `begin` and `finish`: what its threads do before they wait for the work before it, and the rest. So
+// what is read too early, and a wait that is missing, show too.
 // Threads that wait for what nobody does end the program with a line.
 // What depends on less than that (two lanes of a warp between two warp instructions) does not show. Nothing is said of speed.
 #pragma once
@@ -174,40 +176,127 @@ inline void run_block(int threads) {
     while (when_stuck && when_stuck());
 }
 
-// One launch; `kernel` calls the kernel with its arguments.
-inline void launch(Dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
-    std::unique_ptr<char[]> stacks(new char[threads * stack_bytes]); // not cleared
+// A block and all that is its own: the variables above while it runs, else here.
+struct Block {
+    std::unique_ptr<char[]> stacks;
+    std::vector<unsigned char> memory;
+    Dim3 at;
+    unsigned number;
+    Order order;
+    Barrier barrier;
+    std::vector<Barrier> warp_barriers;
+    std::vector<unsigned long long> slots;
+    std::vector<bool> ended;
+    std::vector<Wait> waits;
+    std::vector<Copies> copies;
+    std::vector<Fiber> fibers;
+
+    // Comes in where nothing is, goes out.
+    void change_places() {
+        std::swap(number, n_block);
+        std::swap(at, blockIdx);
+        std::swap(order, emulate::order);
+        std::swap(barrier, block_barrier);
+        warp_barriers.swap(emulate::warp_barriers);
+        slots.swap(emulate::slots);
+        ended.swap(emulate::ended);
+        waits.swap(emulate::waits);
+        copies.swap(emulate::copies);
+        fibers.swap(emulate::fibers);
+        shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
+    }
+};
+// A launch that was begun; `kernel` calls the kernel with its arguments.
+struct Launched {
+    Dim3 grid;
+    int threads;
+    size_t shared;
+    std::function<void()> kernel;
+    std::vector<Block> blocks;
+
+    void come_in() const {
+        shared_bytes = shared;
+        gridDim = grid;
+        blockDim = {threads, 1, 1};
+        body = kernel;
+    }
+};
+
+// Whether the work before has ended.
+inline bool have_ended;
+
+// Until each thread waits, at the latest for the work before.
+inline void begin(Launched& launch, Block& block, Dim3 at) {
+    int threads = launch.threads;
+    if (!block.stacks) block.stacks.reset(new char[threads * stack_bytes]); // not cleared
+    // Filled with NaN, so that a read of what was never written shows.
+    block.memory.assign(launch.shared + 16, 0xff);
+    unsigned bits = n_block % 16 ^ n_block / 16 % 16; // each order within 16 blocks, in another sequence each time
+    block.at = at;
+    block.number = n_block;
+    block.order = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+    block.warp_barriers.assign((threads + 31) / 32, {});
+    block.slots.assign(threads, 0);
+    block.ended.assign(threads, false);
+    block.waits.assign(threads, {});
+    block.copies.assign(threads, {});
+    block.fibers.resize(threads);
+    for (int i = 0; i < threads; i++) prepare(block.fibers[i], block.stacks.get() + i * stack_bytes);
+    block.change_places();
+    if (at_start) at_start(threads);
+    run_block(threads);
+    block.change_places();
+}
+// What at_start sets up is as new: nothing of it may be used before the wait.
+inline void go_on(const Launched& launch, Block& block) {
+    block.change_places();
+    if (at_start) at_start(launch.threads);
+    run_block(launch.threads);
+    block.change_places();
+}
+inline void check_end(const Block& block) {
+    for (int i = 0; i < block.ended.size(); i++) {
+        if (block.ended[i]) continue;
+        fprintf(stderr, "emulate: block %d %d, thread %d waits for ever: what it waits for does not come\n", block.at.x, block.at.y, i);
+        abort();
+    }
+}
+
+// Calls work(at) for each block of a grid.
+template <class Work> inline void for_blocks(Dim3 grid, Work work) {
     n_block = n_launches++;
-    // Filled with NaN below, so that a read of what was never written shows.
-    std::vector<unsigned char> memory(shared + 16);
-    shared_bytes = shared;
-    gridDim = grid;
-    blockDim = {threads, 1, 1};
-    body = kernel;
     for (int z = 0; z < grid.z; z++)
         for (int y = 0; y < grid.y; y++)
-            for (int x = 0; x < grid.x; x++, n_block++) {
-                blockIdx = {x, y, z};
-                unsigned bits = n_block % 16 ^ n_block / 16 % 16; // each order within 16 blocks, in another sequence each time
-                order = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
-                std::fill(memory.begin(), memory.end(), 0xff);
-                shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
-                block_barrier = {};
-                warp_barriers.assign((threads + 31) / 32, {});
-                slots.assign(threads, 0);
-                ended.assign(threads, false);
-                waits.assign(threads, {});
-                copies.assign(threads, {});
-                fibers.resize(threads);
-                if (at_start) at_start(threads);
-                for (int i = 0; i < threads; i++) prepare(fibers[i], stacks.get() + i * stack_bytes);
-                run_block(threads);
-                for (int i = 0; i < threads; i++) {
-                    if (ended[i]) continue;
-                    fprintf(stderr, "emulate: block %d %d, thread %d waits for ever: what it waits for does not come\n", x, y, i);
-                    abort();
-                }
-            }
+            for (int x = 0; x < grid.x; x++, n_block++) work(Dim3{x, y, z});
+}
+// The first part of a launch.
+inline void begin(Launched& launch) {
+    launch.come_in();
+    have_ended = false;
+    for_blocks(launch.grid, [&](Dim3 at) {
+        launch.blocks.emplace_back();
+        begin(launch, launch.blocks.back(), at);
+    });
+}
+// The second.
+inline void finish(Launched& launch) {
+    launch.come_in();
+    have_ended = true;
+    for (Block& block : launch.blocks) {
+        go_on(launch, block);
+        check_end(block);
+    }
+}
+// A whole launch.
+inline void launch(Dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
+    Launched launch{grid, threads, shared, kernel};
+    launch.come_in();
+    have_ended = true;
+    Block block;
+    for_blocks(grid, [&](Dim3 at) {
+        begin(launch, block, at);
+        check_end(block);
+    });
 }
 
 // What lane `from` of this warp holds.
@@ -275,6 +364,13 @@ inline uint4 load_once(const void* from) {
     uint4 all;
     memcpy(&all, from, sizeof all);
     return all;
+}
+inline void let_successor_come() {}
+inline void wait_for_predecessors() {
+    emulate::block_on({[](const emulate::Wait&) { return emulate::have_ended; }, nullptr, 0});
+}
+inline void hint_at(const void* at, int bytes) {
+    if (((size_t)at | bytes) % 16 || bytes <= 0) abort();
 }
 inline void cp_async_commit() {
     emulate::Copies& mine = emulate::copies[threadIdx.x];

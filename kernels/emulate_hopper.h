@@ -285,6 +285,7 @@ inline void mbarrier_wait(Mbarrier* barrier, int parity) {
 }
 
 inline void tensor_prefetch(const TensorMap*) {}
+inline void tensor_hint(const TensorMap*, int, int, int) {}
 inline void tensor_load(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {
     emulate::TensorCopy copy{{}, shared_address(to), {dim, head, token}, barrier};
     memcpy(&copy.map, map, sizeof copy.map);

@@ -141,20 +141,24 @@ template <class T> __device__ __forceinline__ void widen(T* out, const unsigned 
 
 #define FP8(T, name)                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(512) fp8_row_most_##name(float* most, const T* x, int columns) {                      \
+        after_predecessors();                                                                                                          \
         float largest = row_largest(x + (long long)blockIdx.x * columns, columns);                                                     \
         if (threadIdx.x == 0) most[blockIdx.x] = largest;                                                                              \
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                                  \
         fp8_column_most_##name(float* most, const T* x, int rows, int columns, int part_rows) {                                        \
+        after_predecessors();                                                                                                          \
         column_most(most, x, rows, columns, part_rows);                                                                                \
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(512)                                                                                  \
         fp8_quantise_##name(unsigned char* out, const float* scale, const T* x, int columns, int step) {                               \
+        after_predecessors();                                                                                                          \
         long long first = (long long)blockIdx.x * columns;                                                                             \
         quantise_row(out + first, scale[(long long)blockIdx.x * step], x + first, columns);                                            \
     }                                                                                                                                  \
     /* sizes, scales and codes of each row in one go: its second reading comes from the cache */                                       \
     extern "C" __global__ void __launch_bounds__(512) fp8_rows_##name(unsigned char* out, float* scale, const T* x, int columns) {      \
+        after_predecessors();                                                                                                          \
         long long first = (long long)blockIdx.x * columns;                                                                             \
         float by = scale_of(row_largest(x + first, columns));                                                                          \
         if (threadIdx.x == 0) scale[blockIdx.x] = by;                                                                                  \
@@ -162,10 +166,12 @@ template <class T> __device__ __forceinline__ void widen(T* out, const unsigned 
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256)                                                                                  \
         fp8_columns_##name(unsigned char* out, const float* scale, const T* x, int rows, int columns, int step) {                      \
+        after_predecessors();                                                                                                          \
         quantise_columns(out, scale, x, rows, columns, step);                                                                          \
     }                                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(512)                                                                                  \
         fp8_widen_##name(T* out, const unsigned char* codes, const float* scale, int columns, int step) {                              \
+        after_predecessors();                                                                                                          \
         widen(out, codes, scale, columns, step);                                                                                       \
     }
 FP8(float, f32)
@@ -173,12 +179,14 @@ FP8(bf16, bf16)
 
 // most[0] = the largest of n
 extern "C" __global__ void __launch_bounds__(512) fp8_most_f32(float* most, const float* of, int n) {
+    after_predecessors();
     float largest = row_largest(of, n);
     if (threadIdx.x == 0) most[0] = largest;
 }
 
 // most[i] = the largest of[part * n + i]
 extern "C" __global__ void __launch_bounds__(256) fp8_most_of_parts_f32(float* most, const float* of, int parts, int n) {
+    after_predecessors();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float largest = 0.0f;
@@ -188,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(256) fp8_most_of_parts_f32(float* m
 
 // scale[i], the largest size, becomes the scale
 extern "C" __global__ void __launch_bounds__(256) fp8_scale_f32(float* scale, int n) {
+    after_predecessors();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) scale[i] = scale_of(scale[i]);
 }

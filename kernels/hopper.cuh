@@ -55,6 +55,11 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity) {
                  : "memory");
 }
 
+// A hint: the box that begins there will be loaded.
+__device__ __forceinline__ void tensor_hint(const TensorMap* map, int dim, int head, int token) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(dim), "r"(head), "r"(token)
+                 : "memory");
+}
 __device__ __forceinline__ void tensor_prefetch(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -238,6 +238,7 @@ __device__ __forceinline__ void multiply(const Product<bf16>& p) {
 #define PRODUCT(T) Product<T>{out, out_is_bf16, accumulate, a, b, m, n, a_vectors, b_vectors, Pieces{starts, k, n_pieces}, pieces_of_part}
 #define MATMUL(name, threads, form, together, trans_a, trans_b)                                                     \
     extern "C" __global__ void __launch_bounds__(threads, 1) matmul_##name##_bf16(ARGUMENTS(bf16)) {     \
+        after_predecessors();                        \
         static_assert(form::THREADS == threads, ""); \
         multiply<form, together, trans_a, trans_b>(PRODUCT(bf16));                                         \
     }
@@ -328,9 +329,11 @@ template <template <int> class Together> __device__ __forceinline__ void multipl
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) matmul_pairs_f32(ARGUMENTS(float), int trans_a, int trans_b) {
+    after_predecessors();
     multiply_f32<InPairs>(PRODUCT(float), trans_a, trans_b);
 }
 extern "C" __global__ void __launch_bounds__(256, 2) matmul_turn_f32(ARGUMENTS(float), int trans_a, int trans_b) {
+    after_predecessors();
     multiply_f32<InTurn>(PRODUCT(float), trans_a, trans_b);
 }
 
@@ -347,8 +350,10 @@ template <class T> __device__ __forceinline__ void add_parts(T* out, const float
     });
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_add_f32(float* out, const float* parts, int n_parts, long long n) {
+    after_predecessors();
     add_parts(out, parts, n_parts, n);
 }
 extern "C" __global__ void __launch_bounds__(256) matmul_add_bf16(bf16* out, const float* parts, int n_parts, long long n) {
+    after_predecessors();
     add_parts(out, parts, n_parts, n);
 }

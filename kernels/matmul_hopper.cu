@@ -243,10 +243,22 @@ template <class F, Together HOW, bool TRANS_A, bool TRANS_B> __device__ __forcei
     }
 }
 
+// What fills the stages of `b`, hinted at before `a` is there: by one thread.
+template <class F> __device__ __forceinline__ void hint_at_weights(const Product& p, const TensorMap& b) {
+    Work<F> work(p);
+    int first = work.part() * p.pieces_of_part, at = p.pieces.begin(first), end = p.pieces.begin(first + p.pieces_of_part);
+    for (int i = 0; i < F::STAGES && at < end; i++, at += DEPTH) tensor_hint(&b, at, 0, work.place(p).column);
+}
+
 template <class F, Together HOW, bool TRANS_A, bool TRANS_B>
 __device__ __forceinline__ void multiply_all(const Product& p, const TensorMap& a, const TensorMap& b) {
     DYNAMIC_SHARED(memory);
     auto& stages = *(Stages<F>*)aligned_shared(memory);
+    let_successor_come();
+    // Few rows are those of a decode step: weights are most of what is read.
+    if constexpr (F::CONSUMERS == 1 && !TRANS_A && TRANS_B)
+        if (p.m <= F::ROWS && threadIdx.x == F::CONSUMER_THREADS) hint_at_weights<F>(p, b);
+    wait_for_predecessors();
     if (threadIdx.x == 0) {
         for (int i = 0; i < F::STAGES; i++) {
             mbarrier_init(&stages.here[i], 1);
@@ -290,6 +302,7 @@ MATMUL(small_turn_tn, 256, Small, IN_TURN, true, false)
 extern "C" __global__ void __launch_bounds__(256) matmul_hopper_space_bf16(bf16* to, const bf16* from, int k_outside, int n_lines,
                                                                            int to_columns, const int* starts, const int* to_starts,
                                                                            int n_pieces, int k, int to_k) {
+    after_predecessors();
     Pieces pieces{starts, k, n_pieces}, to_pieces{to_starts, to_k, n_pieces};
     // Where term `t` of `to` comes from; -1: it is a zero.
     auto source = [&](int t) {

@@ -121,6 +121,7 @@ __device__ __forceinline__ void norm_backward(T* dx, float* partial, const T* dy
 
 // dgain[columns] += and, unless null, dbias[columns] += the blocks' sums in order; a thread for each column.
 extern "C" __global__ void __launch_bounds__(128) norm_sum_f32(float* dgain, float* dbias, const float* partial, int n_blocks, int columns) {
+    after_predecessors();
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     float gain = 0, bias = 0;
@@ -137,16 +138,19 @@ extern "C" __global__ void __launch_bounds__(128) norm_sum_f32(float* dgain, flo
 #define KERNELS(T, name, V)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(512)                                                                                \
         norm_##V##_##name(T* out, float* stats, const T* x, const T* gain, const T* bias, int columns, int is_layer, float eps) {   \
+        after_predecessors();                                                                                                        \
         norm<T, V>(const_cast<T*>(x), nullptr, out, stats, gain, bias, columns, is_layer, eps);                                      \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512)                                                                                \
         add_norm_##V##_##name(T* x, const T* delta, T* out, float* stats, const T* gain, const T* bias, int columns, int is_layer,  \
                               float eps) {                                                                                          \
+        after_predecessors();                                                                                                        \
         norm<T, V>(x, delta, out, stats, gain, bias, columns, is_layer, eps);                                                        \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512)                                                                                \
         norm_backward_##V##_##name(T* dx, float* partial, const T* dy, const T* x, const T* gain, const float* stats, int n_rows,   \
                                    int columns, int rows_per_block, int is_layer) {                                                 \
+        after_predecessors();                                                                                                        \
         norm_backward<T, V>(dx, partial, dy, x, gain, stats, n_rows, columns, rows_per_block, is_layer);                             \
     }
 #define FORMS(T, name) KERNELS(T, name, 1) KERNELS(T, name, 2) KERNELS(T, name, 3) KERNELS(T, name, 5)

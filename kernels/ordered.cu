@@ -63,6 +63,7 @@ __device__ __forceinline__ void ordered_max(T* out, const T* own, const T* piece
 #define ORDERED(operation, T, name)                                                                                      \
     extern "C" __global__ void __launch_bounds__(256)                                                                    \
         operation##_##name(T* out, const T* own, const T* pieces, int rank, int n_pieces, long long stride, long long n) { \
+        after_predecessors();                                                                                            \
         operation(out, own, pieces, rank, n_pieces, stride, n);                                                          \
     }
 ORDERED(ordered_sum, float, f32)

@@ -267,11 +267,13 @@ __device__ __forceinline__ void sample_choose(Drawn* drawn, const T* logits, con
     extern "C" __global__ void __launch_bounds__(256)                                                                                \
         sample_bins_##name(u64* weights, unsigned* counts, double* partial, const T* logits, const float* max, const Draw* draws,    \
                            int columns, int n_valid, int part_columns) {                                                             \
+        after_predecessors();                                                                                                        \
         sample_bins(weights, counts, partial, logits, max, draws, columns, n_valid, part_columns);                                   \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512, 1)                                                                             \
         sample_choose_##name(Drawn* drawn, const T* logits, const float* max, const Draw* draws, const u64* weights,                 \
                              const unsigned* counts, const double* partial, int n_parts, int columns, int n_valid) {                 \
+        after_predecessors();                                                                                                        \
         sample_choose(drawn, logits, max, draws, weights, counts, partial, n_parts, columns, n_valid);                               \
     }
 KERNELS(float, f32)

@@ -45,6 +45,7 @@ mod operations {
     use trireme::device::cuda::Cuda;
     use trireme::device::cuda::backend::Algorithms;
     use trireme::device::{Activation, Device, Fp8Scales, Gemm};
+    use trireme::recipe::Mode;
     use trireme::tensor::{DType, Tensor};
 
     const BOTH: [DType; 2] = [DType::F32, DType::BF16];
@@ -137,7 +138,25 @@ mod operations {
     #[test]
     fn recorded_steps_see_new_values() {
         if let Some(cuda) = gpu_with(Algorithms::Fixed) {
-            decode_cases::check(&cuda, None, |_| {});
+            decode_cases::check(&cuda, decode_cases::How::PLAIN, |_| {});
+        }
+    }
+
+    /// The same in bf16, where recorded kernels follow each other and come onto the device before those before them have ended: in the
+    /// shortest order of sums and in the canonical one.
+    #[test]
+    fn recorded_kernels_may_come_early() {
+        for order in [Mode::Fast, Mode::Reproducible] {
+            let Some(cuda) = gpu_with(Algorithms::Fixed) else { return };
+            decode_cases::check(&cuda, decode_cases::How { dtype: DType::BF16, order, ..decode_cases::How::PLAIN }, |_| {});
+        }
+    }
+
+    /// What one launch does has the bits of the launches that it stands for.
+    #[test]
+    fn fused_operations_keep_their_bits() {
+        if let Some(cuda) = gpu_with(Algorithms::Fixed) {
+            decode_cases::fused::check(&cuda);
         }
     }
 

@@ -17,6 +17,8 @@ mod compile;
 #[path = "kernels/decode.rs"]
 mod decode;
 mod decode_cases;
+#[path = "kernels/dependent.rs"]
+mod dependent;
 #[path = "kernels/driver.rs"]
 mod driver;
 #[path = "kernels/emulator.rs"]

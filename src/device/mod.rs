@@ -361,8 +361,9 @@ pub trait Device: Send + Sync {
         false
     }
     /// Records the operations that `work` asks for without doing them; they must have been done before, once, on tensors of the same
-    /// shapes. They may neither move bytes between host and device nor return a number; collectives among them are those of a recordable
-    /// communicator. `None` where this brings nothing or cannot be done: then ask for them each time.
+    /// shapes. They may neither move bytes between host and device nor return a number, nor write positions that they rotate by;
+    /// collectives among them are those of a recordable communicator. `None` where this brings nothing or cannot be done: then ask for
+    /// them each time.
     fn record(&self, _work: &mut dyn FnMut()) -> Option<Box<dyn Recording>> {
         None
     }
@@ -479,8 +480,30 @@ pub trait Device: Send + Sync {
     /// sums a row's bits depend on its query and the keys and values that it sees only.
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads);
 
+    /// `rope` of qkv forward, then `attention_cached`: a pass over a cache.
+    #[allow(clippy::too_many_arguments)]
+    fn rope_attention_cached(
+        &self,
+        out: &mut Tensor,
+        qkv: &mut Tensor,
+        positions: &Tensor,
+        cache: &mut KvCache,
+        spans: &[CacheSpan],
+        heads: Heads,
+        how: Rope,
+    ) {
+        self.rope(qkv, positions, heads, how);
+        self.attention_cached(out, qkv, cache, spans, heads);
+    }
+
     /// out[T,F] = activation(x[T, F * inputs_per_output]).
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation);
+    /// out[T,F] = activation(x[T,H] w[F * inputs_per_output, H]^T), the product rounded to its dtype before: the bits of `gemm`, then
+    /// `activation`. raised[T, F * inputs_per_output] is room for the product; what is in it afterwards is unspecified.
+    fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
+        self.gemm(raised, x, w, Gemm::NT);
+        self.activation(out, raised, kind);
+    }
     /// dx assigned from dout[T,F]; x is the input of the activation.
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation);
 

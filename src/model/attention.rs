@@ -94,9 +94,8 @@ impl Attention {
     /// As `forward`, for new tokens of sequences whose past is in the cache.
     pub fn forward_cached(&self, ctx: &Ctx, x: &Tensor, positions: &Tensor, spans: &[CacheSpan], cache: &mut KvCache) -> ScratchTensor {
         let mut qkv = self.qkv.forward(ctx, x);
-        ctx.device.rope(&mut qkv, positions, self.heads, self.rope);
         let mut mixed = ctx.take(&[qkv.n_rows(), self.heads.query * self.heads.dim], qkv.dtype());
-        ctx.device.attention_cached(&mut mixed, &qkv, cache, spans, self.heads);
+        ctx.device.rope_attention_cached(&mut mixed, &mut qkv, positions, cache, spans, self.heads, self.rope);
         self.out.forward(ctx, &mixed)
     }
 }

@@ -197,7 +197,7 @@ impl Block {
         let (normed1, norm1) = self.attention_norm.forward(ctx, residual);
         let mixed = self.attention.forward_cached(ctx, &normed1, positions, spans, cache);
         let (normed2, norm2) = self.mlp_norm.forward(ctx, Residual::Sum { x: &norm1.x, delta: mixed });
-        let (delta, _) = self.mlp.forward(ctx, &normed2);
+        let delta = self.mlp.forward_only(ctx, &normed2);
         (norm2.x, delta)
     }
 }

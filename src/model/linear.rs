@@ -4,9 +4,10 @@
 
 use super::ctx::{Ctx, Inner};
 use super::fp8::Toward;
+use super::numerics::Numerics;
 use super::param::Param;
 use super::{fp8, packed};
-use crate::device::{Gemm, ScratchTensor};
+use crate::device::{Activation, Gemm, ScratchTensor};
 use crate::tensor::Tensor;
 
 /// y[T, O/tp] = x[T, I] W^T, W[O/tp, I]: each rank has a block of the outputs.
@@ -25,6 +26,20 @@ impl ColumnParallelLinear {
     /// x[T', I] -> y[T, O/tp].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
         column_forward(ctx, &self.weight, x)
+    }
+
+    /// The activation of what `forward` gives, x[T', I] -> [T, F/tp]: for passes without a backward.
+    pub fn forward_activated(&self, ctx: &Ctx, x: &Tensor, kind: Activation) -> ScratchTensor {
+        let (x, weight) = (ctx.gather_rows(x), &self.weight); // tp: [T', I] -> [T, I]
+        let [mut raised, mut y] = [1, kind.inputs_per_output()].map(|n| ctx.take(&[x.n_rows(), weight.slice.shape[0] / n], x.dtype()));
+        match (&weight.packed, &weight.scale, &weight.rounded, ctx.numerics) {
+            (None, None, None, Numerics::Fast) => ctx.device.gemm_activation(&mut y, &mut raised, &x, &weight.weight(), kind),
+            _ => {
+                multiply(ctx, &mut raised, &x, weight, Inner::Whole);
+                ctx.device.activation(&mut y, &raised, kind);
+            }
+        }
+        y
     }
 
     /// dx[T', I] assigned; the weight gradient accumulated. `x` is the input of the forward.

@@ -39,6 +39,11 @@ impl Mlp {
         (y, saved)
     }
 
+    /// The same, of which nothing is kept: x[T', H] -> y[T', H].
+    pub fn forward_only(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
+        self.down.forward(ctx, &self.up.forward_activated(ctx, x, self.activation))
+    }
+
     /// The part without weights, from the up projection's output: all that the backward needs.
     pub fn activate(&self, ctx: &Ctx, raised: ScratchTensor) -> MlpSaved {
         let mut activated = ctx.take(&[raised.n_rows(), raised.row_len() / self.activation.inputs_per_output()], raised.dtype());

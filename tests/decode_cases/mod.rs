@@ -2,6 +2,7 @@
 //! emulator and on a GPU.
 #![allow(dead_code)] // not every test program uses all
 
+pub mod fused;
 pub mod sample;
 
 use crate::common::models;
@@ -15,6 +16,7 @@ use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
 use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::recipe::Mode;
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -28,18 +30,37 @@ fn model() -> ModelConfig {
     ModelConfig { vocab_divisor: 8, rope_scaling, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, 16, 48, 61], MAX_TOKENS) }
 }
 
-/// A model, its weights E4M3 where that is asked for, with caches whose every row holds something.
-fn model_and_caches(device: &dyn Device, weights: Option<Fp8Scales>) -> (Chunk, Vec<KvCache>) {
+/// What steps are made with.
+#[derive(Clone, Copy)]
+pub struct How {
+    /// Storage.
+    pub dtype: DType,
+    /// Weights are E4M3.
+    pub weights: Option<Fp8Scales>,
+    /// Order of sums.
+    pub order: Mode,
+}
+
+impl How {
+    pub const PLAIN: How = How { dtype: DType::F32, weights: None, order: Mode::Fast };
+}
+
+/// A model with caches whose every row holds something.
+fn model_and_caches(device: &dyn Device, how: How) -> (Chunk, Vec<KvCache>) {
     let (layout, at) = (ParallelLayout::SINGLE, Coords { tp: 0, pp: 0, dp: 0 });
-    let mut chunk = Chunk::new(device, &model(), &layout, at, 0, DType::F32, Purpose::Inference).unwrap();
+    let mut chunk = Chunk::new(device, &model(), &layout, at, 0, how.dtype, Purpose::Inference).unwrap();
     chunk.initialise(device, 3);
-    weights.iter().for_each(|scales| chunk.pack(device, &Solo::new(), WeightFormat::Fp8(*scales)).unwrap());
+    how.weights.iter().for_each(|scales| chunk.pack(device, &Solo::new(), WeightFormat::Fp8(*scales)).unwrap());
     let mut caches = chunk.new_caches(device, PAGES).unwrap();
     let noise = Random::new(8, "caches");
     for (i, tensor) in caches.iter_mut().flat_map(|cache| [&mut cache.keys, &mut cache.values]).enumerate() {
         let n = tensor.n_elements() as u64;
         let values: Vec<f32> = (0..n).map(|j| noise.normal(i as u64 * n + j) as f32).collect();
-        device.upload(bytemuck::cast_slice(&values), tensor);
+        device.upload(
+            if how.dtype == DType::F32 { Tensor::from_f32(&[values.len()], &values) } else { Tensor::from_bf16(&[values.len()], &values) }
+                .bytes(),
+            tensor,
+        );
     }
     (chunk, caches)
 }
@@ -66,17 +87,18 @@ fn steps() -> Vec<Vec<CacheSpan>> {
 /// The step in which the third sequence fills a second share of keys.
 const OUTGROWN: usize = 5;
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
-    bytemuck::cast_slice(&tensor.host_bytes()).to_vec()
+fn bits(tensor: &Tensor) -> Vec<u8> {
+    tensor.host_bytes().to_vec()
 }
 
 /// A step asked for in one call has the bits, in its logits and in what it adds to the caches, of the same step asked for one by one.
 /// `after_step` is told whether the step was one that is asked for in one call.
-pub fn check(device: &Cuda, weights: Option<Fp8Scales>, mut after_step: impl FnMut(bool)) {
+pub fn check(device: &Cuda, how: How, mut after_step: impl FnMut(bool)) {
     let solo = Solo::new();
-    let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device, weights), model_and_caches(device, weights));
+    let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device, how), model_and_caches(device, how));
     let scratch = Scratch::new();
-    let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics: Numerics::Fast };
+    let numerics = if how.order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(device, 1) };
+    let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
     let mut decoder = Decoder::default();
     for (i, spans) in steps().iter().enumerate() {
         let tokens: Vec<u32> = (0..spans.len()).map(|row| ((7 * i + 13 * row) % 61) as u32).collect();

@@ -1,13 +1,15 @@
 //! Decode steps that were recorded: over the emulator, whose recordings run the kernels with the arguments of their time, and on the
 //! stand-ins of the driver.
 
-use crate::decode_cases;
+use crate::decode_cases::{self, How};
 use crate::driver::{inside, is_inside, stand_ins};
+use crate::emulator::{emulator, hopper};
 use crate::pooled::Pooled;
 use std::sync::Arc;
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::backend::Backend;
 use trireme::device::{Device, Fp8Scales};
+use trireme::recipe::Mode;
 use trireme::tensor::DType;
 
 /// A step asked for in one call reads the tokens, positions, slots and lengths of its time, not those it was recorded with: its logits
@@ -18,7 +20,7 @@ fn recorded_steps_see_new_values() {
     let Some(backend) = Pooled::new() else { return };
     let device = Cuda::with_backend(Arc::clone(&backend) as Arc<dyn Backend>);
     let mut n_replays = 0;
-    decode_cases::check(&device, None, |in_one_call| {
+    decode_cases::check(&device, How::PLAIN, |in_one_call| {
         n_replays += usize::from(in_one_call);
         assert_eq!(backend.n_replays(), n_replays);
     });
@@ -29,8 +31,28 @@ fn recorded_steps_see_new_values() {
 fn recorded_steps_see_new_values_with_fp8() {
     let Some(backend) = Pooled::new() else { return };
     let device = Cuda::with_backend(Arc::clone(&backend) as Arc<dyn Backend>);
-    decode_cases::check(&device, Some(Fp8Scales::Tensor), |_| {});
+    decode_cases::check(&device, How { weights: Some(Fp8Scales::Tensor), ..How::PLAIN }, |_| {});
     assert!(backend.n_replays() > 0);
+}
+
+/// The same in bf16, where a step is kernels from end to end: each does what it does ahead, up to three kernels before its turn, on what
+/// memory holds then (kernels/emulate.h). In the shortest order and in the canonical one, also with Hopper's own instructions.
+#[test]
+fn recorded_kernels_may_come_early() {
+    let (Some(backend), Some(hopper)) = (emulator(), hopper()) else { return };
+    for (backend, order) in [(&backend, Mode::Fast), (&backend, Mode::Reproducible), (&hopper, Mode::Reproducible)] {
+        let device = Cuda::with_backend(Arc::clone(backend) as Arc<dyn Backend>);
+        let begun = backend.n_begun();
+        decode_cases::check(&device, How { dtype: DType::BF16, order, ..How::PLAIN }, |_| {});
+        assert!(backend.n_begun() - begun > 100, "{} kernels began ahead", backend.n_begun() - begun);
+    }
+}
+
+/// What one launch does has the bits of the launches that it stands for.
+#[test]
+fn fused_operations_keep_their_bits() {
+    let Some(backend) = emulator() else { return };
+    decode_cases::fused::check(&Cuda::with_backend(backend));
 }
 
 fn record_on_the_device() {
@@ -67,5 +89,5 @@ fn the_driver_records_graphs() {
     let Some(()) = stand_ins(folder.path()) else { return };
     let log = inside(folder.path(), "decode::the_driver_records_graphs", &[]);
     let graphs: Vec<&String> = log.iter().filter(|line| line.contains("graph")).collect();
-    assert_eq!(graphs, ["graph of 2 calls", "graph launched", "graph launched", "graph ended"]);
+    assert_eq!(graphs, ["graph of 2 calls, 1 dependent", "graph launched", "graph launched", "graph ended"]);
 }

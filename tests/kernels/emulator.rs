@@ -2,7 +2,8 @@
 //!
 //! Each `kernels/*.cu` becomes a shared library on first use (g++ with TRIREME_EMULATE, kernels/emulate.h) and is kept under the
 //! hash of its text. Harder on the caller than a device: new memory is NaN, memory ends in guard bytes that are looked at after
-//! every launch, arguments must have the types the kernel declares, and sizes must be what a device accepts.
+//! every launch, arguments must have the types the kernel declares, and sizes must be what a device accepts. In recorded work each
+//! kernel that follows a kernel does what it does before its wait (kernels/common.cuh) while some of those before it have not begun.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -47,12 +48,26 @@ struct Map {
     boxes: [u32; 3],
 }
 type Wrapper = unsafe extern "C" fn(*const Launch) -> *const c_char;
+/// The first part of a launch alone, which is given out; the other part.
+type Begin = unsafe extern "C" fn(*const Launch, *mut *mut c_void) -> *const c_char;
+type Finish = unsafe extern "C" fn(*mut c_void);
 
-/// The kernels of one file.
-struct Library {
-    /// By name: the wrapper and the threads of `__launch_bounds__`.
-    kernels: HashMap<String, (Wrapper, u32)>,
+/// A kernel's wrappers and the threads of `__launch_bounds__`.
+#[derive(Clone, Copy)]
+struct Wrapped {
+    whole: Wrapper,
+    begin: Begin,
+    most_threads: u32,
 }
+
+/// The kernels of one file, by name.
+struct Library {
+    kernels: HashMap<String, Wrapped>,
+    finish: Finish,
+}
+
+/// Kernels that have begun while one before them has not.
+const BEGUN_AHEAD: usize = 3;
 
 /// Memory by its first address: bytes asked for.
 type Memory = BTreeMap<u64, usize>;
@@ -66,6 +81,7 @@ pub struct Emulator {
     tapes: Mutex<HashMap<ThreadId, Vec<Call>>>,
     graphs: Mutex<HashMap<u64, Vec<Call>>>,
     n_graphs: AtomicU64,
+    n_begun: AtomicU64,
 }
 
 /// A call that is recorded.
@@ -130,6 +146,69 @@ impl Emulator {
             let hit = guard.iter().position(|byte| *byte != POISON);
             assert!(hit.is_none(), "{}: wrote {name} memory of {bytes} bytes, byte {hit:?} of the guard", who());
         }
+    }
+
+    /// Calls `run` with a launch that a device would accept; panics with its complaint, if it has one.
+    fn launch_part(&self, kernel: &Kernel, grid: Grid, args: &[Arg], run: impl FnOnce(Wrapped, &Launch) -> *const c_char) {
+        let library = Emulator::library(kernel.file);
+        let who = || format!("kernels/{}.cu, {}", kernel.file, kernel.name);
+        let blocks = [grid.blocks.0, grid.blocks.1, grid.blocks.2];
+        let library = library.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let wrapped = *library.kernels.get(&kernel.name).unwrap_or_else(|| panic!("{}: there is no such kernel", who()));
+        let accepted = blocks.iter().all(|n| *n > 0) && blocks[0] < 1 << 31 && blocks[1].max(blocks[2]) <= MOST_BLOCKS;
+        let bound = wrapped.most_threads;
+        let fits = (1..=bound).contains(&grid.threads) && grid.shared_bytes <= MOST_SHARED_BYTES;
+        assert!(accepted && fits, "{}: {grid:?} with at most {bound} threads", who());
+        let maps: Vec<Option<Map>> = args.iter().map(|arg| self.map(arg)).collect();
+        let arguments: Vec<Argument> = args.iter().zip(&maps).map(argument).collect();
+        let launch = Launch {
+            blocks: blocks.map(|n| n as i32),
+            threads: grid.threads as i32,
+            shared_bytes: i64::from(grid.shared_bytes),
+            args: arguments.as_ptr(),
+            n_args: arguments.len() as i64,
+        };
+        self.check_all(args, &who);
+        let complaint = run(wrapped, &launch);
+        if !complaint.is_null() {
+            // SAFETY: a complaint is a C string in static memory of the library.
+            panic!("{}: {}", who(), unsafe { CStr::from_ptr(complaint) }.to_string_lossy());
+        }
+        self.check_all(args, &who);
+    }
+
+    /// The first part of a launch.
+    fn begin(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) -> *mut c_void {
+        self.n_begun.fetch_add(1, Ordering::Relaxed);
+        let mut begun = std::ptr::null_mut();
+        self.launch_part(kernel, grid, args, |wrapped, launch| {
+            // SAFETY: as of a whole launch; it copies the arguments and gives out what `finish` takes.
+            unsafe { (wrapped.begin)(launch, &mut begun) }
+        });
+        begun
+    }
+
+    /// Kernels of recorded work that began before their turn, so far.
+    pub fn n_begun(&self) -> u64 {
+        self.n_begun.load(Ordering::Relaxed)
+    }
+
+    /// The other part.
+    fn finish_launch(&self, kernel: &Kernel, args: &[Arg], begun: *mut c_void) {
+        let library = Emulator::library(kernel.file);
+        let library = library.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // SAFETY: of `begin` of the same library, once.
+        unsafe { (library.finish)(begun) };
+        self.check_all(args, &|| format!("kernels/{}.cu, {}", kernel.file, kernel.name));
+    }
+
+    /// `check` of all addresses.
+    fn check_all(&self, args: &[Arg], who: &dyn Fn() -> String) {
+        args.iter().for_each(|arg| {
+            if let Arg::Address(address) = arg {
+                self.check(*address, who)
+            }
+        });
     }
 
     /// Whether this thread records; then the call is kept.
@@ -255,38 +334,10 @@ impl Backend for Emulator {
         if self.is_kept(|| Call::Launch(kernel.clone(), grid, args.to_vec())) {
             return;
         }
-        let library = Emulator::library(kernel.file);
-        let who = || format!("kernels/{}.cu, {}", kernel.file, kernel.name);
-        let blocks = [grid.blocks.0, grid.blocks.1, grid.blocks.2];
-        let library = library.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let (wrapper, bound) = *library.kernels.get(&kernel.name).unwrap_or_else(|| panic!("{}: there is no such kernel", who()));
-        let accepted = blocks.iter().all(|n| *n > 0) && blocks[0] < 1 << 31 && blocks[1].max(blocks[2]) <= MOST_BLOCKS;
-        let fits = (1..=bound).contains(&grid.threads) && grid.shared_bytes <= MOST_SHARED_BYTES;
-        assert!(accepted && fits, "{}: {grid:?} with at most {bound} threads", who());
-        let maps: Vec<Option<Map>> = args.iter().map(|arg| self.map(arg)).collect();
-        let arguments: Vec<Argument> = args.iter().zip(&maps).map(argument).collect();
-        let launch = Launch {
-            blocks: blocks.map(|n| n as i32),
-            threads: grid.threads as i32,
-            shared_bytes: i64::from(grid.shared_bytes),
-            args: arguments.as_ptr(),
-            n_args: arguments.len() as i64,
-        };
-        let check_all = || {
-            args.iter().for_each(|arg| {
-                if let Arg::Address(address) = arg {
-                    self.check(*address, &who)
-                }
-            })
-        };
-        check_all();
-        // SAFETY: the wrapper takes exactly this struct; it reads the arguments only during the call.
-        let complaint = unsafe { wrapper(&launch) };
-        if !complaint.is_null() {
-            // SAFETY: a complaint is a C string in static memory of the library.
-            panic!("{}: {}", who(), unsafe { CStr::from_ptr(complaint) }.to_string_lossy());
-        }
-        check_all();
+        self.launch_part(kernel, grid, args, |wrapped, launch| {
+            // SAFETY: the wrapper takes exactly this struct; it reads the arguments only during the call.
+            unsafe { (wrapped.whole)(launch) }
+        });
     }
 
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm) {
@@ -361,12 +412,21 @@ impl Backend for Emulator {
 
     fn replay(&self, graph: Graph) {
         let calls = self.graphs.lock().expect("no panic while holding the graphs")[&graph.0].clone();
-        for call in calls {
+        let is_launch = |i: usize| matches!(calls.get(i), Some(Call::Launch(..)));
+        let mut begun = HashMap::new();
+        for (i, call) in calls.iter().enumerate() {
+            for ahead in (i + 1..=i + BEGUN_AHEAD).take_while(|ahead| is_launch(ahead - 1) && is_launch(*ahead)) {
+                let Call::Launch(kernel, grid, args) = &calls[ahead] else { unreachable!("a launch") };
+                begun.entry(ahead).or_insert_with(|| self.begin(kernel, *grid, args));
+            }
             match call {
-                Call::Launch(kernel, grid, args) => self.launch(&kernel, grid, &args),
-                Call::Gemm(out, a, b, how) => self.gemm(out, a, b, how),
-                Call::GemmFp8(out, a, b, scales) => self.gemm_fp8(out, a, b, scales),
-                Call::Zero(at, bytes) => self.zero(at, bytes),
+                Call::Launch(kernel, grid, args) => match begun.remove(&i) {
+                    Some(begun) => self.finish_launch(kernel, args, begun),
+                    None => self.launch(kernel, *grid, args),
+                },
+                Call::Gemm(out, a, b, how) => self.gemm(*out, *a, *b, *how),
+                Call::GemmFp8(out, a, b, scales) => self.gemm_fp8(*out, *a, *b, *scales),
+                Call::Zero(at, bytes) => self.zero(*at, *bytes),
             }
         }
     }
@@ -474,8 +534,18 @@ pub fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
 impl Library {
     fn open(file: &str) -> Library {
         let (path, kernels) = library_of(file);
-        let symbols = kernels.into_iter().map(|(name, bound)| (open_symbol(&path, &format!("launch_{name}")), (name, bound)));
-        Library { kernels: symbols.map(|(wrapper, (name, bound))| (name, (wrapper, bound))).collect() }
+        // SAFETY: wrapper.h defines them with these types.
+        let wrapped = |name: &str, most_threads: u32| unsafe {
+            Wrapped {
+                whole: std::mem::transmute::<*mut c_void, Wrapper>(open_symbol(&path, &format!("launch_{name}"))),
+                begin: std::mem::transmute::<*mut c_void, Begin>(open_symbol(&path, &format!("begin_{name}"))),
+                most_threads,
+            }
+        };
+        // SAFETY: as above.
+        let finish = unsafe { std::mem::transmute::<*mut c_void, Finish>(open_symbol(&path, "finish")) };
+        let kernels = kernels.into_iter().map(|(name, bound)| (name.clone(), wrapped(&name, bound))).collect();
+        Library { kernels, finish }
     }
 }
 
@@ -493,7 +563,7 @@ fn compile(file: &str, text: &str, path: &Path) {
     let _ = std::fs::remove_file(wrapper);
 }
 
-fn open_symbol(path: &Path, name: &str) -> Wrapper {
+fn open_symbol(path: &Path, name: &str) -> *mut c_void {
     let c_path = CString::new(path.to_str().expect("a path in UTF-8")).expect("a path without NUL");
     let c_name = CString::new(name).expect("a name without NUL");
     // SAFETY: both are C strings; the library is never closed, so its functions stay.
@@ -503,8 +573,7 @@ fn open_symbol(path: &Path, name: &str) -> Wrapper {
         libc::dlsym(library, c_name.as_ptr())
     };
     assert!(!symbol.is_null(), "{} has no {name}", path.display());
-    // SAFETY: WRAPPED of wrapper.h defines it with this type.
-    unsafe { std::mem::transmute::<*mut c_void, Wrapper>(symbol) }
+    symbol
 }
 
 /// What the panic of a launch says; None when it runs.

@@ -1,7 +1,7 @@
 //! What a train step of the shapes of benches/train_step.rs asks of a GPU, and how often the host waits for it: on a machine that does
-//! nothing, below what takes every call down.
+//! nothing, below what takes every call down; and what a decode step asks for.
 
-use crate::common::{counting_documents, tiny_recipe, write_megatron};
+use crate::common::{counting_documents, models, tiny_recipe, write_megatron};
 use crate::driver::{inside, is_inside, stand_ins};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -12,10 +12,14 @@ use trireme::device::ceiling::Ceiling;
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
 use trireme::device::cuda::profile::{Line, Profile, Seen};
-use trireme::device::{Device, Gemm};
+use trireme::device::{CacheSpan, Device, Gemm, Scratch};
+use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::metrics;
-use trireme::parallel::layout::ParallelLayout;
-use trireme::recipe::{Precision, Pretrain};
+use trireme::model::chunk::{Chunk, Purpose};
+use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
+use trireme::parallel::layout::{Coords, ParallelLayout};
+use trireme::recipe::{Mode, Precision, Pretrain};
 use trireme::tensor::DType;
 use trireme::train::pretrain::{self, Job};
 
@@ -184,6 +188,44 @@ fn a_train_step_waits_for_its_loss_and_its_norm() {
     assert_eq!((product.n, product.flops), (3 * MICROS, (3 * MICROS) as f64 * 2.0 * 16384.0 * 768.0 * 256.0));
     let text = three.to_string();
     assert!(text.contains("| gemm NT 16384 x 768 x 256, bf16 = bf16 bf16 | 6 | 0.006 |"), "{text}");
+}
+
+/// What a decode step of one sequence with keys for several shares asks for.
+fn decode_step(n_layers: usize, order: Mode) -> Seen {
+    let profile = Profile::over(Arc::new(Idle::default()));
+    let device = Cuda::with_backend(Arc::clone(&profile) as Arc<dyn Backend>);
+    let config = models::nemotron([n_layers, 256, 4, 2, 128, 768, 2048], 2048);
+    let (at, solo, scratch) = (Coords { tp: 0, pp: 0, dp: 0 }, Solo::new(), Scratch::new());
+    let chunk = Chunk::new(&device, &config, &ParallelLayout::SINGLE, at, 0, DType::BF16, Purpose::Inference).unwrap();
+    let mut caches = chunk.new_caches(&device, 32).unwrap();
+    let numerics = if order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(&device, 1) };
+    let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
+    let spans = [CacheSpan { rows: 0..1, past: 1800, pages: (0..29).collect() }];
+    let mut decoder = Decoder::default();
+    let mut step = || {
+        decoder.logits(&ctx, &chunk, &NewTokens { tokens: &[1], positions: &[1800], spans: &spans }, &mut caches);
+    };
+    step();
+    profile.begin();
+    step();
+    profile.end()
+}
+
+/// The launches of a layer of a decode step: each costs some microseconds of a step that reads a billion weights in half a thousand.
+#[test]
+fn a_decode_step_asks_for_few_kernels() {
+    let kernels = ["rope_append", "attention_cached_deep", "attention_combine"].map(|name| (name, 1));
+    let fast = [("add_norm", 2), ("gemv_1_bf16_bf16", 3), ("gemv_squared_relu_1", 1)];
+    let canonical = [("add_norm", 2), ("matmul_hopper_small_nt", 4), ("matmul_add", 2), ("squared_relu", 1)];
+    for (order, products) in [(Mode::Fast, &fast[..]), (Mode::Reproducible, &canonical[..])] {
+        let (one, three) = (decode_step(1, order), decode_step(3, order));
+        let each = |is: &dyn Fn(&str) -> bool| (count(&three.device, is) - count(&one.device, is)) / 2;
+        for (name, n) in kernels.iter().chain(products) {
+            assert_eq!(each(&|what| what.starts_with(name)), *n, "{name}: {three}");
+        }
+        let all: usize = kernels.iter().chain(products).map(|(_, n)| n).sum();
+        assert_eq!(each(&|_| true), all, "{three}");
+    }
 }
 
 fn profile_the_device() {

@@ -81,6 +81,7 @@ typedef struct {
 struct Capture {
     Node* nodes;
     int n, room, origin, has_entered[MOST_STREAMS];
+    int is_after_kernel[MOST_STREAMS], n_dependent; // kernels that may begin before the kernel they follow has ended
     long n_of[MOST_STREAMS], seen[MOST_STREAMS][MOST_STREAMS];
     Stream replayed[MOST_STREAMS]; // the streams of a launch but for the one it is launched into
 };
@@ -107,6 +108,7 @@ static Node* record(Stream* stream, Node node) {
     node.stream = stream->number;
     capture->seen[stream->number][stream->number] = ++capture->n_of[stream->number];
     capture->nodes[capture->n] = node;
+    capture->is_after_kernel[stream->number] = 0;
     return &capture->nodes[capture->n++];
 }
 static void ask_locked(Stream* stream, void (*run)(void*), const void* data, size_t bytes) {
@@ -204,7 +206,7 @@ int cuStreamEndCapture(Stream* stream, Capture** graph) {
     }
     n_captures--;
     *graph = capture;
-    TELL("graph of %d calls\n", capture->n);
+    TELL("graph of %d calls, %d dependent\n", capture->n, capture->n_dependent);
     return unjoined || stream->number != capture->origin ? UNJOINED : 0;
 }
 int cuGraphInstantiateWithFlags(Capture** executable, Capture* graph, unsigned long long flags) {
@@ -369,8 +371,24 @@ static void combine(void* data) {
 }
 // Without emulated libraries two kernels of elementwise.cu and those of ordered.cu are run. Of the others arguments 2.. are shown as two
 // matrices, a table, two ints and a float: those of attention on Hopper.
-int cuLaunchKernel(Function* of, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
-                   Stream* stream, void** args, void** extra) {
+typedef struct { int id; char pad[4]; union { char pad[64]; int allowed; } value; } Attribute;
+typedef struct { unsigned x, y, z, threads, ty, tz, shared; Stream* stream; Attribute* attributes; unsigned n; } Config;
+static int launch(Function* of, const Config* how, void** args);
+// The attribute 6, programmatic stream serialization: in a capture an edge of its kind leads from kernel to kernel.
+int cuLaunchKernelEx(const Config* how, Function* of, void** args, void** extra) {
+    if (how->n > 1 || how->n == 1 && (how->attributes->id != 6 || how->attributes->value.allowed != 1)) return INVALID;
+    Capture* capture = how->stream->capture;
+    if (capture && how->n) {
+        if (!capture->is_after_kernel[how->stream->number]) return INVALID;
+        capture->n_dependent++;
+    }
+    int failed = launch(of, how, args);
+    if (capture) capture->is_after_kernel[how->stream->number] = 1;
+    return failed;
+}
+static int launch(Function* of, const Config* how, void** args) {
+    unsigned x = how->x, y = how->y, z = how->z, threads = how->threads, ty = how->ty, tz = how->tz, shared = how->shared;
+    Stream* stream = how->stream;
     const char* function = of->name;
     if (of->run) {
         Emulated e = {of->run, {{x, y, z}, threads, shared, of->pack(args)}};

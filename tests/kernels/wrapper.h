@@ -39,20 +39,33 @@ template <class T> static bool unpack(T& to, const Argument& from, int at) {
     return true;
 }
 
-template <class... Types, size_t... At>
-static const char* run(const Launch& how, void (*kernel)(Types...), std::index_sequence<At...>) {
+// Calls `with` with what runs the kernel. Null, or what is wrong.
+template <class With, class... Types, size_t... At>
+static const char* unpacked(const Launch& how, void (*kernel)(Types...), std::index_sequence<At...>, With with) {
     if (how.n_args != sizeof...(Types)) {
         snprintf(complaint, sizeof complaint, "it has %zu arguments, the launch passes %lld", sizeof...(Types), how.n_args);
         return complaint;
     }
     std::tuple<Types...> args;
     if (!(unpack(std::get<At>(args), how.args[At], At) && ...)) return complaint;
-    emulate::launch({how.blocks[0], how.blocks[1], how.blocks[2]}, how.threads, how.shared_bytes,
-                    [&] { kernel(std::get<At>(args)...); });
+    with([=]() mutable { kernel(std::get<At>(args)...); });
     return nullptr;
 }
 template <class... Types> static const char* run(const Launch& how, void (*kernel)(Types...)) {
-    return run(how, kernel, std::index_sequence_for<Types...>());
+    return unpacked(how, kernel, std::index_sequence_for<Types...>(), [&](std::function<void()> call) {
+        emulate::launch({how.blocks[0], how.blocks[1], how.blocks[2]}, how.threads, how.shared_bytes, call);
+    });
+}
+// Its first part; the rest by `finish`.
+template <class... Types> static const char* begin(const Launch& how, emulate::Launched** begun, void (*kernel)(Types...)) {
+    return unpacked(how, kernel, std::index_sequence_for<Types...>(), [&](std::function<void()> call) {
+        *begun = new emulate::Launched{{how.blocks[0], how.blocks[1], how.blocks[2]}, how.threads, (size_t)how.shared_bytes, call};
+        emulate::begin(**begun);
+    });
+}
+extern "C" __attribute__((visibility("default"))) void finish(emulate::Launched* begun) {
+    emulate::finish(*begun);
+    delete begun;
 }
 
 // A launch as the driver gets it, without types: the arguments are taken out of what is pointed to, and run later. For stand_in.c.
@@ -76,5 +89,8 @@ template <class... Types> static void run_packed(const Packed& how, void (*kerne
 // Null when it ran, else why it cannot.
 #define WRAPPED(name)                                                                                                                \
     extern "C" __attribute__((visibility("default"))) const char* launch_##name(const Launch* how) { return run(*how, name); }       \
+    extern "C" __attribute__((visibility("default"))) const char* begin_##name(const Launch* how, emulate::Launched** begun) {       \
+        return begin(*how, begun, name);                                                                                             \
+    }                                                                                                                                \
     extern "C" __attribute__((visibility("default"))) void* pack_##name(void** args) { return pack(args, name); }                    \
     extern "C" __attribute__((visibility("default"))) void run_packed_##name(const Packed* how) { run_packed(*how, name); }

@@ -1,8 +1,8 @@
 //! The table's entries for attention: whole sequences, backward, and over the cache.
 
-use super::{Case, Init, Kind, Role, arg, assigned, exact, heads_of, input, updated};
+use super::{Case, Init, Kind, Role, arg, assigned, exact, heads_of, ids, input, updated};
 use crate::oracle::{self, AttentionGradient, HeadCounts, Near, near};
-use trireme::device::{CacheSpan, KvCache, PAGE_TOKENS};
+use trireme::device::{CacheSpan, Device, Direction, KvCache, PAGE_TOKENS, Rope};
 use trireme::tensor::{DType, Tensor};
 
 /// How much weights may be rounded before the second product of attention: to bf16 where that is the dtype under test.
@@ -71,24 +71,10 @@ pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
 /// Spans as (pages in common with the first, past, new tokens); their rows follow one another. The cache has the pages that they need, in
 /// no order.
 pub fn attention_cached(spans: &[(usize, usize, usize)], heads: HeadCounts) -> Case {
-    let h = heads_of(heads);
-    let own = |&(common, past, new): &(usize, usize, usize)| (past + new).div_ceil(PAGE_TOKENS) - common;
-    let n_pages = spans.iter().map(own).sum::<usize>().max(1);
-    let stride = (0..).map(|i| 2 * n_pages / 3 + i).find(|stride| *stride > 0 && gcd(*stride, n_pages) == 1).expect("a prime");
-    let mut taken = (0..n_pages).map(|i| ((i + 1) * stride % n_pages) as u32);
-    let mut first = 0;
-    let mut list: Vec<CacheSpan> = Vec::new();
-    for span in spans {
-        let &(common, past, new) = span;
-        assert!(common * PAGE_TOKENS <= past, "a page is written by two spans");
-        let shared = list.first().map_or(&[][..], |first| &first.pages[..common]);
-        let pages = shared.iter().copied().chain(taken.by_ref().take(own(span))).collect();
-        list.push(CacheSpan { rows: first..first + new, past, pages });
-        first += new;
-    }
+    let (h, (list, n_pages)) = (heads_of(heads), in_pages(spans));
     let pairs: usize = spans.iter().map(|(_, past, new)| past * new + new * (new + 1) / 2).sum();
     let cache_dims = [n_pages, PAGE_TOKENS, h.kv * h.dim];
-    let (t, oracle_list) = (first, list.clone());
+    let (t, oracle_list) = (spans.iter().map(|(_, _, new)| new).sum(), list.clone());
     Case {
         operation: "attention_cached",
         shape: format!("{} spans, {} pairs in {n_pages} pages, heads {heads:?}", spans.len(), pairs),
@@ -108,6 +94,44 @@ pub fn attention_cached(spans: &[(usize, usize, usize)], heads: HeadCounts) -> C
         oracle: Box::new(move |v, round| cached_oracle(v, &oracle_list, heads, weight_rounding(round))),
         flops: 4.0 * (pairs * h.query * h.dim) as f64,
     }
+}
+
+/// The same with the rotation of half of the dims before it. Its bits are those of the two calls (decode_cases/fused.rs), each of which
+/// has an oracle.
+pub fn rope_attention_cached(spans: &[(usize, usize, usize)], heads: HeadCounts) -> Case {
+    let (h, (list, _)) = (heads_of(heads), in_pages(spans));
+    let mut case = attention_cached(spans, heads);
+    let how = Rope { rotary_dims: h.dim / 2, base: 10000.0, scaling: None, direction: Direction::Forward };
+    case.args[3].role = Role::Updated;
+    case.args.push(ids(spans.iter().flat_map(|(_, past, new)| *past..past + new).collect()));
+    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
+        let [out, keys, values, qkv, positions] = tensors else { unreachable!() };
+        let none = || Tensor::nothing(&[1], DType::F32);
+        let mut cache = KvCache { keys: std::mem::replace(keys, none()), values: std::mem::replace(values, none()) };
+        device.rope_attention_cached(out, qkv, positions, &mut cache, &list, h, how);
+        (*keys, *values) = (cache.keys, cache.values);
+    };
+    let oracle = |_: &[Vec<f64>], _: &dyn Fn(f64) -> f64| unreachable!("it is for benches");
+    Case { operation: "rope_attention_cached", run: Box::new(run), oracle: Box::new(oracle), ..case }
+}
+
+/// Spans as above with their pages, and how many pages there are.
+fn in_pages(spans: &[(usize, usize, usize)]) -> (Vec<CacheSpan>, usize) {
+    let own = |&(common, past, new): &(usize, usize, usize)| (past + new).div_ceil(PAGE_TOKENS) - common;
+    let n_pages = spans.iter().map(own).sum::<usize>().max(1);
+    let stride = (0..).map(|i| 2 * n_pages / 3 + i).find(|stride| *stride > 0 && gcd(*stride, n_pages) == 1).expect("a prime");
+    let mut taken = (0..n_pages).map(|i| ((i + 1) * stride % n_pages) as u32);
+    let mut first = 0;
+    let mut list: Vec<CacheSpan> = Vec::new();
+    for span in spans {
+        let &(common, past, new) = span;
+        assert!(common * PAGE_TOKENS <= past, "a page is written by two spans");
+        let shared = list.first().map_or(&[][..], |first| &first.pages[..common]);
+        let pages = shared.iter().copied().chain(taken.by_ref().take(own(span))).collect();
+        list.push(CacheSpan { rows: first..first + new, past, pages });
+        first += new;
+    }
+    (list, n_pages)
 }
 
 fn gcd(a: usize, b: usize) -> usize {

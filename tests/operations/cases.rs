@@ -1,6 +1,6 @@
 //! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
 
-mod attention;
+pub mod attention;
 pub mod fp8;
 
 use crate::oracle::{self, HeadCounts, Near, Scaled, U, near};
@@ -28,6 +28,8 @@ pub enum Role {
     Assigned,
     /// Starts from its initial values.
     Updated,
+    /// Room for what nobody asks for.
+    Room,
 }
 
 /// Values out of those of arguments.
@@ -145,6 +147,30 @@ pub fn gemm(how: Gemm, (m, n, k): (usize, usize, usize), out: Kind) -> Case {
         oracle: Box::new(move |v, _| {
             let old = accumulate.then_some(&v[0][..]);
             vec![oracle::gemm(&v[1], &v[2], old, (m, n, k), (how.trans_a, how.trans_b))]
+        }),
+        flops: 2.0 * m as f64 * n as f64 * k as f64,
+    }
+}
+
+/// An up projection of m rows to f outputs of the activation.
+pub fn gemm_activation(kind: Activation, (m, f, k): (usize, usize, usize)) -> Case {
+    let n = f * kind.inputs_per_output();
+    Case {
+        operation: "gemm_activation",
+        shape: format!("{kind:?} [{m}, {f}, {k}]"),
+        args: vec![
+            assigned(&[m, f], Kind::Float),
+            input(&[m, k], 1.0),
+            input(&[n, k], 0.3),
+            arg(&[m, n], Kind::Float, Role::Room, Init::Random(1.0)),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [out, x, w, raised] = tensors else { unreachable!() };
+            device.gemm_activation(out, raised, x, w, kind);
+        }),
+        oracle: Box::new(move |v, round| {
+            let product = oracle::gemm(&v[1], &v[2], None, (m, n, k), (false, true));
+            vec![oracle::activation_of_rounded(&product, kind == Activation::Swiglu, oracle::unit_of(round))]
         }),
         flops: 2.0 * m as f64 * n as f64 * k as f64,
     }

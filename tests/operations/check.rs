@@ -11,8 +11,13 @@ pub const U_BF16: f64 = 1.0 / 256.0;
 
 /// Products of few rows in whole vectors, which have a kernel of their own on GPUs: less than it takes at a time, just as much, and more.
 pub fn few_row_gemm_cases() -> Vec<Case> {
-    let shapes = [(1, 37, 128), (2, 300, 1032), (3, 9, 8), (1, 5, 2048), (4, 21, 2056), (1, 64, 4104)];
-    shapes.into_iter().flat_map(|shape| [Kind::Float, Kind::F32].map(|out| cases::gemm(Gemm::NT, shape, out))).collect()
+    let shapes = [(1, 37, 128), (2, 300, 1032), (3, 9, 8), (1, 5, 2048), (4, 21, 2056), (1, 64, 4104), (2, 11, 8200), (1, 3, 18_432)];
+    let kinds = [Activation::SquaredRelu, Activation::Swiglu];
+    let activated = shapes
+        .into_iter()
+        .chain([(0, 4, 8), (5, 6, 8), (2, 3, 17)])
+        .flat_map(|shape| kinds.map(|kind| cases::gemm_activation(kind, shape)));
+    shapes.into_iter().flat_map(|shape| [Kind::Float, Kind::F32].map(|out| cases::gemm(Gemm::NT, shape, out))).chain(activated).collect()
 }
 
 pub fn gemm_cases() -> Vec<Case> {
@@ -186,6 +191,9 @@ pub fn worst(device: &dyn Device, case: &Case, dtype: DType) -> Result<f64, Stri
     for (at, arg) in case.args.iter().enumerate() {
         let label = format!("{} {} {dtype:?} on {}, argument {at}", case.operation, case.shape, device.name());
         let now = widened(&tensors[at]);
+        if arg.role == Role::Room {
+            continue;
+        }
         if arg.role == Role::Input {
             if now != before[at] {
                 return Err(format!("{label}: an input was changed"));

@@ -317,6 +317,28 @@ pub fn activation(x: &[f64], gated: bool) -> Vec<Near> {
     x.chunks_exact(2).map(one).map(|(y, relative)| near(y, relative * y.abs() + 1e-37)).collect()
 }
 
+/// Unit roundoff of the type that `round` rounds to: f32 or bf16.
+pub fn unit_of(round: &dyn Fn(f64) -> f64) -> f64 {
+    if round(1.0 + 2.0 * U) == 1.0 { 1.0 / 256.0 } else { U }
+}
+
+/// The activation of products that were stored with this unit roundoff before: what they are off by comes through the derivative, which
+/// is at most 2 |x| + error of x^2, and of silu 1.1.
+pub fn activation_of_rounded(x: &[Near], gated: bool, unit: f64) -> Vec<Near> {
+    let off = |x: &Near| x.bound + unit * (x.value.abs() + x.bound);
+    let values: Vec<f64> = x.iter().map(|x| x.value).collect();
+    let through: Vec<f64> = if gated {
+        let pair = |x: &[Near]| {
+            let (gate, up) = (off(&x[0]), off(&x[1]));
+            1.1 * gate * (x[1].value.abs() + up) + (x[0].value * sigmoid(x[0].value)).abs() * up
+        };
+        x.chunks_exact(2).map(pair).collect()
+    } else {
+        x.iter().map(|x| 2.0 * x.value.abs() * off(x) + off(x).powi(2)).collect()
+    };
+    activation(&values, gated).iter().zip(through).map(|(y, through)| near(y.value, 1.01 * (y.bound + through))).collect()
+}
+
 pub fn activation_backward(dout: &[f64], x: &[f64], gated: bool) -> Vec<Near> {
     if !gated {
         return x.iter().zip(dout).map(|(v, d)| 2.0 * v.max(0.0) * d).map(|y| near(y, 4.0 * U * y.abs())).collect();

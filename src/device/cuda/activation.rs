@@ -6,7 +6,8 @@ use super::grid::long;
 use crate::device::Activation;
 use crate::tensor::Tensor;
 
-fn name(kind: Activation) -> &'static str {
+/// In the names of kernels.
+pub(super) fn name(kind: Activation) -> &'static str {
     match kind {
         Activation::SquaredRelu => "squared_relu",
         Activation::Swiglu => "swiglu",

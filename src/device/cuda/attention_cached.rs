@@ -5,7 +5,7 @@
 use super::attention::{Form, Item, THREADS, blocks, int};
 use super::backend::{Arg, Grid, Kernel};
 use super::{Cuda, Workspace, assert_rows};
-use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
+use crate::device::{CacheSpan, Direction, Heads, KvCache, PAGE_TOKENS, Rope};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
@@ -229,25 +229,57 @@ impl Cuda {
         tables
     }
 
-    /// See `Device::attention_cached`.
-    pub(super) fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
+    /// The tables of a call after checking its shapes; None where it has no new token.
+    fn checked_tables(&self, out: &Tensor, qkv: &Tensor, cache: &KvCache, spans: &[CacheSpan], heads: Heads) -> Option<Arc<Tables>> {
         cache.assert_fits(qkv, spans, heads);
         assert_rows("attention_cached", &[qkv], qkv.n_rows(), heads.qkv_columns());
         assert_rows("attention_cached", &[out], qkv.n_rows(), heads.query * heads.dim);
         if spans.iter().all(|span| span.rows.is_empty()) {
-            return;
+            return None;
         }
         let shares = if self.is_recording() { Shares::to_record(spans) } else { Shares::Filled };
-        let tables = self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), n_pages: cache.keys.dims()[0], shares });
-        let [n_tokens, n_items, n_combined, n_partial] = tables.sizes;
+        Some(self.tables(Call { spans: spans.to_vec(), heads, dtype: qkv.dtype(), n_pages: cache.keys.dims()[0], shares }))
+    }
+
+    /// See `Device::attention_cached`.
+    pub(super) fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
+        let Some(tables) = self.checked_tables(out, qkv, cache, spans, heads) else { return };
+        let args = [Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values), Cuda::arg(qkv), tables.args()[2]];
+        let sizes = [heads.queries_per_kv(), heads.kv, heads.dim].map(|n| Arg::Int(int(n)));
+        let kernel = Kernel::of("attention_cached", "attention_append", qkv.dtype());
+        self.backend.launch(&kernel, Grid::line(tables.sizes[0], THREADS), &[&args[..], &sizes].concat());
+        self.attend_to_cache(out, qkv, cache, &tables);
+    }
+
+    /// See `Device::rope_attention_cached`: the rotation and the new rows of the cache are one launch.
+    pub(super) fn rope_attention_cached(
+        &self,
+        out: &mut Tensor,
+        qkv: &mut Tensor,
+        positions: &Tensor,
+        cache: &mut KvCache,
+        (spans, heads): (&[CacheSpan], Heads),
+        how: Rope,
+    ) {
+        let covers_rows = spans.iter().map(|span| span.rows.len()).sum::<usize>() == qkv.n_rows();
+        if !covers_rows || how.rotary_dims == 0 || how.direction != Direction::Forward {
+            self.rope(qkv, positions, heads, how);
+            return self.attention_cached(out, qkv, cache, spans, heads);
+        }
+        let Some(tables) = self.checked_tables(out, qkv, cache, spans, heads) else { return };
+        self.rope_append(qkv, positions, cache, (tables.args()[2], tables.sizes[0]), heads, how);
+        self.attend_to_cache(out, qkv, cache, &tables);
+    }
+
+    /// Attention over a cache that the new tokens are in.
+    fn attend_to_cache(&self, out: &mut Tensor, qkv: &Tensor, cache: &KvCache, tables: &Tables) {
+        let heads = tables.call.heads;
+        let [_, n_items, n_combined, n_partial] = tables.sizes;
         let (file, form) = ("attention_cached", Form::of(qkv.dtype(), heads));
-        let [partial, partial_lse, tokens, items, rows, pages] = tables.args();
+        let [partial, partial_lse, _, items, rows, pages] = tables.args();
         let group_sizes = [heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n)));
         let dim = Arg::Int(int(heads.dim));
-        let (keys, values) = (Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values));
-        let args = [&[keys, values, Cuda::arg(qkv), tokens], &group_sizes[..], &[dim]].concat();
-        self.backend.launch(&Kernel::of(file, "attention_append", form.dtype), Grid::line(n_tokens, THREADS), &args);
-
+        let (keys, values) = (Cuda::arg(&cache.keys), Cuda::arg(&cache.values));
         let n_partial = Arg::Int(int(n_partial));
         let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, n_partial];
         args.extend(group_sizes);

@@ -4,6 +4,7 @@
 
 mod copies;
 mod graphs;
+mod launch;
 mod queues;
 
 use super::arena::Arena;
@@ -25,6 +26,8 @@ use std::sync::{Arc, Mutex};
 const CUDA_VERSION: c_int = 13_000;
 /// Dynamic shared memory that a kernel has without asking for more.
 const SHARED_BYTES_UNASKED: u32 = 48 * 1024;
+/// Set to 0, recorded kernels begin when the one before them has ended: to compare with.
+const DEPENDENT_LAUNCH: &str = "TRIREME_DEPENDENT_LAUNCH";
 const WITHOUT_GPU: &str = "run with --device cpu, or on a node with GPUs";
 
 /// A loaded kernel.
@@ -50,6 +53,8 @@ pub struct Driver {
     capability: (i32, i32),
     processors: usize,
     architecture: String,
+    /// Recorded kernels may come onto the device before the one before them has ended.
+    overlaps_kernels: bool,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
     functions: Mutex<HashMap<Kernel, Function>>,
     maps: TensorMaps,
@@ -99,6 +104,11 @@ fn architecture((major, minor): (i32, i32)) -> String {
     if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") }
 }
 
+/// Whether the device can (from Hopper on) and may.
+fn overlaps_kernels((major, _): (i32, i32)) -> bool {
+    major >= 9 && std::env::var_os(DEPENDENT_LAUNCH).is_none_or(|value| value != "0")
+}
+
 impl Driver {
     /// GPU `ordinal`, below [`count`].
     pub fn open(ordinal: usize, algorithms: Algorithms) -> Result<Driver> {
@@ -135,6 +145,7 @@ impl Driver {
             capability,
             processors,
             architecture,
+            overlaps_kernels: overlaps_kernels(capability),
             modules: Mutex::default(),
             functions: Mutex::default(),
             maps: TensorMaps::default(),
@@ -160,6 +171,7 @@ impl Driver {
 
     /// A product on the compute stream, its algorithm measured first where that is wanted and can be.
     fn multiply(&self, asked: &Asked) {
+        self.capture.other_work();
         self.call(&|| "a matrix product".into(), || Ok(()));
         let on = On { stream: self.queues.of(Stream::Compute).cast(), workspace: self.workspace };
         if !self.capture.is_on() && self.blas.is_unmeasured(asked) {
@@ -316,6 +328,7 @@ impl Backend for Driver {
     }
 
     fn zero(&self, at: u64, bytes: usize) {
+        self.capture.other_work();
         // SAFETY: the caller's memory on the device.
         self.call(&|| format!("zeroing {bytes} bytes"), || unsafe {
             result::memset_d8_async(at, 0, bytes, self.queues.of(Stream::Compute))
@@ -324,6 +337,7 @@ impl Backend for Driver {
 
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]) {
         let function = self.function(kernel, grid.shared_bytes);
+        let is_dependent = self.capture.kernel() && self.overlaps_kernels;
         let mut values: Vec<u64> = args.iter().map(bits).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
         let is_map = |arg: &Arg| if let Arg::Map(map) = arg { Some(*map) } else { None };
@@ -332,12 +346,10 @@ impl Backend for Driver {
         let of_maps = args.iter().zip(&mut pointers).filter(|(arg, _)| is_map(arg).is_some());
         of_maps.for_each(|(_, pointer)| *pointer = encoded.next().expect("one a matrix"));
         self.call(&|| format!("launching {} of kernels/{}.cu, {grid:?}", kernel.name, kernel.file), || {
-            let threads = (grid.threads, 1, 1);
             // SAFETY: a loaded kernel; the arguments are read during the call; that they are the kernel's, in number and type, the
-            // tests see to by running every launcher over an emulator that knows the kernels' types.
-            unsafe {
-                result::launch_kernel(function, grid.blocks, threads, grid.shared_bytes, self.queues.of(Stream::Compute), &mut pointers)
-            }
+            // tests see to by running every launcher over an emulator that knows the kernels' types. It waits for the work before it
+            // by itself, as every kernel does (tests/kernels/dependent.rs).
+            unsafe { launch::kernel(function, grid, self.queues.of(Stream::Compute), &mut pointers, is_dependent) }
         });
     }
 
@@ -351,10 +363,12 @@ impl Backend for Driver {
     }
 
     fn record(&self, stream: Stream) -> Event {
+        self.capture.other_work();
         Event(self.call(&|| format!("an event on {stream:?}"), || self.queues.record(stream)) as u64)
     }
 
     fn wait(&self, stream: Stream, event: Event) {
+        self.capture.other_work();
         self.call(&|| format!("{stream:?} waiting for an event"), || self.queues.wait(stream, event.0 as sys::CUevent));
     }
 
@@ -373,6 +387,7 @@ impl Backend for Driver {
     }
 
     fn mark(&self) -> Event {
+        self.capture.other_work();
         Event(self.call(&|| "reading the clock".into(), || self.queues.mark()) as u64)
     }
 
@@ -386,6 +401,8 @@ impl Backend for Driver {
     }
 
     fn handle(&self, stream: Stream) -> Option<u64> {
+        // Whoever has it asks for what this does not see.
+        self.capture.other_work();
         self.call(&|| "making the device current".into(), || Ok(()));
         Some(self.queues.of(stream) as u64)
     }

@@ -6,8 +6,8 @@ mod hopper;
 
 use super::backend::{Arg, Grid, Kernel, Matrix};
 use super::grid::{CHUNK, int, long};
-use super::{Cuda, Workspace};
-use crate::device::{Gemm, Store};
+use super::{Cuda, Workspace, activation};
+use crate::device::{Activation, Gemm, Store};
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
 
@@ -29,8 +29,19 @@ fn sizes_of((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> (usize, usize,
 
 /// Most rows that kernels/gemv.cu multiplies: with more its arithmetic takes longer than its reads.
 const FEW_ROWS: usize = 4;
-/// Rows of the matrix, and so outputs, of one of its blocks.
+/// Warps of one of its blocks.
 const GEMV_WARPS: usize = 8;
+/// Terms of a row that a warp has under way at one time.
+const GEMV_TERMS: usize = 2048;
+
+/// Warps among which the terms of a row are divided. Of k alone, so that an output has the same bits whatever else is computed.
+fn gemv_parts(k: usize) -> usize {
+    match k / GEMV_TERMS {
+        0 | 1 => 1,
+        2 | 3 => 2,
+        _ => 4,
+    }
+}
 
 /// Whether kernels/gemv.cu takes the product.
 fn is_of_few_rows((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> bool {
@@ -39,11 +50,25 @@ fn is_of_few_rows((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> bool {
 }
 
 impl Cuda {
-    /// out[m, n] = a[m, k] b[n, k]^T of at most FEW_ROWS rows.
-    fn multiply_few_rows(&self, (c, a, b): (Matrix, Matrix, Matrix), (m, n, k): (usize, usize, usize)) {
-        let kernel = Kernel::of("gemv", &format!("gemv_{m}_{}", c.dtype.name()), DType::BF16);
-        let [c, a, b] = [c, a, b].map(|x| Arg::Address(x.address));
-        self.backend.launch(&kernel, Grid::line(n.div_ceil(GEMV_WARPS), 32 * GEMV_WARPS as u32), &[c, a, b, int(n), int(k)]);
+    /// out[m, n] = a[m, k] b[n, k]^T of at most FEW_ROWS rows, by the kernel of this name.
+    fn multiply_few_rows(&self, name: &str, [out, a, b]: [Arg; 3], n: usize, k: usize) {
+        let parts = gemv_parts(k);
+        let grid = Grid::line(n.div_ceil(GEMV_WARPS / parts), 32 * GEMV_WARPS as u32);
+        self.backend.launch(&Kernel::of("gemv", name, DType::BF16), grid, &[out, a, b, int(n), int(k), int(parts)]);
+    }
+
+    /// See `Device::gemm_activation`: one launch for few rows.
+    pub(super) fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
+        let (c, a, b) = (matrix(raised), matrix(x), matrix(w));
+        let (m, n, k) = sizes_of((&c, &a, &b), Gemm::NT);
+        let fits = out.n_rows() == m && out.row_len() * kind.inputs_per_output() == n && out.dtype() == c.dtype;
+        assert!(fits, "gemm_activation to {out:?} over {raised:?}");
+        if m > 0 && n > 0 && c.dtype == DType::BF16 && is_of_few_rows((&c, &a, &b), Gemm::NT) {
+            let name = format!("gemv_{}_{m}", activation::name(kind));
+            return self.multiply_few_rows(&name, [Cuda::arg_mut(out), Cuda::arg(x), Cuda::arg(w)], n, k);
+        }
+        self.gemm(raised, x, w, Gemm::NT);
+        self.activation(out, raised, kind);
     }
 
     /// See `Device::gemm`.
@@ -54,7 +79,8 @@ impl Cuda {
             return;
         }
         if is_of_few_rows((&c, &a, &b), how) {
-            self.multiply_few_rows((c, a, b), (m, n, k));
+            let name = format!("gemv_{m}_{}", c.dtype.name());
+            self.multiply_few_rows(&name, [c, a, b].map(|x| Arg::Address(x.address)), n, k);
         } else if k > 0 {
             self.backend.gemm(c, a, b, how);
         } else if how.out == Store::Assign {

@@ -184,8 +184,25 @@ impl Device for Cuda {
         self.attention_cached(out, qkv, cache, spans, heads);
     }
 
+    fn rope_attention_cached(
+        &self,
+        out: &mut Tensor,
+        qkv: &mut Tensor,
+        positions: &Tensor,
+        cache: &mut KvCache,
+        spans: &[CacheSpan],
+        heads: Heads,
+        how: Rope,
+    ) {
+        self.rope_attention_cached(out, qkv, positions, cache, (spans, heads), how);
+    }
+
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation) {
         self.activation(out, x, kind);
+    }
+
+    fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
+        self.gemm_activation(out, raised, x, w, kind);
     }
 
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation) {

@@ -4,25 +4,52 @@
 use super::backend::{Arg, Grid, Kernel};
 use super::grid::int;
 use super::{Cuda, Workspace, assert_rows};
-use crate::device::{Direction, Heads, Rope};
+use crate::device::{Direction, Heads, KvCache, Rope};
 use crate::tensor::Tensor;
+
+fn assert_rope(qkv: &Tensor, positions: &Tensor, heads: Heads, how: Rope) {
+    assert_rows("rope", &[qkv], qkv.n_rows(), heads.qkv_columns());
+    assert!(how.rotary_dims % 2 == 0 && how.rotary_dims <= heads.dim, "rope of {} dims of {heads:?}", how.rotary_dims);
+    assert_eq!(positions.n_elements(), qkv.n_rows(), "rope of {qkv:?} with {positions:?}");
+}
+
+/// A block for each token, with room for cos and sin of its angles.
+fn grid(n_tokens: usize, half: usize) -> Grid {
+    Grid { shared_bytes: (2 * half * size_of::<f32>()) as u32, ..Grid::line(n_tokens, 256) }
+}
 
 impl Cuda {
     /// See `Device::rope`.
     pub(super) fn rope(&self, qkv: &mut Tensor, positions: &Tensor, heads: Heads, how: Rope) {
+        assert_rope(qkv, positions, heads, how);
         let (n_tokens, half) = (qkv.n_rows(), how.rotary_dims / 2);
-        assert_rows("rope", &[qkv], n_tokens, heads.qkv_columns());
-        assert!(how.rotary_dims % 2 == 0 && how.rotary_dims <= heads.dim, "rope of {} dims of {heads:?}", how.rotary_dims);
-        assert_eq!(positions.n_elements(), n_tokens, "rope of {qkv:?} with {positions:?}");
         if n_tokens == 0 || half == 0 {
             return;
         }
-        let grid = Grid { shared_bytes: (2 * half * size_of::<f32>()) as u32, ..Grid::line(n_tokens, 256) };
         let sizes = [heads.queries_per_kv(), heads.kv, heads.dim, half].map(int);
         let mut args = vec![Cuda::arg_mut(qkv), Cuda::arg(positions), self.rope_frequencies(how).arg()];
         args.extend(sizes);
         args.extend([Arg::Double(how.attention_factor()), Arg::Float(if how.direction == Direction::Forward { 1.0 } else { -1.0 })]);
-        self.backend.launch(&Kernel::of("rope", "rope", qkv.dtype()), grid, &args);
+        self.backend.launch(&Kernel::of("rope", "rope", qkv.dtype()), grid(n_tokens, half), &args);
+    }
+
+    /// Rotates forward, and writes keys and values of so many tokens, rows of qkv and of the cache in a table, to the cache.
+    pub(super) fn rope_append(
+        &self,
+        qkv: &mut Tensor,
+        positions: &Tensor,
+        cache: &mut KvCache,
+        (tokens, n_tokens): (Arg, usize),
+        heads: Heads,
+        how: Rope,
+    ) {
+        assert_rope(qkv, positions, heads, how);
+        let half = how.rotary_dims / 2;
+        let (keys, values) = (Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values));
+        let mut args = vec![Cuda::arg_mut(qkv), keys, values, Cuda::arg(positions), self.rope_frequencies(how).arg(), tokens];
+        args.extend([heads.queries_per_kv(), heads.kv, heads.dim, half].map(int));
+        args.push(Arg::Double(how.attention_factor()));
+        self.backend.launch(&Kernel::of("rope", "rope_append", qkv.dtype()), grid(n_tokens, half), &args);
     }
 
     /// f64[rotary_dims / 2].

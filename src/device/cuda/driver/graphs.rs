@@ -3,10 +3,12 @@
 use cudarc::driver::{DriverError, result, sys};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether the compute stream is being captured.
+/// Whether the compute stream is being captured, and after what.
 #[derive(Default)]
 pub struct Capture {
     is_on: AtomicBool,
+    /// The last that was captured is a kernel of ours.
+    is_after_kernel: AtomicBool,
 }
 
 impl Capture {
@@ -20,12 +22,24 @@ impl Capture {
         assert!(!self.is_on(), "{what} while work is recorded");
     }
 
+    /// A kernel of ours is captured next. Whether the one before it is one too, with nothing between them: then it may come onto the
+    /// device before that one has ended (kernels/common.cuh). An edge of this kind leads from kernel to kernel only.
+    pub fn kernel(&self) -> bool {
+        self.is_on() && self.is_after_kernel.swap(true, Ordering::Relaxed)
+    }
+
+    /// Something else is, or may be.
+    pub fn other_work(&self) {
+        self.is_after_kernel.store(false, Ordering::Relaxed);
+    }
+
     /// Begins to capture. The context must be current, here and below.
     pub fn begin(&self, stream: sys::CUstream) -> Result<(), DriverError> {
         // Relaxed: memory may be asked for meanwhile, which in the other modes spoils the capture.
         // SAFETY: a live stream.
         unsafe { result::stream::begin_capture(stream, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED) }?;
         self.is_on.store(true, Ordering::Relaxed);
+        self.other_work();
         Ok(())
     }
 

@@ -1,0 +1,95 @@
+//! Operations of decode steps that are one launch, against the launches that they stand for: the same bits.
+
+use crate::cases;
+use crate::oracle::HeadCounts;
+use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, Heads, KvCache, PAGE_TOKENS, Rope};
+use trireme::rng::Random;
+use trireme::tensor::{DType, Tensor};
+
+/// A tensor of noise; `which` tells it from others.
+fn noise(device: &dyn Device, dims: &[usize], dtype: DType, which: u64) -> Tensor {
+    let random = Random::new(which, "fused");
+    let values: Vec<f32> = (0..dims.iter().product::<usize>() as u64).map(|i| random.normal(i) as f32).collect();
+    let host = if dtype == DType::BF16 { Tensor::from_bf16(dims, &values) } else { Tensor::from_f32(dims, &values) };
+    let mut tensor = device.alloc(dims, dtype).unwrap();
+    device.upload(host.bytes(), &mut tensor);
+    tensor
+}
+
+fn assert_same(what: &str, found: &Tensor, expected: &Tensor) {
+    let at = found.host_bytes().iter().zip(expected.host_bytes().iter()).position(|(a, b)| a != b);
+    assert!(at.is_none(), "{what}: {found:?} differs at byte {at:?}");
+}
+
+/// Spans (past, new tokens) in pages of their own, which follow each other downwards.
+fn spans_of(lengths: &[(usize, usize)], n_pages: usize) -> Vec<CacheSpan> {
+    let (mut row, mut page) = (0, n_pages as u32);
+    let span = |(past, new): &(usize, usize)| {
+        let pages = (0..(past + new).div_ceil(PAGE_TOKENS))
+            .map(|_| {
+                page -= 1;
+                page
+            })
+            .collect();
+        row += new;
+        CacheSpan { rows: row - new..row, past: *past, pages }
+    };
+    lengths.iter().map(span).collect()
+}
+
+/// Rotation, new rows of the cache and attention as one call: qkv, the cache and the output.
+pub fn check_rope_attention(device: &dyn Device, heads: HeadCounts, rotary_dims: usize, dtype: DType) {
+    let (Heads { query, dim, .. }, n_pages) = (cases::heads_of(heads), 17);
+    let how = Rope { rotary_dims, base: 10000.0, scaling: None, direction: Direction::Forward };
+    for lengths in [&[(5, 1)][..], &[(0, 1), (130, 1), (600, 1)], &[(64, 7), (3, 1), (0, 70)]] {
+        let spans = spans_of(lengths, n_pages);
+        let t: usize = lengths.iter().map(|(_, new)| new).sum();
+        let places = lengths.iter().flat_map(|(past, new)| *past as u32..(past + new) as u32).collect::<Vec<u32>>();
+        let mut positions = device.alloc(&[t], DType::U32).unwrap();
+        device.upload(bytemuck::cast_slice(&places), &mut positions);
+        let make = || {
+            let dims = [n_pages, PAGE_TOKENS, heads.1 * dim];
+            let cache = KvCache { keys: noise(device, &dims, dtype, 1), values: noise(device, &dims, dtype, 2) };
+            let qkv = noise(device, &[t, cases::heads_of(heads).qkv_columns()], dtype, 3);
+            (noise(device, &[t, query * dim], dtype, 4), qkv, cache)
+        };
+        let ((mut out, mut qkv, mut cache), (mut want, mut turned, mut filled)) = (make(), make());
+        device.rope(&mut turned, &positions, cases::heads_of(heads), how);
+        device.attention_cached(&mut want, &turned, &mut filled, &spans, cases::heads_of(heads));
+        device.rope_attention_cached(&mut out, &mut qkv, &positions, &mut cache, &spans, cases::heads_of(heads), how);
+        let what = format!("heads {heads:?}, {rotary_dims} rotary, {dtype:?}, {lengths:?}");
+        assert_same(&what, &qkv, &turned);
+        assert_same(&what, &cache.keys, &filled.keys);
+        assert_same(&what, &cache.values, &filled.values);
+        assert_same(&what, &out, &want);
+    }
+}
+
+/// A product and its activation as one call.
+pub fn check_gemm_activation(device: &dyn Device, kind: Activation, (m, f, k): (usize, usize, usize), dtype: DType) {
+    let n = f * kind.inputs_per_output();
+    let (x, w) = (noise(device, &[m, k], dtype, 5), noise(device, &[n, k], dtype, 6));
+    let room = |columns: usize| noise(device, &[m, columns], dtype, 7);
+    let (mut raised, mut want, mut out) = (room(n), room(f), room(f));
+    device.gemm(&mut raised, &x, &w, Gemm::NT);
+    device.activation(&mut want, &raised, kind);
+    device.gemm_activation(&mut out, &mut room(n), &x, &w, kind);
+    assert_same(&format!("{kind:?} [{m}, {f}, {k}] {dtype:?}"), &out, &want);
+}
+
+/// All of it.
+pub fn check(device: &dyn Device) {
+    for dtype in [DType::F32, DType::BF16] {
+        for (heads, rotary_dims) in
+            [((1, 1, 8), 8), ((4, 2, 64), 32), ((6, 2, 128), 128), ((2, 1, 192), 96), ((3, 3, 40), 20), ((5, 1, 34), 18)]
+        {
+            check_rope_attention(device, heads, rotary_dims, dtype);
+        }
+        check_rope_attention(device, (2, 1, 64), 0, dtype);
+        for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 4096), (4, 21, 8200), (7, 12, 64)] {
+            for kind in [Activation::SquaredRelu, Activation::Swiglu] {
+                check_gemm_activation(device, kind, shape, dtype);
+            }
+        }
+    }
+}
