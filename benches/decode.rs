@@ -7,6 +7,7 @@
 //!     cargo bench --bench decode -- profile 30m int8 1     steps alone, some seconds of them, in their two halves; for a profiler too
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
 //!     cargo bench --bench decode -- cuda kernels     and where the time of steps of one sequence goes, call by call, without graphs
+//!     TRIREME_DEPENDENT_LAUNCH=0 cargo bench --bench decode -- cuda     recorded kernels begin one after another
 //!     cargo bench --bench decode -- fast ..  the same in the shortest order of sums (trireme-generate --numerics fast)
 //!
 //! Weights are packed and tokens chosen as trireme-generate does it: on the CPU the most likely ones.
@@ -266,7 +267,9 @@ fn main() {
     let numbers: Vec<&str> = numbers.iter().map(String::as_str).collect();
     let order = if wanted.iter().any(|word| word == "fast") { Mode::Fast } else { Mode::Reproducible };
     let is_profile = wanted.iter().any(|word| word == "profile");
-    println!("{}, {order:?} order of sums\n", device.name());
+    let is_one_by_one = on_gpu && std::env::var_os("TRIREME_DEPENDENT_LAUNCH").is_some_and(|value| value == "0");
+    let kernels_are = if is_one_by_one { ", kernels one after another" } else { "" };
+    println!("{}, {order:?} order of sums{kernels_are}\n", device.name());
     if is_profile {
         println!("| model | weights | sequences | steps | ms of logits: least, median, mean | ms of choices: the same |");
         println!("|---|---|---:|---:|---:|---:|");

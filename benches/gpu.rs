@@ -79,6 +79,8 @@ fn passes(model: &Model) -> Vec<Case> {
     let mut list = vec![
         cases::gemm(Gemm::NT, (1, f, h), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (1, f, h), Kind::Float, 1),
+        cases::gemm_activation(Activation::SquaredRelu, (1, f, h)),
+        cases::gemm_activation(Activation::Swiglu, (1, f / 2, h)),
         cases::gemm(Gemm::NT, (1, h, f), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (1, h, f), Kind::Float, 8),
         cases::gemm(Gemm::NT, (32, f, h), Kind::Float),
@@ -86,6 +88,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::gemm(Gemm::NT, (1, model.vocabulary, h), Kind::Float),
         cases::attention_cached(&decode, model.heads),
         cases::attention_cached(&decode[..1], model.heads),
+        cases::attention::rope_attention_cached(&decode[..1], model.heads),
         cases::elementwise("copy", T * h, (Kind::Float, Kind::Float)),
         cases::elementwise("add", T * h, (Kind::Float, Kind::Float)),
         cases::elementwise("add", T * h, (Kind::F32, Kind::Float)),

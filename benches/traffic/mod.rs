@@ -11,8 +11,8 @@ pub fn bytes(case: &Case, tensors: &[Tensor]) -> f64 {
         // Only the rows of the tokens are touched.
         ("embed", Role::Input) if tensor.dims().len() == 2 => rows(tensors[0].n_rows(), tensor),
         ("embed_backward", Role::Updated) => 2.0 * rows(tensors[1].n_rows(), tensor),
-        ("attention_cached", Role::Updated) => all(tensor),
-        ("scale", Role::Input) => 0.0,
+        ("attention_cached" | "rope_attention_cached", Role::Updated) if tensor.dims().len() == 3 => all(tensor),
+        ("scale", Role::Input) | (_, Role::Room) => 0.0,
         (_, Role::Updated) => 2.0 * all(tensor),
         _ => all(tensor),
     });
