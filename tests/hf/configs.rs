@@ -202,6 +202,37 @@ fn configs_that_cannot_be_computed_are_refused() {
         assert!(error.to_string().contains(said) && error.to_string().contains("config.json"), "{key}: {error}");
         assert_eq!(error.exit_code(), 3, "{error}");
     }
+    // Two spellings that disagree, whatever kind of value they have; two names of one activation do not.
+    for (key, value, said) in [
+        ("share_embeddings_and_output_weights", json!(true), "tie_word_embeddings = false but share_embeddings_and_output_weights = true"),
+        ("activation", json!("gelu"), "activation = \"gelu\", expected relu2"),
+        ("rotary_base", json!(500), "rope_theta = 10000.0 but rotary_base = 500"),
+    ] {
+        let mut config = NEMOTRON();
+        config[key] = value;
+        let error = config::parse(Path::new("config.json"), &config).unwrap_err();
+        assert!(error.to_string().contains(said), "{key}: {error}");
+    }
+    let mut named_twice = NEMOTRON();
+    named_twice["activation"] = json!("squared-relu");
+    config::parse(Path::new("config.json"), &named_twice).unwrap();
+    // transformers' Llama computes as if these were not there.
+    for (usual, other) in [
+        ("rms_norm_eps", "norm_eps"),
+        ("rope_theta", "rotary_base"),
+        ("num_attention_heads", "n_head"),
+        ("num_key_value_heads", "num_query_groups"),
+        ("tie_word_embeddings", "share_embeddings_and_output_weights"),
+    ] {
+        let mut config = LLAMA();
+        let value = config[usual].clone();
+        config[other] = value.clone();
+        config::parse(Path::new("config.json"), &config).unwrap();
+        config.as_object_mut().unwrap().remove(usual).unwrap();
+        let error = config::parse(Path::new("config.json"), &config).unwrap_err().to_string();
+        let said = format!("{other} = {value}, which transformers' Llama takes no notice of: it reads {usual}; call it {usual}");
+        assert!(error.contains(&said), "{error}");
+    }
     let half = json!({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5});
     let llama =
         { LLAMA().as_object().unwrap().clone().into_iter().filter(|(key, _)| key != "rope_theta").collect::<serde_json::Map<_, _>>() };

@@ -121,6 +121,9 @@ fn links_are_followed() {
         }
         hf::import(&snapshot, &dir.path().join(format!("{name}-c"))).unwrap();
     }
+    std::fs::create_dir_all(dir.path().join("models--a--b/snapshots/0123")).unwrap();
+    let error = hf::import(&dir.path().join("models--a--b"), &dir.path().join("c")).unwrap_err();
+    assert!(error.to_string().contains("models--a--b: has no config.json but a folder snapshots") && error.exit_code() == 3, "{error}");
 }
 
 /// Values that are NaN or infinite are what somebody trained: they are imported as they are, and said, with the number and the place.

@@ -53,6 +53,22 @@ const INIT_STD: &[&str] = &["initializer_range", "init_method_std"];
 const ORIGINAL: &[&str] = &[rope::ORIGINAL];
 const LABELS: &[&str] = &["num_labels"];
 const ACTIVATION: &[&str] = &["hidden_act", "hidden_activation", "activation", "activation_function"];
+/// What transformers' Llama reads of these. It takes no notice of the other spellings, so a config.json with one of them alone describes
+/// another function to it than to whoever wrote it.
+const OF_LLAMA: &[&str] = &[
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters.rope_theta",
+    "rope_scaling.rope_theta",
+    "tie_word_embeddings",
+];
 /// All of them.
 const READ: [&[&str]; 16] =
     [HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, MAX_TOKENS, EPS, ROTARY, BASE, ORIGINAL, TIED, INIT_STD, LABELS, ACTIVATION];
@@ -155,7 +171,8 @@ impl<'a> Keys<'a> {
             let value = spelling.split('.').try_fold(self.config, |value, key| value.get(key));
             let Some(value) = value.filter(|value| !value.is_null()) else { continue };
             match found {
-                Some((first, other)) if other != value && other.as_f64() != value.as_f64() => {
+                // 1 and 1.0 are one number; texts and flags are equal or not.
+                Some((first, other)) if other != value && (other.as_f64().is_none() || other.as_f64() != value.as_f64()) => {
                     return Err(self.wrong(format!("{first} = {other} but {spelling} = {value}")));
                 }
                 Some(_) => {}
@@ -207,16 +224,32 @@ impl<'a> Keys<'a> {
             }
             _ => {}
         }
+        if family == Family::Llama {
+            self.refuse_names_that_llama_has_not()?;
+        }
         let accepted: &[&str] = match family {
             Family::Nemotron => &["relu2", "squared-relu", "squared_relu"],
             Family::Llama => &["silu", "swish"],
         };
-        match self.find(ACTIVATION)? {
-            Some((key, value)) if !value.as_str().is_some_and(|name| accepted.contains(&name)) => {
-                Err(self.wrong(format!("{key} = {value}, expected {}", accepted[0])))
+        let said = ACTIVATION.iter().map(|key| (key, &self.config[*key])).filter(|(_, value)| !value.is_null());
+        for (key, value) in said {
+            if !value.as_str().is_some_and(|name| accepted.contains(&name)) {
+                return Err(self.wrong(format!("{key} = {value}, expected {}", accepted[0])));
             }
-            _ => Ok(()),
         }
+        Ok(())
+    }
+
+    fn refuse_names_that_llama_has_not(&self) -> Result<()> {
+        for spellings in [HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, MAX_TOKENS, EPS, BASE, TIED] {
+            let own: Vec<&'static str> = spellings.iter().copied().filter(|name| OF_LLAMA.contains(name)).collect();
+            let (own_value, any) = (self.find(&own)?, self.find(spellings)?);
+            if let (None, Some((key, value))) = (own_value, any) {
+                let wrong = format!("{key} = {value}, which transformers' Llama takes no notice of: it reads {}", own[0]);
+                return Err(Error::file(self.path, wrong).remedy(format!("call it {} if that is what the weights are for", own[0])));
+            }
+        }
+        Ok(())
     }
 }
 

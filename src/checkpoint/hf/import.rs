@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const LM_HEAD: &str = "lm_head.weight";
+/// Where the cache of Hugging Face has the revisions of a model.
+const SNAPSHOTS: &str = "snapshots";
 
 /// A Hugging Face directory, opened: what its config.json describes is there, with the right shapes, and nothing else.
 pub struct Source {
@@ -32,6 +34,10 @@ impl Source {
     pub fn open(dir: &Path) -> Result<Source> {
         if !dir.is_dir() {
             return Err(Error::file(dir, "no such directory").remedy("check the path"));
+        }
+        if !dir.join(config::FILE).exists() && dir.join(SNAPSHOTS).is_dir() {
+            let wrong = format!("has no {} but a folder {SNAPSHOTS}, as a model in the cache of Hugging Face", config::FILE);
+            return Err(Error::file(dir, wrong).remedy(format!("give a folder inside {SNAPSHOTS}")));
         }
         let model = config::read(dir)?;
         let weights = Weights::open(dir)?;
