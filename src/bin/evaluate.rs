@@ -215,6 +215,7 @@ fn prepare(args: &EvaluateArgs, n_ranks: usize) -> Result<Prepared> {
     if let Some(twice) = args.tasks.iter().enumerate().find_map(|(i, task)| args.tasks[..i].iter().find(|one| one.name == task.name)) {
         return Err(Error::recipe(format!("--task {} stands twice", twice.name)).remedy("name each task once"));
     }
+    task::check_shots(&args.tasks, &args.shots)?;
     let (stored, layout) = args.model.open(args.layout, n_ranks)?;
     let model = &stored.meta().model;
     if let HeadKind::Reward(n) = model.head {

@@ -112,6 +112,15 @@ fn found(name: &str) -> std::result::Result<(Benchmark, Vec<&'static str>), Stri
     }
 }
 
+/// Err: examples for a benchmark that no task asks for, which would change nothing.
+pub fn check_shots(asked: &[Asked], shots: &[Shots]) -> Result<()> {
+    let is_asked = |shots: &Shots| asked.iter().any(|asked| found(&asked.name).is_ok_and(|(benchmark, _)| benchmark == shots.benchmark));
+    let Some(unused) = shots.iter().find(|shots| !is_asked(shots)) else { return Ok(()) };
+    let (_, name, _) = BENCHMARKS.iter().find(|(known, ..)| *known == unused.benchmark).expect("all are in the table");
+    let wrong = format!("--shots {name}={}: no task of {name} is asked for", unused.n);
+    Err(Error::recipe(wrong).remedy(format!("leave it out, or add --task {name}")))
+}
+
 /// Reads the files of a task, from its own path or `data`/BENCHMARK. With `limit` only the first items of each leaf are kept.
 pub fn load(asked: &Asked, data: Option<&Path>, shots: &[Shots], limit: Option<usize>) -> Result<Task> {
     let (benchmark, parts) = found(&asked.name).map_err(Error::recipe)?;
@@ -180,6 +189,10 @@ mod tests {
         let asked: Asked = "gsm8k=a/b=c.jsonl".parse().unwrap();
         assert_eq!(asked, Asked { name: "gsm8k".into(), path: Some("a/b=c.jsonl".into()) });
         assert!("bbh=2".parse::<Shots>().unwrap_err().contains("published prompts"));
+        let (mmlu, arc) = (vec!["mmlu_stem".parse::<Asked>().unwrap()], "arc_challenge=5".parse::<Shots>().unwrap());
+        check_shots(&mmlu, &["mmlu=1".parse().unwrap()]).unwrap();
+        let error = check_shots(&mmlu, &["mmlu=1".parse().unwrap(), arc]).unwrap_err().to_string();
+        assert_eq!(error, "--shots arc_challenge=5: no task of arc_challenge is asked for; leave it out, or add --task arc_challenge");
         assert_eq!("mmlu=0".parse::<Shots>().unwrap(), Shots { benchmark: Mmlu, n: 0 });
     }
 }

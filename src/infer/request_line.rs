@@ -105,12 +105,15 @@ fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
         (None, Some(messages), None) => {
             let messages: Vec<Message> = serde_json::from_value(messages)
                 .map_err(|error| format!("messages are a list of {{\"role\": a text, \"content\": a text}}, here: {error}"))?;
+            if messages.is_empty() {
+                return Err("messages is an empty list, it needs at least one message".into());
+            }
             match limits.template {
                 Ok(template) => tokenizer()?.encode_named(&template.prompt(&messages)?),
                 Err(why) => return Err(format!("has messages, but {why}: write them as a \"prompt\"")),
             }
         }
-        _ => return Err("needs one of \"prompt\", \"messages\" and \"tokens\"".into()),
+        _ => return Err("needs exactly one of \"prompt\", \"messages\" and \"tokens\"".into()),
     };
     let tokens = if tokens.is_empty() { Vec::from_iter(may_begin) } else { tokens };
     if tokens.is_empty() {
