@@ -33,7 +33,7 @@ impl Source {
     /// Opens a directory; headers are read, values are not (but those of a second copy of a tied embedding).
     pub fn open(dir: &Path) -> Result<Source> {
         if !dir.is_dir() {
-            return Err(Error::file(dir, "no such directory").remedy("check the path"));
+            return Err(Error::file(dir, "no such directory").remedy("check the path; a model of a hub is downloaded first"));
         }
         if !dir.join(config::FILE).exists() && dir.join(SNAPSHOTS).is_dir() {
             let wrong = format!("has no {} but a folder {SNAPSHOTS}, as a model in the cache of Hugging Face", config::FILE);
