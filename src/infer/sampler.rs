@@ -9,7 +9,7 @@
 
 use crate::device::Draw;
 use crate::device::cpu::exponentials::{self, BINS};
-use crate::device::cpu::for_tasks;
+use crate::device::cpu::{Element, for_tasks};
 use std::sync::OnceLock;
 
 /// How to sample.
@@ -51,6 +51,11 @@ pub struct Drawing<'a> {
 }
 
 impl Drawing<'_> {
+    /// Whether the most likely token is asked for and nothing beside it.
+    pub fn is_plain_greedy(&self) -> bool {
+        self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0 && self.n_top == 0
+    }
+
     /// The same for a device that draws; None where only the host can.
     pub fn on_device(&self) -> Option<Draw> {
         let Sampling { temperature, top_p, top_k, min_p, repetition_penalty } = self.sampling;
@@ -94,6 +99,25 @@ pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
     Choice { token: token as u32, logprob: logprob(token), top }
 }
 
+/// What `choose` gives of logits as they lie where the most likely token is asked for and nothing beside it.
+pub fn most_likely<E: Element>(logits: &[E]) -> Choice {
+    let tops: Vec<OnceLock<f32>> = logits.chunks(BLOCK).map(|_| OnceLock::new()).collect();
+    let block = |i: usize| &logits[i * BLOCK..((i + 1) * BLOCK).min(logits.len())];
+    let top_of = |i: usize| *tops[i].get_or_init(|| exponentials::largest(exponentials::isa(), block(i)));
+    for_tasks(tops.len(), logits.len() / 2, |i| {
+        top_of(i);
+    });
+    let top = (0..tops.len()).map(top_of).fold(f32::NEG_INFINITY, f32::max);
+    let place = |i: usize| {
+        let place = exponentials::first_of(exponentials::isa(), block(i), top);
+        (block(i)[place].get() == top).then_some(i * BLOCK + place)
+    };
+    let token = (0..tops.len()).filter(|i| top_of(*i) == top).find_map(place).unwrap_or(0);
+    let top = f64::from(top);
+    let logprob = f64::from(logits[token].get()) - (top + total_weight(logits, top).ln());
+    Choice { token: token as u32, logprob, top: Vec::new() }
+}
+
 fn largest(logits: &[f32]) -> f32 {
     exponentials::largest(exponentials::isa(), logits)
 }
@@ -119,7 +143,7 @@ const BLOCK: usize = 1024;
 const WEIGHING: usize = 16;
 
 /// The sum of exp(logit - top): the total of `Descending` with temperature 1.
-fn total_weight(logits: &[f32], top: f64) -> f64 {
+fn total_weight<E: Element>(logits: &[E], top: f64) -> f64 {
     let sums: Vec<OnceLock<f64>> = logits.chunks(BLOCK).map(|_| OnceLock::new()).collect();
     for_tasks(sums.len(), WEIGHING * logits.len(), |i| {
         let block = &logits[i * BLOCK..((i + 1) * BLOCK).min(logits.len())];
@@ -264,6 +288,7 @@ fn draw(order: &mut Descending, how: Sampling, uniform: f64) -> usize {
 mod tests {
     use super::*;
     use crate::rng::Random;
+    use half::bf16;
 
     fn logits(n: usize, seed: u64) -> Vec<f32> {
         let noise = Random::new(seed, "test logits");
@@ -357,6 +382,28 @@ mod tests {
             let choice = choose(&row, &asked);
             assert_eq!(choice.top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), order[..n_top]);
             assert!(choice.top.iter().all(|(token, logprob)| *token != choice.token || *logprob == choice.logprob));
+        }
+    }
+
+    /// Logits as they lie give the very choice of the same numbers widened, whatever their number, with ties, signs of zero, -inf and NaN,
+    /// over blocks and at their ends: a response must not depend on how they are read.
+    #[test]
+    fn the_most_likely_is_the_same_read_as_it_lies() {
+        let asked = Drawing { sampling: Sampling::GREEDY, uniform: 0.5, prompt: &[], response: &[], n_top: 0 };
+        let (nan, least) = (f32::NAN, f32::NEG_INFINITY);
+        let mut rows: Vec<Vec<f32>> = [1, 2, 63, 1023, 1024, 1025, 3000, 9001].iter().map(|&v| logits(v, v as u64)).collect();
+        rows.push((0..5000).map(|i| (i % 2500) as f32).collect());
+        rows.push((0..5000).map(|i| if i < 1500 { -1.0 } else { [-0.0, 0.0][i % 2] }).collect());
+        rows.push((0..3000).map(|i| if i < 1024 { nan } else { least }).collect());
+        rows.push((0..3000).map(|i| if i == 2000 { 3.0 } else { nan }).collect());
+        rows.push(vec![nan; 1500]);
+        for row in rows {
+            let halves: Vec<bf16> = row.iter().map(|x| bf16::from_f32(*x)).collect();
+            let widened: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+            for (found, expected) in [(most_likely(&row), choose(&row, &asked)), (most_likely(&halves), choose(&widened, &asked))] {
+                let same = found.logprob.to_bits() == expected.logprob.to_bits() || (found.logprob.is_nan() && expected.logprob.is_nan());
+                assert!(same && found.token == expected.token && found.top.is_empty(), "{found:?}, {expected:?}");
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use crate::comm::Communicator;
 use crate::device::cpu::for_tasks;
 use crate::device::{Device, Draw};
 use crate::tensor::{DType, Tensor};
+use half::bf16;
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
@@ -28,7 +29,7 @@ pub fn choose_rows(device: &dyn Device, tp: &dyn Communicator, logits: &Tensor, 
     };
     let choices: Vec<OnceLock<Choice>> = choices.into_iter().map(|choice| choice.map_or_else(OnceLock::new, OnceLock::from)).collect();
     for_tasks(choices.len(), choices.len() * n_valid, |idx| {
-        choices[idx].get_or_init(|| sampler::choose(&gathered.row(idx, n_valid), &drawings[idx]));
+        choices[idx].get_or_init(|| gathered.choose(idx, n_valid, &drawings[idx]));
     });
     choices.into_iter().map(|choice| choice.into_inner().expect("each was chosen")).collect()
 }
@@ -89,6 +90,19 @@ impl<'a> Gathered<'a> {
         let mut whole = whole.unwrap_or_else(|error| panic!("logits of all ranks: {error}"));
         device.upload(&rows, &mut whole);
         whole
+    }
+
+    /// The choice of a row, of its first `n_valid` logits.
+    fn choose(&self, idx: usize, n_valid: usize, drawing: &Drawing) -> Choice {
+        if self.tp > 1 || !drawing.is_plain_greedy() {
+            return sampler::choose(&self.row(idx, n_valid), drawing);
+        }
+        let row = idx * self.columns..idx * self.columns + n_valid;
+        match self.dtype {
+            DType::F32 => sampler::most_likely(&bytemuck::cast_slice::<u32, f32>(&self.words)[row]),
+            DType::BF16 => sampler::most_likely(&bytemuck::cast_slice::<u32, bf16>(&self.words)[row]),
+            DType::U32 | DType::F8E4M3 => unreachable!("logits are floats"),
+        }
     }
 
     /// The first `n_valid` logits of a row.

@@ -89,16 +89,16 @@ kernel! {
 
 kernel! {
     /// The sum of exp(logit - top).
-    pub fn sum over V [] (logits: &[f32], top: f64) -> f64 {
+    pub(crate) fn sum over V [E] (logits: &[E], top: f64) -> f64 {
         let mut sums = [0.0; LANES];
         let (blocks, rest) = logits.as_chunks::<LANES>();
         for block in blocks {
-            for (sum, &logit) in sums.iter_mut().zip(block) {
-                *sum += exp(f64::from(logit) - top);
+            for (sum, logit) in sums.iter_mut().zip(block) {
+                *sum += exp(f64::from(logit.get()) - top);
             }
         }
-        for (sum, &logit) in sums.iter_mut().zip(rest) {
-            *sum += exp(f64::from(logit) - top);
+        for (sum, logit) in sums.iter_mut().zip(rest) {
+            *sum += exp(f64::from(logit.get()) - top);
         }
         sums.iter().sum()
     }
@@ -118,11 +118,11 @@ kernel! {
 
 kernel! {
     /// Where this number stands first; 0 when it is nowhere.
-    pub fn first_of over V [] (logits: &[f32], number: f32) -> usize {
+    pub(crate) fn first_of over V [E] (logits: &[E], number: f32) -> usize {
         for (block, logits) in logits.chunks(64).enumerate() {
             // Most blocks do not have it: one comparison of all of it says so.
-            if logits.iter().map(|logit| u32::from(*logit == number)).sum::<u32>() > 0 {
-                return 64 * block + logits.iter().position(|logit| *logit == number).unwrap_or(0);
+            if logits.iter().map(|logit| u32::from(logit.get() == number)).sum::<u32>() > 0 {
+                return 64 * block + logits.iter().position(|logit| logit.get() == number).unwrap_or(0);
             }
         }
         0
@@ -131,15 +131,16 @@ kernel! {
 
 kernel! {
     /// The largest of a row; -inf when it is empty or has nothing but NaN.
-    pub fn largest over V [] (logits: &[f32]) -> f32 {
+    pub(crate) fn largest over V [E] (logits: &[E]) -> f32 {
         let mut most = [f32::NEG_INFINITY; LANES];
         let (blocks, rest) = logits.as_chunks::<LANES>();
         for block in blocks {
-            for (most, &logit) in most.iter_mut().zip(block) {
+            for (most, logit) in most.iter_mut().zip(block) {
+                let logit = logit.get();
                 *most = if logit > *most { logit } else { *most };
             }
         }
-        most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+        most.into_iter().chain(rest.iter().map(|logit| logit.get())).fold(f32::NEG_INFINITY, f32::max)
     }
 }
 
@@ -198,7 +199,7 @@ mod tests {
                     let first = finite.iter().position(|logit| *logit == finite[place]);
                     assert_eq!(Some(first_of(isa, &logits, finite[place])), first, "{isa:?}");
                 }
-                assert_eq!((first_of(isa, &logits, 1.0), first_of(isa, &[], 1.0)), (0, 0), "{isa:?}");
+                assert_eq!((first_of(isa, &logits, 1.0), first_of::<f32>(isa, &[], 1.0)), (0, 0), "{isa:?}");
             }
         }
     }

@@ -29,13 +29,13 @@ use super::packed::PackedProducts;
 use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{Areas, DType, Tensor};
-use lanes::{Element, elements, elements_mut};
+use lanes::{elements, elements_mut};
 use parallel::{GRAIN, Pool, Shared, for_ranges, for_rows};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use team::Team;
 
-pub use lanes::Isa;
+pub use lanes::{Element, Isa};
 pub use parallel::for_tasks;
 
 /// Runs the expression with `$E` the Rust type of a dtype.
