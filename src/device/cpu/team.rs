@@ -36,7 +36,7 @@ const MOST_ALONE: u64 = 64;
 pub const MOST_TASKS: usize = 1 << 15;
 
 /// Most bytes that a helper fetches of what is read next: no more than its second-level cache keeps beside other things.
-const MOST_FETCHED: usize = 512 * 1024;
+const MOST_FETCHED: usize = 128 * 1024;
 /// Later operations of which it is known what they read.
 pub const MOST_NEXT: usize = 4;
 /// Bytes that it fetches between two looks for an operation.
@@ -68,8 +68,10 @@ struct Hired {
 #[repr(align(128))]
 struct Member {
     /// Its tasks that nobody has begun: (operation, first, end) in 32, 16 and 16 bits. The operation keeps one who comes late from taking
-    /// a task of another operation.
+    /// a task of another operation, and tells who waits that there is another.
     tasks: AtomicU64,
+    /// What they are tasks of, beside them: the same for all members.
+    work: UnsafeCell<Option<Work>>,
     /// Whether it sleeps or is about to.
     sleeps: AtomicBool,
     /// The processor it was last seen on.
@@ -90,9 +92,8 @@ pub struct Reads {
 /// What the members share.
 struct Crew {
     members: Vec<Member>,
-    /// Number of the operation at hand.
+    /// Number of the operation at hand; of the leader.
     operation: AtomicU32,
-    work: UnsafeCell<Option<Work>>,
     /// What later operations read, the next first: a `Reads` each. Nothing depends on it, so it may be read half written.
     next: [[AtomicUsize; 3]; MOST_NEXT],
     /// Tasks of the operation that are not done.
@@ -177,11 +178,15 @@ pub fn share_out(n: usize, work: &(dyn Fn(usize) + Sync)) -> bool {
 
 impl Hired {
     fn new(n_threads: usize) -> Hired {
-        let member = |_| Member { tasks: AtomicU64::new(0), sleeps: AtomicBool::new(false), processor: AtomicI32::new(-1) };
+        let member = |_| Member {
+            tasks: AtomicU64::new(0),
+            work: UnsafeCell::new(None),
+            sleeps: AtomicBool::new(false),
+            processor: AtomicI32::new(-1),
+        };
         let crew = Arc::new(Crew {
             members: (0..n_threads).map(member).collect(),
             operation: AtomicU32::new(0),
-            work: UnsafeCell::new(None),
             next: Default::default(),
             n_left: AtomicUsize::new(0),
             hired: Instant::now(),
@@ -210,7 +215,7 @@ impl Hired {
 impl Drop for Hired {
     fn drop(&mut self) {
         self.crew.is_over.store(true, Ordering::Relaxed);
-        self.crew.begin(0);
+        self.crew.begin(0, None);
         for thread in self.threads.drain(..) {
             let _ = thread.join(); // it panics in no task
         }
@@ -225,11 +230,9 @@ impl Crew {
         }
         // SAFETY: only the lifetime is hidden: nobody uses it after the last task is done, and that is waited for below.
         let hidden = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Work>(std::ptr::from_ref(work)) };
-        // SAFETY: no task is left, so nobody else looks.
-        unsafe { *self.work.get() = Some(hidden) };
         self.n_left.store(n, Ordering::Relaxed);
         let begun = Instant::now();
-        self.begin(n);
+        self.begin(n, Some(hidden));
         let n_done = self.take_part(0);
         self.wait(begun, n_done);
         match self.panic.lock().expect("nobody panics under the lock").take() {
@@ -276,12 +279,15 @@ impl Crew {
     }
 
     /// Shares out the tasks of the next operation and tells the helpers.
-    fn begin(&self, n: usize) {
+    fn begin(&self, n: usize, work: Option<Work>) {
         let (operation, n_members) = (self.operation.load(Ordering::Relaxed).wrapping_add(1), self.members.len());
         for (idx, member) in self.members.iter().enumerate() {
+            // Both at once: who waits for the one takes their cache line away.
+            // SAFETY: no task is left, so nobody else looks.
+            unsafe { *member.work.get() = work };
             member.tasks.store(tasks(operation, idx * n / n_members, (idx + 1) * n / n_members), Ordering::Release);
         }
-        self.operation.store(operation, Ordering::Release);
+        self.operation.store(operation, Ordering::Relaxed);
         // Either a helper that goes to sleep sees the new number, or it is seen to sleep.
         fence(Ordering::SeqCst);
         for (idx, member) in self.members.iter().enumerate().skip(1) {
@@ -298,7 +304,7 @@ impl Crew {
         for (place, member) in (0..n).map(|i| (i, &self.members[(idx + i) % n])) {
             while let Some(task) = member.take(place == 0) {
                 // SAFETY: this task is not done, so the leader waits in `run`, and the work is alive and the one it was taken from.
-                let work = unsafe { &*(*self.work.get()).expect("an operation has begun") };
+                let work = unsafe { &*(*member.work.get()).expect("an operation has begun") };
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(task))) {
                     self.panic.lock().expect("nobody panics under the lock").get_or_insert(panic);
                 }
@@ -336,10 +342,12 @@ impl Crew {
             let [first, end] = [idx, idx + 1].map(|i| i * n_units / self.members.len() * of_unit);
             let n_bytes = (end - first).min(room);
             room -= n_bytes;
-            while fetched.n_bytes < n_bytes && self.operation.load(Ordering::Relaxed) == seen {
+            while fetched.n_bytes < n_bytes && self.members[idx].operation() == seen {
                 let from = at + first + fetched.n_bytes;
                 (0..FETCHED).step_by(64).for_each(|line| prefetch_near((from + line) as *const u8));
                 fetched.n_bytes += FETCHED;
+                // Of more than memory brings meanwhile, a processor drops the rest.
+                std::hint::spin_loop();
             }
         }
     }
@@ -350,7 +358,7 @@ impl Crew {
         let mut waits_since = None;
         loop {
             for _ in 0..LOOKS {
-                let operation = self.operation.load(Ordering::Acquire);
+                let operation = member.operation();
                 if operation != seen {
                     return operation;
                 }
@@ -363,7 +371,7 @@ impl Crew {
             if since.elapsed() >= SPIN {
                 member.sleeps.store(true, Ordering::Relaxed);
                 fence(Ordering::SeqCst);
-                while self.operation.load(Ordering::Acquire) == seen && member.sleeps.load(Ordering::Relaxed) {
+                while member.operation() == seen && member.sleeps.load(Ordering::Relaxed) {
                     std::thread::park();
                 }
                 member.sleeps.store(false, Ordering::Relaxed);
@@ -398,6 +406,11 @@ fn tasks(operation: u32, first: usize, end: usize) -> u64 {
 }
 
 impl Member {
+    /// The operation that its tasks are of.
+    fn operation(&self) -> u32 {
+        (self.tasks.load(Ordering::Acquire) >> 32) as u32
+    }
+
     /// Takes its first or its last task.
     fn take(&self, from_front: bool) -> Option<usize> {
         let mut seen = self.tasks.load(Ordering::Acquire);
