@@ -6,13 +6,39 @@ use crate::tensor::{DType, Shape, Tensor};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 
-/// What lies ready of each shape and type. They are few, and looking through them takes less time than a hash.
-type Shelves = Mutex<Vec<((Shape, DType), Vec<Tensor>)>>;
+/// What lies ready of each shape and type. They are few, so they are looked through; by their marks, which lie in a cache line or two, where
+/// all of the shapes were a dozen lines that other work has driven out.
+#[derive(Default)]
+struct Shelves {
+    marks: Vec<u64>,
+    of: Vec<(Shape, DType)>,
+    kept: Vec<Vec<Tensor>>,
+}
+
+/// Other shapes and types have other marks, nearly always.
+fn mark((shape, dtype): &(Shape, DType)) -> u64 {
+    let mixed = |mark: u64, dim: &usize| (mark ^ *dim as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    shape.dims().iter().fold(dtype.bytes() as u64, mixed)
+}
+
+impl Shelves {
+    /// The place of a shape and type.
+    fn place(&mut self, key: (Shape, DType)) -> usize {
+        let mark = mark(&key);
+        let found = self.marks.iter().enumerate().position(|(i, other)| *other == mark && self.of[i] == key);
+        found.unwrap_or_else(|| {
+            self.marks.push(mark);
+            self.of.push(key);
+            self.kept.push(Vec::new());
+            self.of.len() - 1
+        })
+    }
+}
 
 /// The pool. Cheap to clone; clones share the memory.
 #[derive(Clone, Default)]
 pub struct Scratch {
-    shelves: Arc<Shelves>,
+    shelves: Arc<Mutex<Shelves>>,
     rows: Rows,
 }
 
@@ -43,11 +69,8 @@ impl Scratch {
         let n_rows = if self.rows == Rows::Rounded { shape[0].next_power_of_two() } else { shape[0] };
         let key = (Shape::new(shape).with_rows(n_rows), dtype);
         let mut shelves = self.shelves.lock().expect("no panic while holding the shelves");
-        let shelf = shelves.iter().position(|(of, _)| *of == key).unwrap_or_else(|| {
-            shelves.push((key, Vec::new()));
-            shelves.len() - 1
-        });
-        let kept = shelves[shelf].1.pop();
+        let shelf = shelves.place(key);
+        let kept = shelves.kept[shelf].pop();
         drop(shelves);
         let tensor = kept.unwrap_or_else(|| device.alloc(key.0.dims(), dtype).unwrap_or_else(|error| panic!("{error}")));
         ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf, shelves: Arc::clone(&self.shelves) }
@@ -61,7 +84,7 @@ pub struct ScratchTensor {
     n_rows: usize,
     /// Which of them is its own.
     shelf: usize,
-    shelves: Arc<Shelves>,
+    shelves: Arc<Mutex<Shelves>>,
 }
 
 impl Deref for ScratchTensor {
@@ -80,7 +103,7 @@ impl DerefMut for ScratchTensor {
 impl Drop for ScratchTensor {
     fn drop(&mut self) {
         if let (Some(tensor), Ok(mut shelves)) = (self.tensor.take(), self.shelves.lock()) {
-            shelves[self.shelf].1.push(tensor.with_rows(self.n_rows));
+            shelves.kept[self.shelf].push(tensor.with_rows(self.n_rows));
         }
     }
 }

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Least elements worth a task.
 pub const GRAIN: usize = 32 * 1024;
@@ -85,10 +86,30 @@ impl<'a, T> Shared<'a, T> {
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Buffers between calls.
+/// Buffers between calls. Threads have shelves of their own, as far as there are some, so that they neither wait for each other nor get
+/// what lies in another's caches.
 #[derive(Default)]
 pub struct Pool {
-    shelf: Mutex<Vec<Vec<Line>>>,
+    shelves: [Shelf; SHELVES],
+}
+
+const SHELVES: usize = 16;
+/// Most buffers on a shelf.
+const MOST_KEPT: usize = 16;
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Shelf(Mutex<Vec<Vec<Line>>>);
+
+impl Pool {
+    /// This thread's.
+    fn shelf(&self) -> &Mutex<Vec<Vec<Line>>> {
+        static N_THREADS: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static PLACE: usize = N_THREADS.fetch_add(1, Ordering::Relaxed) % SHELVES;
+        }
+        &self.shelves[PLACE.with(|place| *place)].0
+    }
 }
 
 /// A buffer of f32, 64-byte aligned, contents unspecified; back to its pool when dropped.
@@ -102,7 +123,7 @@ impl Pool {
     /// The smallest that is large enough, else the largest, grown.
     pub fn take(&self, len: usize) -> Buffer<'_> {
         let n_lines = len.div_ceil(16).max(1);
-        let mut shelf = self.shelf.lock().expect("nobody panics while holding the shelf");
+        let mut shelf = self.shelf().lock().expect("nobody panics while holding the shelf");
         let fits = (0..shelf.len()).filter(|i| shelf[*i].len() >= n_lines).min_by_key(|i| shelf[*i].len());
         let mut lines = match fits {
             Some(i) => shelf.swap_remove(i),
@@ -118,10 +139,10 @@ impl Pool {
 
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
-        if let Ok(mut shelf) = self.pool.shelf.lock() {
+        if let Ok(mut shelf) = self.pool.shelf().lock() {
             shelf.push(std::mem::take(&mut self.lines));
             // A few of each size are enough; the smallest are the cheapest to make again.
-            if shelf.len() > 8 * rayon::current_num_threads() + 8 {
+            if shelf.len() > MOST_KEPT {
                 let smallest = (0..shelf.len()).min_by_key(|i| shelf[*i].len()).expect("not empty");
                 shelf.swap_remove(smallest);
             }
