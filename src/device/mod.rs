@@ -479,6 +479,8 @@ pub trait Device: Send + Sync {
     /// new queries over past and new tokens. Cost is that of the tokens present, not of the cache's size. On a device with canonical
     /// sums a row's bits depend on its query and the keys and values that it sees only.
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads);
+    /// A hint that `attention_cached` comes soon with this cache and these spans. It changes no result.
+    fn attention_comes(&self, _cache: &KvCache, _spans: &[CacheSpan]) {}
 
     /// `rope` of qkv forward, then `attention_cached`: a pass over a cache.
     #[allow(clippy::too_many_arguments)]

@@ -93,6 +93,7 @@ impl Attention {
 
     /// As `forward`, for new tokens of sequences whose past is in the cache.
     pub fn forward_cached(&self, ctx: &Ctx, x: &Tensor, positions: &Tensor, spans: &[CacheSpan], cache: &mut KvCache) -> ScratchTensor {
+        ctx.device.attention_comes(cache, spans);
         let mut qkv = self.qkv.forward(ctx, x);
         let mut mixed = ctx.take(&[qkv.n_rows(), self.heads.query * self.heads.dim], qkv.dtype());
         ctx.device.rope_attention_cached(&mut mixed, &mut qkv, positions, cache, spans, self.heads, self.rope);

@@ -14,7 +14,7 @@ use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, To, product};
 use super::team;
 use super::terms::{Terms, along_dims};
-use crate::device::{CacheSpan, Heads, PAGE_TOKENS};
+use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
 use half::bf16;
 use std::ops::Range;
 
@@ -212,6 +212,23 @@ pub fn attention_cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &
         }
         call.finish(strand, &joined);
     });
+}
+
+/// Most new tokens whose places are fetched: more are a prompt, which takes longer than writing to them.
+const MOST_PLACES: usize = 32;
+
+/// Has the places of keys and values of a few new tokens fetched: else all threads wait for what was just written there, which is on its
+/// way through the caches until memory has brought the rest of its lines.
+pub fn fetch_places(cache: &KvCache, spans: &[CacheSpan]) {
+    if spans.iter().map(|span| span.rows.len()).sum::<usize>() > MOST_PLACES {
+        return;
+    }
+    for tensor in [&cache.keys, &cache.values] {
+        let size = tensor.dims()[2] * tensor.dtype().bytes();
+        for row in spans.iter().flat_map(|span| (span.past..span.n_tokens()).map(|token| span.cache_row(token))) {
+            prefetch(&tensor.bytes()[row * size..][..size]);
+        }
+    }
 }
 
 /// All rows of all spans.
@@ -579,10 +596,12 @@ kernel! {
     /// Whether these rows of a page, of `width`, are finite in d columns.
     fn are_finite over V [E] (page: &[E], rows: Range<usize>, size: (usize, usize), column: usize) -> bool {
         let (width, d) = size;
-        let mut nothing = V::zero();
+        // Sums side by side: one alone waits for its own last addition.
+        let mut nothing = [V::zero(); 4];
         for row in rows {
-            each!(V, d, |i, n| { nothing = load::<V, E>(&page[row * width + column..][..d], i, n).fma(V::zero(), nothing) });
+            let nothing = &mut nothing[row % 4];
+            each!(V, d, |i, n| { *nothing = load::<V, E>(&page[row * width + column..][..d], i, n).fma(V::zero(), *nothing) });
         }
-        nothing.sum() == 0.0
+        nothing.iter().all(|nothing| nothing.sum() == 0.0)
     }
 }

@@ -443,6 +443,10 @@ impl Device for Cpu {
         });
     }
 
+    fn attention_comes(&self, cache: &KvCache, spans: &[CacheSpan]) {
+        attention_cached::fetch_places(cache, spans);
+    }
+
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation) {
         let (n, inputs) = (out.n_elements(), kind.inputs_per_output());
         assert_eq!(x.n_elements(), n * inputs, "activation {kind:?} of {x:?} to {out:?}");
