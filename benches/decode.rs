@@ -3,6 +3,7 @@
 //! and the keys and values of every token before; a prompt of T tokens multiplies T rows with every weight of the blocks.
 //!
 //!     cargo bench --bench decode [-- 30m|120m f32|bf16|int8 1|8|16|32|prompts]    Llama-shaped models on the CPU
+//!     cargo bench --bench decode -- 360m|1b ..     the shapes of SmolLM2-360M and Llama 3.2 1B, which take gigabytes, so by name alone
 //!     cargo bench --bench decode -- 30m bf16 parts       where the time of its prompts goes, by operation
 //!     cargo bench --bench decode -- profile 30m int8 1     steps alone, some seconds of them, in their two halves; for a profiler too
 //!     cargo bench --bench decode -- cuda     models of 1 B (head dims 128 and 192) on a GPU, sampled on it too
@@ -53,15 +54,25 @@ struct Size {
     rotary_fraction: f64,
     /// Tokens before the first measured step.
     past: usize,
+    /// Whether the embedding is the output layer too.
+    is_tied: bool,
 }
 
 impl Size {
     const fn nemotron(name: &'static str, dims: [usize; 7]) -> Size {
-        Size { name, dims, norm: NormKind::LayerNorm1P, activation: Activation::SquaredRelu, rotary_fraction: 0.5, past: 2048 }
+        Size {
+            name,
+            dims,
+            norm: NormKind::LayerNorm1P,
+            activation: Activation::SquaredRelu,
+            rotary_fraction: 0.5,
+            past: 2048,
+            is_tied: false,
+        }
     }
 
     const fn llama(name: &'static str, dims: [usize; 7]) -> Size {
-        Size { name, dims, norm: NormKind::RmsNorm, activation: Activation::Swiglu, rotary_fraction: 1.0, past: 64 }
+        Size { name, dims, norm: NormKind::RmsNorm, activation: Activation::Swiglu, rotary_fraction: 1.0, past: 64, is_tied: false }
     }
 
     fn config(&self) -> ModelConfig {
@@ -82,7 +93,7 @@ impl Size {
             rotary_fraction: self.rotary_fraction,
             rope_base: 10000.0,
             rope_scaling: None,
-            tied_embeddings: false,
+            tied_embeddings: self.is_tied,
             head: HeadKind::Vocabulary,
             init_std: 0.02,
         }
@@ -91,6 +102,11 @@ impl Size {
 
 /// As many parameters as the models of benches/train_step.rs: three matrices of 2/3 the width in the place of two.
 const CPU_SIZES: [Size; 2] = [Size::llama("30m", [384, 10, 6, 2, 64, 1024, 16384]), Size::llama("120m", [768, 12, 12, 4, 64, 2048, 32000])];
+/// Those of published models, run by name alone.
+const LARGER_SIZES: [Size; 2] = [
+    Size { is_tied: true, ..Size::llama("360m", [960, 32, 15, 5, 64, 2560, 49152]) },
+    Size { is_tied: true, ..Size::llama("1b", [2048, 16, 32, 8, 64, 8192, 128256]) },
+];
 const CUDA_SIZES: [Size; 2] =
     [Size::nemotron("1b", [2048, 20, 16, 8, 128, 8192, 32000]), Size::nemotron("1b-d192", [2304, 18, 12, 4, 192, 9216, 32000])];
 
@@ -277,14 +293,16 @@ fn main() {
         println!("| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of the GEMM ceiling |");
         println!("|---|---|---:|---:|---:|---:|---:|---:|");
     }
-    for size in sizes {
+    let all_sizes: Vec<&str> = sizes.iter().chain(&LARGER_SIZES).map(|size| size.name).collect();
+    let larger = LARGER_SIZES.iter().filter(|size| !on_gpu && wanted.iter().any(|word| word == size.name));
+    let most = *batches.iter().filter(|n| is_wanted(&n.to_string(), &numbers)).max().unwrap_or(&1);
+    for size in sizes.iter().chain(larger) {
         for (name, dtype, format) in weights {
-            let all_sizes: Vec<&str> = sizes.iter().map(|size| size.name).collect();
             let all_weights: Vec<&str> = weights.iter().map(|(name, ..)| *name).collect();
             if !is_wanted(size.name, &all_sizes) || !is_wanted(name, &all_weights) {
                 continue;
             }
-            let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), order, batches[batches.len() - 1]);
+            let mut subject = Subject::new(&*device, &size.config(), (*dtype, *format), order, most);
             for &n in batches.iter().filter(|n| is_wanted(&n.to_string(), &numbers)) {
                 if is_profile { profile(&mut subject, (size, name), n) } else { steps(&mut subject, (size, name, *dtype), n) }
             }
