@@ -100,7 +100,7 @@ pub fn choose(logits: &[f32], drawing: &Drawing) -> Choice {
 }
 
 /// What `choose` gives of logits as they lie where the most likely token is asked for and nothing beside it.
-pub fn most_likely<E: Element>(logits: &[E]) -> Choice {
+pub(crate) fn most_likely<E: Element>(logits: &[E]) -> Choice {
     let tops: Vec<OnceLock<f32>> = logits.chunks(BLOCK).map(|_| OnceLock::new()).collect();
     let block = |i: usize| &logits[i * BLOCK..((i + 1) * BLOCK).min(logits.len())];
     let top_of = |i: usize| *tops[i].get_or_init(|| exponentials::largest(exponentials::isa(), block(i)));

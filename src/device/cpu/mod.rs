@@ -35,7 +35,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use team::Team;
 
-pub use lanes::{Element, Isa};
+pub(crate) use lanes::Element;
+pub use lanes::Isa;
 pub use parallel::for_tasks;
 
 /// Runs the expression with `$E` the Rust type of a dtype.
