@@ -74,7 +74,7 @@ fn main() {
         chunk.initialise(&cpu, 1);
         weights.map_or(Ok(()), |format| chunk.pack(&cpu, &*groups.tp, format)).unwrap();
         let mut chunks = [chunk];
-        let numerics = scorer::numerics(None, &cpu, ParallelLayout::SINGLE, weights).unwrap();
+        let numerics = scorer::numerics(None, &cpu, weights).unwrap();
         let scorer = Scorer { device: &cpu, groups: &groups, batch_tokens: 2048, numerics, stop: &|| false };
         for shape in &SHAPES {
             let mut best = [0.0f64; 2];

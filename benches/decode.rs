@@ -174,7 +174,7 @@ impl<'a> Subject<'a> {
     fn numerics(&self) -> Numerics<'a> {
         match self.order {
             Mode::Fast => Numerics::Fast,
-            Mode::Reproducible => Numerics::of_inference(self.device, 1),
+            Mode::Reproducible => Numerics::of_inference(self.device),
         }
     }
 

@@ -96,7 +96,7 @@ impl Subject {
         let most = (past + new).div_ceil(PAGE_TOKENS);
         let mut caches = self.chunk.new_caches(&self.cpu, n * most).unwrap();
         let (mut decoder, scratch, solo) = (Decoder::default(), Scratch::new(), Solo::new());
-        let numerics = Numerics::of_inference(&self.cpu, 1);
+        let numerics = Numerics::of_inference(&self.cpu);
         let ctx = Ctx { device: &self.cpu, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
         let pages = |i: usize| (i * most..(i + 1) * most).map(|page| page as u32).collect();
         let spans: Vec<CacheSpan> = (0..n).map(|i| CacheSpan { rows: i * new..(i + 1) * new, past, pages: pages(i) }).collect();

@@ -1,4 +1,4 @@
-// Flat arrays: copies between types, sums, scaling, and the sum of squares in f64.
+// Flat arrays: copies between types, sums, scaling, columns beside each other, and the sum of squares in f64.
 // Grid: any number of blocks of 256 threads, each thread takes eight elements at a time; sum_squares one block for each 4096
 // elements. No dynamic shared memory. Limited by memory.
 #include "rows.cuh"
@@ -33,6 +33,14 @@ template <class T> __device__ __forceinline__ void scale(T* x, long long n, floa
     });
 }
 
+// out[row, columns] = parts of `width` columns beside each other, each of them [n_rows, width]; one block a row, of up to 512 threads
+template <class T> __device__ __forceinline__ void join_columns(T* out, const T* parts, int n_rows, int columns, int width) {
+    for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+        int part = column / width, first = min(part * width, columns - width);
+        out[(long long)blockIdx.x * columns + column] = parts[((long long)part * n_rows + blockIdx.x) * width + column - first];
+    }
+}
+
 // Squares summed by one block: fixed, so that the sum does not depend on the device.
 constexpr int SQUARES = 4096;
 
@@ -58,6 +66,13 @@ extern "C" __global__ void __launch_bounds__(256) scale_bf16(bf16* x, long long 
     after_predecessors();
     scale(x, n, factor);
 }
+
+#define JOIN(T, name)                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(512) join_columns_##name(T* out, const T* parts, int n_rows, int columns, int width) { \
+        join_columns(out, parts, n_rows, columns, width);                                                                            \
+    }
+JOIN(float, f32)
+JOIN(bf16, bf16)
 
 // partial[block] = sum of x^2 over the block's 4096 elements
 extern "C" __global__ void __launch_bounds__(256) sum_squares_f32(double* partial, const float* x, long long n) {

@@ -47,7 +47,7 @@ impl Model {
 /// How a model lies over the ranks that the launcher started; what is left are replicas.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Layout {
-    /// Tensor-parallel ranks
+    /// Tensor-parallel ranks: a divisor of kv heads, feed-forward columns and padded vocabulary
     #[arg(long, default_value_t = 1, help_heading = RANKS)]
     pub tp: usize,
     /// Pipeline stages

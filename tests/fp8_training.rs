@@ -107,7 +107,7 @@ fn every_division(of_rank: &OfRank, judge: impl Fn((usize, SequenceMode), &[Vec<
                     return of_rank(rank, scales, mode);
                 }
                 let batch = MicroBatch::new(rank.ctx.device, [&[0; T]; 3], &[0.0; T], SAMPLES.to_vec()).unwrap();
-                let Numerics::Reproducible(canonical) = Numerics::of_inference(rank.ctx.device, division.0) else { unreachable!() };
+                let Numerics::Reproducible(canonical) = Numerics::of_inference(rank.ctx.device) else { unreachable!() };
                 let numerics = Numerics::Reproducible(Canonical { batch: Some(&batch), ..canonical });
                 of_rank(&Rank { ctx: Ctx { numerics, ..rank.ctx }, layout: rank.layout, at: rank.at }, scales, mode)
             });

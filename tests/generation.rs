@@ -39,6 +39,12 @@ fn model() -> ModelConfig {
     ModelConfig { vocab_size: N_PIECES, max_tokens: MAX_TOKENS, init_std: 0.3, ..sizes }
 }
 
+/// The same with heads, feed-forward columns and a vocabulary that 3, 5 and 6 divide, and a width that 5 and 6 do not.
+fn model_of_thirties() -> ModelConfig {
+    let sizes = ModelConfig { n_layers: 2, hidden: 48, n_heads: 60, n_kv_heads: 30, head_dim: 4, ffn_hidden: 480, ..model() };
+    ModelConfig { vocab_divisor: 60, ..sizes }
+}
+
 fn tokenizer() -> Tokenizer {
     let piece = |text: String, kind: PieceKind| PieceProto { piece: Some(text), score: Some(0.0), r#type: Some(kind as i32) };
     let letter = |i: usize| (b'a' + (i % 26) as u8) as char;
@@ -91,13 +97,14 @@ struct How {
 /// What may.
 #[derive(Clone, Copy, Debug)]
 struct Storage {
+    model: fn() -> ModelConfig,
     dtype: DType,
     weights: WeightFormat,
 }
 
-const F32: Storage = Storage { dtype: DType::F32, weights: WeightFormat::Stored };
-const BF16: Storage = Storage { dtype: DType::BF16, weights: WeightFormat::Stored };
-const INT8: Storage = Storage { dtype: DType::F32, weights: WeightFormat::Int8 };
+const F32: Storage = Storage { model, dtype: DType::F32, weights: WeightFormat::Stored };
+const BF16: Storage = Storage { model, dtype: DType::BF16, weights: WeightFormat::Stored };
+const INT8: Storage = Storage { model, dtype: DType::F32, weights: WeightFormat::Int8 };
 
 /// The response file, and what the first replica did.
 fn generate(requests: &[Request], how: How, storage: Storage) -> (String, Counts) {
@@ -112,7 +119,8 @@ fn generate_until(eos_ids: &[u32], requests: &[Request], how: How, storage: Stor
         pool.install(|| {
             let groups = Groups::new(world, layout_for(tp * pp * dp, tp, pp).unwrap());
             let (device, tokenizer) = (Cpu::new(), tokenizer());
-            let mut chunk = Chunk::new(&device, &model(), &groups.layout, groups.at, 0, storage.dtype, Purpose::Inference).unwrap();
+            let mut chunk =
+                Chunk::new(&device, &(storage.model)(), &groups.layout, groups.at, 0, storage.dtype, Purpose::Inference).unwrap();
             chunk.initialise(&device, 5);
             chunk.pack(&device, &*groups.tp, storage.weights).unwrap();
             let (device, groups, chunk, eos_ids, batching) = (&device, &groups, &chunk, eos_ids.to_vec(), how.batching);
@@ -232,6 +240,24 @@ fn layouts_change_no_byte() {
     }
 }
 
+/// And over 3, 5 and 6 ranks, which have no whole pieces of a sum that is cut in 8: they divide outputs instead, here blocks that overlap
+/// and that do not, with stages and replicas, and in every form of weights. It breaks when a rank sums in an order of its own.
+#[test]
+fn any_number_of_ranks_changes_no_byte() {
+    let requests = requests();
+    let of_thirties = |storage: Storage| Storage { model: model_of_thirties, ..storage };
+    let fp8 = |dtype: DType| of_thirties(Storage { model, dtype, weights: WeightFormat::Fp8(Fp8Scales::Rows) });
+    for storage in [of_thirties(F32), of_thirties(BF16), of_thirties(INT8), fp8(DType::F32), fp8(DType::BF16)] {
+        let expected = generate(&requests, alone(), storage).0;
+        for (shape, n_sequences, pass_tokens, draft_tokens) in
+            [((3, 1, 1), 16, 512, 4), ((3, 2, 1), 5, 37, 4), ((3, 1, 2), 3, 64, 0), ((5, 1, 1), 16, 100, 0), ((6, 1, 1), 4, 512, 4)]
+        {
+            let how = How { shape, batching: Batching { n_sequences, pass_tokens, draft_tokens, ..Batching::default() }, n_threads: 1 };
+            assert_same(&expected, &generate(&requests, how, storage).0, how, storage);
+        }
+    }
+}
+
 /// With E4M3 and a scale for each token and output channel, too: the ranks agree on the scale of what they have parts of, and a row's
 /// bits do not depend on the others of a pass. With one scale for a whole pass the ranks still change nothing; what runs together does.
 #[test]
@@ -239,15 +265,15 @@ fn layouts_change_no_byte_in_fp8() {
     let requests = requests();
     let batching = Batching { n_sequences: 5, pass_tokens: 37, draft_tokens: 4, ..Batching::default() };
     for dtype in [DType::F32, DType::BF16] {
-        let rows = Storage { dtype, weights: WeightFormat::Fp8(Fp8Scales::Rows) };
+        let rows = Storage { model, dtype, weights: WeightFormat::Fp8(Fp8Scales::Rows) };
         let expected = generate(&requests, alone(), rows).0;
-        let of_stored = generate(&requests, alone(), Storage { dtype, weights: WeightFormat::Stored }).0;
+        let of_stored = generate(&requests, alone(), Storage { model, dtype, weights: WeightFormat::Stored }).0;
         assert_ne!(expected, of_stored, "FP8 changes nothing");
         for shape in [(2, 1, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2)] {
             let how = How { shape, batching, n_threads: 1 };
             assert_same(&expected, &generate(&requests, how, rows).0, how, rows);
         }
-        let tensor = Storage { dtype, weights: WeightFormat::Fp8(Fp8Scales::Tensor) };
+        let tensor = Storage { model, dtype, weights: WeightFormat::Fp8(Fp8Scales::Tensor) };
         let how = How { shape: (2, 1, 1), ..alone() };
         assert_same(&generate(&requests, alone(), tensor).0, &generate(&requests, how, tensor).0, how, tensor);
     }
@@ -279,7 +305,7 @@ fn the_order_of_requests_changes_no_byte() {
 /// `--weights fp8-tensor` has, the bytes change with the batch.
 #[test]
 fn a_dependence_between_rows_is_found() {
-    let storage = Storage { dtype: DType::F32, weights: WeightFormat::Fp8(Fp8Scales::Tensor) };
+    let storage = Storage { model, dtype: DType::F32, weights: WeightFormat::Fp8(Fp8Scales::Tensor) };
     let together = How { batching: Batching { n_sequences: 16, ..alone().batching }, ..alone() };
     assert_ne!(generate(&requests(), alone(), storage).0, generate(&requests(), together, storage).0);
 }

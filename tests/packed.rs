@@ -176,7 +176,7 @@ fn logits_of(config: &ModelConfig, dtype: DType, tp: usize, format: Option<Weigh
 }
 
 fn passes(device: &Cpu, groups: &Groups, chunk: &Chunk) -> Vec<u32> {
-    let (scratch, numerics) = (Scratch::new(), Numerics::of_inference(device, groups.layout.tp));
+    let (scratch, numerics) = (Scratch::new(), Numerics::of_inference(device));
     let ctx = Ctx { device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
     let mut caches = chunk.new_caches(device, 2).unwrap();
     let mut logits = Vec::new();

@@ -38,6 +38,10 @@ run generate --checkpoint $work/model --requests $work/questions.jsonl --out $wo
 # Nine query heads and three key heads divide by three.
 mpirun -n 3 --oversubscribe "$TRIREME_BIN/trireme-generate" --checkpoint $work/model --requests $work/questions.jsonl --out $work/answers-tp3 \
   --tp 3 >$work/log 2>&1 || { cat $work/log >&2; exit 1; }
+cmp $work/answers{,-tp3}/responses.jsonl || { echo "three ranks answer with other bytes than one" >&2; exit 1; }
+mpirun -n 3 --oversubscribe "$TRIREME_BIN/trireme-score" logprobs --checkpoint $work/model --input $work/text.jsonl --out $work/logprobs-tp3 \
+  --tp 3 >$work/log 2>&1 || { cat $work/log >&2; exit 1; }
+cmp $work/logprobs{,-tp3}/logprobs.jsonl || { echo "three ranks score with other bytes than one" >&2; exit 1; }
 $python tests/real_model/compare.py tests/real_model/golden.json $work/logprobs/logprobs.jsonl $work/answers{,-tp3}/responses.jsonl
 run checkpoint export $work/model --out $work/exported
 $python - $work/hf $work/exported <<'PY'

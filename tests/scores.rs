@@ -4,7 +4,7 @@ mod common;
 mod golden_evaluations;
 mod oracles;
 
-use common::{counting_documents, tiny_recipe, train, write_megatron};
+use common::{counting_documents, models, tiny_recipe, train, write_megatron};
 use golden_evaluations::{Place, assert_refused, checkpoint, json, lines};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use trireme::infer::load::{layout_for, load_as, load_chunk};
 use trireme::infer::score::{self, Sequence};
 use trireme::infer::scorer::{self, Scorer};
 use trireme::model::chunk::{Chunk, MicroBatch, Purpose};
+use trireme::model::config::ModelConfig;
 use trireme::model::ctx::{Ctx, SequenceMode};
 use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
@@ -48,6 +49,11 @@ fn training_chunk(device: &dyn Device, run: &Path, groups: &Groups, dtype: DType
         stored.read(&mut [Wanted { name, slice, tensor: &mut param.value.rows_mut(rows) }]).unwrap();
     }
     chunk
+}
+
+/// The same model with heads and a vocabulary that 3, 6 and 12 divide too.
+fn divided_by_three(model: ModelConfig) -> ModelConfig {
+    ModelConfig { n_heads: 24, n_kv_heads: 12, vocab_divisor: 24, ..model }
 }
 
 /// The token losses of a training step in reproducible mode, with its backward: tp 2 with sequence parallelism, two stages, two
@@ -92,7 +98,7 @@ fn scored_with(
     let all = threads::run(tp * pp * dp, |world| {
         let layout = layout_for(tp * pp * dp, tp, pp).unwrap();
         let (device, stored, groups) = (Cpu::new(), stored_checkpoint::open(run).unwrap(), Groups::new(world, layout));
-        let numerics = scorer::numerics(asked, &device, layout, weights).unwrap();
+        let numerics = scorer::numerics(asked, &device, weights).unwrap();
         let mut chunks = [load_as(&device, &stored, &groups, dtype, weights).unwrap()];
         let scorer = Scorer { device: &device, groups: &groups, batch_tokens, numerics, stop: &|| false };
         score::logprobs(&scorer, &mut chunks, &samples()).unwrap()
@@ -121,7 +127,7 @@ fn memory_does_not_grow_with_the_input() {
         let groups = Groups::new(Box::new(trireme::comm::solo::Solo::new()), ParallelLayout::SINGLE);
         let mut chunks = [load_as(&device, &stored, &groups, DType::F32, None).unwrap()];
         let before = device.memory().live_bytes;
-        let numerics = scorer::numerics(None, &device, ParallelLayout::SINGLE, None).unwrap();
+        let numerics = scorer::numerics(None, &device, None).unwrap();
         let scorer = Scorer { device: &device, groups: &groups, batch_tokens: 1, numerics, stop: &|| false };
         let sequence = |n: usize| Sequence { id: n.to_string(), tokens: (0..n as u32).collect() };
         let scored = score::logprobs(&scorer, &mut chunks, &lengths.map(sequence).collect::<Vec<_>>()).unwrap();
@@ -141,8 +147,9 @@ fn a_policy_scored_against_itself_has_a_log_ratio_of_zero() {
     let dir = tempfile::tempdir().unwrap();
     let shards = dir.path().join("shards");
     write_megatron(&shards, "train", &counting_documents(60, 61, 1));
-    let run = dir.path().join("run");
-    train(&tiny_recipe(&shards), &run, None).unwrap();
+    let (run, mut recipe) = (dir.path().join("run"), tiny_recipe(&shards));
+    recipe.model = divided_by_three(recipe.model);
+    train(&recipe, &run, None).unwrap();
     let input = dir.path().join("input.jsonl");
     write_lines(&input, &samples().iter().map(|one| json!({"id": one.id, "tokens": one.tokens})).collect::<Vec<_>>());
     for dtype in [DType::F32, DType::BF16] {
@@ -152,8 +159,18 @@ fn a_policy_scored_against_itself_has_a_log_ratio_of_zero() {
             assert_eq!(pairs().count(), N_SAMPLES * SEQ_LEN);
             pairs().all(|(logprob, loss)| logprob.to_bits() == (-loss).to_bits() && logprob - -loss == 0.0)
         };
-        for (shape, batch_tokens) in [((1, 1, 1), 1), ((1, 1, 1), 1000), ((4, 1, 1), 20), ((1, 4, 1), 40), ((2, 1, 2), 16), ((1, 2, 3), 33)]
-        {
+        for (shape, batch_tokens) in [
+            ((1, 1, 1), 1),
+            ((1, 1, 1), 1000),
+            ((4, 1, 1), 20),
+            ((1, 4, 1), 40),
+            ((2, 1, 2), 16),
+            ((1, 2, 3), 33),
+            ((3, 1, 1), 1000),
+            ((3, 2, 1), 20),
+            ((6, 1, 1), 1),
+            ((12, 1, 1), 1000),
+        ] {
             assert!(is_zero(&scored_on(&run, dtype, None, shape, batch_tokens)), "{dtype:?} {shape:?} {batch_tokens}");
         }
         let out = dir.path().join(dtype.name());
@@ -172,8 +189,7 @@ fn a_policy_scored_against_itself_has_a_log_ratio_of_zero() {
 /// its sequence's, has another's position, or is asked another's token.
 #[test]
 fn shared_rows_have_the_bits_of_sequences_alone() {
-    let place = Place::new();
-    let model = checkpoint(&place);
+    let model = ModelConfig { init_std: 0.1, ..models::nemotron([2, 64, 6, 3, 16, 192, 384], 1536) };
     let noise = Random::new(6, "shared");
     let tokens = |key: usize, n: usize| -> Vec<u32> { (0..n).map(|t| (noise.bits((key * 10_000 + t) as u64) % 384) as u32).collect() };
     let shots = tokens(0, 1100);
@@ -193,9 +209,10 @@ fn shared_rows_have_the_bits_of_sequences_alone() {
         let (tp, pp, dp) = shape;
         let all = threads::run(tp * pp * dp, |world| {
             let layout = layout_for(tp * pp * dp, tp, pp).unwrap();
-            let (device, stored, groups) = (Cpu::new(), stored_checkpoint::open(&model).unwrap(), Groups::new(world, layout));
-            let numerics = scorer::numerics(Some(Mode::Reproducible), &device, layout, weights).unwrap();
-            let mut chunks = [load_chunk(&device, &stored, &groups, dtype).unwrap()];
+            let (device, groups) = (Cpu::new(), Groups::new(world, layout));
+            let numerics = scorer::numerics(Some(Mode::Reproducible), &device, weights).unwrap();
+            let mut chunks = [Chunk::new(&device, &model, &layout, groups.at, 0, dtype, Purpose::Inference).unwrap()];
+            chunks[0].initialise(&device, 3);
             weights.map_or(Ok(()), |format| chunks[0].pack(&device, &*groups.tp, format)).unwrap();
             let scorer = Scorer { device: &device, groups: &groups, batch_tokens, numerics, stop: &|| false };
             let wanted: Vec<scorer::Wanted> = sequences.iter().map(|(tokens, first)| scorer::Wanted { tokens, first: *first }).collect();
@@ -211,23 +228,15 @@ fn shared_rows_have_the_bits_of_sequences_alone() {
         let expected = scores(dtype, weights, (1, 1, 1), 1, true);
         let lengths: Vec<usize> = expected.iter().map(|one| one.logprobs.len()).collect();
         assert_eq!(lengths, sequences.iter().map(|(tokens, first)| tokens.len() - first).collect::<Vec<_>>());
-        for (shape, batch_tokens) in [((1, 1, 1), 1), ((1, 1, 1), 1200), ((1, 1, 1), 9000), ((2, 1, 1), 9000), ((1, 2, 2), 1300)] {
+        for (shape, batch_tokens) in
+            [((1, 1, 1), 1), ((1, 1, 1), 1200), ((1, 1, 1), 9000), ((3, 1, 1), 1200), ((3, 2, 1), 9000), ((1, 2, 2), 1300)]
+        {
             let found = scores(dtype, weights, shape, batch_tokens, false);
             for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 assert_eq!(found, expected, "sequence {number} in {dtype:?} {weights:?} on {shape:?} with {batch_tokens}");
             }
         }
     }
-}
-
-/// Reproducible numerics are refused where they cannot be had, by name, and left out where nobody asked for them.
-#[test]
-fn numerics_that_cannot_be_had_are_refused() {
-    let device = Cpu::new();
-    let layout = layout_for(3, 3, 1).unwrap();
-    let error = scorer::numerics(Some(Mode::Reproducible), &device, layout, None).err().unwrap();
-    assert!(error.exit_code() == 2 && error.to_string().contains("--tp 3 does not divide the 8 pieces"), "{error}");
-    assert!(matches!(scorer::numerics(None, &device, layout, None), Ok(Numerics::Fast)));
 }
 
 /// With weights in FP8 and a scale for each token and output channel, log-probabilities have the same bits whatever is batched together
@@ -238,19 +247,21 @@ fn fp8_scores_do_not_depend_on_batch_or_layout() {
     let shards = dir.path().join("shards");
     write_megatron(&shards, "train", &counting_documents(60, 61, 1));
     let (run, mut recipe) = (dir.path().join("run"), tiny_recipe(&shards));
-    (recipe.model.hidden, recipe.model.ffn_hidden) = (32, 64);
+    recipe.model = ModelConfig { hidden: 32, ffn_hidden: 192, ..divided_by_three(recipe.model) };
     train(&recipe, &run, None).unwrap();
     let rows = Some(WeightFormat::Fp8(Fp8Scales::Rows));
     for dtype in [DType::F32, DType::BF16] {
         let expected = scored_with(&run, (dtype, rows), None, (1, 1, 1), 1);
         assert_ne!(expected, scored_on(&run, dtype, None, (1, 1, 1), 1), "FP8 changes nothing");
-        for (shape, batch_tokens) in [((1, 1, 1), 1000), ((4, 1, 1), 20), ((2, 2, 1), 40), ((1, 2, 2), 16)] {
+        for (shape, batch_tokens) in [((1, 1, 1), 1000), ((4, 1, 1), 20), ((2, 2, 1), 40), ((1, 2, 2), 16), ((3, 1, 1), 30), ((6, 1, 1), 7)]
+        {
             assert_eq!(expected, scored_with(&run, (dtype, rows), None, shape, batch_tokens), "{dtype:?} {shape:?} {batch_tokens}");
         }
     }
     let (device, tensor) = (Cpu::new(), Some(WeightFormat::Fp8(Fp8Scales::Tensor)));
-    let error = scorer::numerics(Some(Mode::Reproducible), &device, ParallelLayout::SINGLE, tensor).err().unwrap();
-    assert!(error.to_string().contains("one FP8 scale is for all that runs together"), "{error}");
+    let error = scorer::numerics(Some(Mode::Reproducible), &device, tensor).err().unwrap();
+    assert!(error.exit_code() == 2 && error.to_string().contains("one FP8 scale is for all that runs together"), "{error}");
+    assert!(matches!(scorer::numerics(None, &device, tensor), Ok(Numerics::Fast)));
 }
 
 /// A signal reaches one rank some passes before the others: all ranks leave together, asked to be started again. A rank that left alone

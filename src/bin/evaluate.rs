@@ -170,7 +170,7 @@ fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Pat
     let sums = Sums::of(generate::mode(args.scoring.numerics));
     let (device, groups) = runtime.open(prepared.layout, args.place.comm, args.place.nccl(sums))?;
     let device = &*device;
-    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, prepared.layout, weights))?;
+    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, weights))?;
     let made = score_journal::resume(world, dir, numerics, questions.pairs.len())?;
     let mut done = Done::nothing(&questions.requests);
     journal::resume(world, dir, &mut done)?;
@@ -197,7 +197,7 @@ fn answer(args: &EvaluateArgs, runtime: &Runtime, prepared: &Prepared, dir: &Pat
         eos_ids: agree(world, hf::eos_ids(stored))?,
         tokenizer: Some(tokenizer),
         batching: Batching { n_sequences: args.under_way.batch, kv_memory, ..Batching::default() },
-        order: agree(world, generate::order(args.scoring.numerics, device, prepared.layout, weights))?,
+        order: agree(world, generate::order(args.scoring.numerics, device, weights))?,
         stop: &stop,
     };
     journal::keep(&generator, &questions.requests, &done, dir).map(drop)

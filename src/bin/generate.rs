@@ -170,7 +170,7 @@ fn make(
         eos_ids: prepared.eos_ids.clone(),
         tokenizer: prepared.tokenizer.as_ref(),
         batching,
-        order: agree(&*groups.world, generate::order(args.numerics, device, prepared.layout, args.model.weights))?,
+        order: agree(&*groups.world, generate::order(args.numerics, device, args.model.weights))?,
         stop: &|| runtime.stop_requested(),
     };
     let counts = journal::keep(&generator, &prepared.file.requests, done, dir)?;

@@ -23,9 +23,9 @@ use trireme::runtime::Runtime;
 
 /// Score given text with a checkpoint.
 ///
-/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (with tp 1, 2, 4 or 8, not with
-/// fp8-tensor), a score has the same bits whatever it is batched with, under every layout, and in the forward of a training step
-/// in reproducible mode: a policy scored against itself gives a log-ratio of exactly 0.
+/// The forward pass is training's. In reproducible numerics, which are taken wherever they can be had (not with fp8-tensor), a score has
+/// the same bits whatever it is batched with, under every layout and any --tp, and in the forward of a training step in reproducible
+/// mode: a policy scored against itself gives a log-ratio of exactly 0.
 ///
 /// A job that is killed or stopped (exit code 75) keeps what it has scored in OUT.tmp-JOB/journal. The same command goes on from there,
 /// with any number of ranks, --tp, --pp or --batch-tokens; with another checkpoint, input or numerics it refuses.
@@ -152,10 +152,10 @@ fn score(what: &What, args: &ScoreArgs, runtime: &Runtime) -> Result<()> {
     let Some(begun) = runtime.begin(&args.out, || begin(what, args, &prepared))? else { return Ok(()) };
     let Prepared { stored, input, layout, .. } = prepared;
     let dir = begun.journal_dir(world);
-    let mode = scorer::mode(args.scoring.numerics, layout, args.model.weights);
+    let mode = scorer::mode(args.scoring.numerics, args.model.weights);
     let (device, groups) = runtime.open(layout, args.place.comm, args.place.nccl(Sums::of(mode)))?;
     let device = &*device;
-    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, layout, args.model.weights))?;
+    let numerics = agree(world, scorer::numerics(args.scoring.numerics, device, args.model.weights))?;
     let made = score_journal::resume(world, &dir, numerics, input.n())?;
     if !made.iter().all(|made| *made) {
         let mut chunks = [agree(world, load_as(device, &stored, &groups, args.model.dtype, args.model.weights))?];

@@ -322,6 +322,13 @@ pub struct MemoryUse {
     pub n_allocations: usize,
 }
 
+/// Panics unless the parts join into `out`: see [`Device::join_columns`].
+fn assert_joins(out: &Tensor, parts: &Tensor) {
+    let (t, columns, width) = (out.n_rows(), out.row_len(), parts.row_len());
+    let fits = width > 0 && width <= columns && parts.n_rows() >= columns.div_ceil(width) * t && out.dtype() == parts.dtype();
+    assert!(fits, "join_columns of {parts:?} to {out:?}");
+}
+
 /// Operations recorded by [`Device::record`], on the tensors they were recorded with, all of which must live as long as it.
 pub trait Recording: Send {
     /// Asks for them again, on what the tensors hold now. The caches are used at `spans`: as many as at the recording, each of one new
@@ -374,6 +381,9 @@ pub trait Device: Send + Sync {
     fn copy(&self, out: &mut Tensor, x: &Tensor);
     /// x += y; dtypes may differ.
     fn add(&self, x: &mut Tensor, y: &Tensor);
+    /// out[T,C] = parts[n T, W] beside each other, float of one dtype, n W >= C >= W: out[t, c] = parts[b T + t, c - min(b W, C - W)] with
+    /// b = c / W. So part b has the columns from min(b W, C - W) on: where W does not divide C, the last parts overlap those before.
+    fn join_columns(&self, out: &mut Tensor, parts: &Tensor);
     /// x *= factor
     fn scale(&self, x: &mut Tensor, factor: f32);
     /// Sum of squares of an f32 tensor, accumulated in f64 over fixed blocks of 4096 elements in order, so the value does

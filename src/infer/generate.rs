@@ -17,7 +17,6 @@ use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::model::chunk::Chunk;
 use crate::model::packed::WeightFormat;
-use crate::parallel::layout::ParallelLayout;
 use crate::progress::Progress;
 use crate::recipe::Mode;
 use crate::rng::Random;
@@ -46,12 +45,12 @@ pub struct Generator<'a> {
 
 /// The order of sums that `asked` means for responses: reproducible as far as it can be had, so that a response does not depend on what
 /// runs beside it, nor on the layout. Err: asked for, and something is in its way.
-pub fn order(asked: Option<Mode>, device: &dyn Device, layout: ParallelLayout, weights: Option<WeightFormat>) -> Result<Mode> {
+pub fn order(asked: Option<Mode>, device: &dyn Device, weights: Option<WeightFormat>) -> Result<Mode> {
     match asked {
-        Some(Mode::Reproducible) => drop(scorer::numerics(asked, device, layout, weights)?),
+        Some(Mode::Reproducible) => drop(scorer::numerics(asked, device, weights)?),
         Some(Mode::Fast) => {}
         None => {
-            if let Some(in_the_way) = scorer::in_the_way(layout, weights) {
+            if let Some(in_the_way) = scorer::in_the_way(weights) {
                 log::info!("responses may differ from those of other layouts or batches, because {in_the_way}");
             }
         }

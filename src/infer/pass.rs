@@ -79,7 +79,7 @@ impl<'a> Passes<'a> {
         let caches = chunk.new_caches(device, n_pages)?;
         let numerics = match order {
             Mode::Fast => Numerics::Fast,
-            Mode::Reproducible => Numerics::of_inference(device, groups.layout.tp),
+            Mode::Reproducible => Numerics::of_inference(device),
         };
         if device.records() && !groups.tp.is_recordable() && groups.world.rank() == 0 {
             log::info!("decode steps are not recorded: tensor-parallel ranks exchange through host memory");

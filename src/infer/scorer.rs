@@ -9,11 +9,9 @@ use crate::device::{Device, Fp8Scales, Scratch};
 use crate::error::{Error, Kind, Result};
 use crate::model::chunk::{Chunk, MicroBatch};
 use crate::model::ctx::{Ctx, SequenceMode};
-use crate::model::numerics::{BatchBlocks, Canonical, Numerics};
+use crate::model::numerics::Numerics;
 use crate::model::packed::WeightFormat;
 use crate::model::shared::Asked;
-use crate::parallel::layout::ParallelLayout;
-use crate::parallel::pieces::TP_PIECES;
 use crate::parallel::schedule::{self, PipelineShape};
 use crate::progress::Progress;
 use crate::recipe::Mode;
@@ -53,39 +51,27 @@ pub struct TokenScores {
     pub is_greedy: Vec<bool>,
 }
 
-/// What keeps a layout and a form of weights from the same bits under every batch and layout.
-pub(super) fn in_the_way(layout: ParallelLayout, weights: Option<WeightFormat>) -> Option<String> {
-    if TP_PIECES % layout.tp != 0 {
-        return Some(format!("--tp {} does not divide the {TP_PIECES} pieces of each sum", layout.tp));
-    }
-    (weights == Some(WeightFormat::Fp8(Fp8Scales::Tensor))).then(|| "one FP8 scale is for all that runs together".into())
+/// What keeps a form of weights from the same bits under every batch and layout.
+pub(super) fn in_the_way(weights: Option<WeightFormat>) -> Option<&'static str> {
+    (weights == Some(WeightFormat::Fp8(Fp8Scales::Tensor))).then_some("one FP8 scale is for all that runs together")
 }
 
 /// The order of sums that [`numerics`] will find on a device with canonical sums: what devices are opened for.
-pub fn mode(asked: Option<Mode>, layout: ParallelLayout, weights: Option<WeightFormat>) -> Mode {
-    let possible = if in_the_way(layout, weights).is_none() { Mode::Reproducible } else { Mode::Fast };
+pub fn mode(asked: Option<Mode>, weights: Option<WeightFormat>) -> Mode {
+    let possible = if in_the_way(weights).is_none() { Mode::Reproducible } else { Mode::Fast };
     asked.unwrap_or(possible)
 }
 
 /// The order of sums that `asked` means: reproducible unless something is in its way, which the log then says. Err: asked for, and
 /// something is in its way.
-pub fn numerics<'a>(
-    asked: Option<Mode>,
-    device: &'a dyn Device,
-    layout: ParallelLayout,
-    weights: Option<WeightFormat>,
-) -> Result<Numerics<'a>> {
+pub fn numerics<'a>(asked: Option<Mode>, device: &'a dyn Device, weights: Option<WeightFormat>) -> Result<Numerics<'a>> {
     if asked == Some(Mode::Fast) {
         return Ok(Numerics::Fast);
     }
-    let in_the_way = match (device.canonical(), in_the_way(layout, weights)) {
-        (None, _) => format!("{} has no sums in a canonical order", device.name()),
-        (Some(_), Some(in_the_way)) => in_the_way,
-        (Some(sums), None) => {
-            // Only a backward pass asks how samples are cut.
-            let blocks = BatchBlocks { samples: 1, per_replica: 1 };
-            return Ok(Numerics::Reproducible(Canonical { sums, blocks, batch: None }));
-        }
+    let in_the_way = match (Numerics::of_inference(device), in_the_way(weights)) {
+        (Numerics::Fast, _) => format!("{} has no sums in a canonical order", device.name()),
+        (_, Some(in_the_way)) => in_the_way.into(),
+        (canonical, None) => return Ok(canonical),
     };
     if asked.is_some() {
         return Err(Error::recipe(format!("--numerics reproducible: {in_the_way}")).remedy("use --numerics fast"));
@@ -298,18 +284,14 @@ mod tests {
         let formats =
             [None, Some(WeightFormat::Stored), Some(WeightFormat::Fp8(Fp8Scales::Rows)), Some(WeightFormat::Fp8(Fp8Scales::Tensor))];
         let mut n_of_each = [0, 0];
-        for tp in [1, 2, 3, 4, 6, 8, 16] {
-            let layout = ParallelLayout { tp, ..ParallelLayout::SINGLE };
-            for (asked, weights) in
-                [None, Some(Mode::Fast), Some(Mode::Reproducible)].into_iter().flat_map(|asked| formats.map(|of| (asked, of)))
-            {
-                let Ok(found) = numerics(asked, &cpu, layout, weights) else { continue };
-                let is_reproducible = matches!(found, Numerics::Reproducible(_));
-                let sums = Sums::of(mode(asked, layout, weights));
-                assert_eq!(sums == Sums::Ordered, is_reproducible, "{asked:?}, tp {tp}, {weights:?}");
-                n_of_each[usize::from(is_reproducible)] += 1;
-            }
+        for (asked, weights) in
+            [None, Some(Mode::Fast), Some(Mode::Reproducible)].into_iter().flat_map(|asked| formats.map(|of| (asked, of)))
+        {
+            let Ok(found) = numerics(asked, &cpu, weights) else { continue };
+            let is_reproducible = matches!(found, Numerics::Reproducible(_));
+            assert_eq!(Sums::of(mode(asked, weights)) == Sums::Ordered, is_reproducible, "{asked:?}, {weights:?}");
+            n_of_each[usize::from(is_reproducible)] += 1;
         }
-        assert!(n_of_each.iter().all(|n| *n > 10), "{n_of_each:?}");
+        assert_eq!(n_of_each, [4 + 1, 3 + 3], "one FP8 scale for all keeps scores from being reproducible");
     }
 }

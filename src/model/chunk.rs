@@ -119,6 +119,7 @@ impl Chunk {
         purpose: Purpose,
     ) -> Result<Chunk> {
         let make = |spec: ParamSpec| -> Result<(String, Param)> {
+            let spec = if purpose == Purpose::Training { spec } else { spec.of_passes(layout.tp) };
             let name = spec.name.clone();
             Ok((name, Param::new(device, spec, (layout, at), dtype, purpose)?))
         };

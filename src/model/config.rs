@@ -4,6 +4,7 @@
 use crate::device::{Activation, Direction, Heads, LinearScaling, Llama3Scaling, NormKind, Rope, RopeScaling, YarnScaling};
 use crate::error::{Error, Result};
 use crate::parallel::layout::{Coords, ParallelLayout};
+use crate::parallel::pieces::TP_PIECES;
 use crate::parallel::slice::Slice;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -71,6 +72,9 @@ pub enum Split {
     Rows,
     /// Equal blocks of columns (row-parallel linears [out, in]).
     Columns,
+    /// Blocks of as many rows each, of a linear that has its columns divided in training: for passes without gradients on a number of
+    /// ranks that has no whole pieces of its sums. The last blocks overlap those before, where the rows do not divide.
+    Outputs,
 }
 
 /// Initial values; counter-based, so they do not depend on the layout.
@@ -113,7 +117,22 @@ pub struct ParamSpec {
     pub place: Place,
 }
 
+/// Rows of a block of outputs are a multiple of this, where there are as many: what tensor cores and vectors take at once.
+const OUTPUT_STEP: usize = 16;
+
 impl ParamSpec {
+    /// The same for passes without gradients over `tp` ranks: see [`Split::Outputs`].
+    pub fn of_passes(self, tp: usize) -> ParamSpec {
+        let split = if self.split == Split::Columns && TP_PIECES % tp != 0 { Split::Outputs } else { self.split };
+        ParamSpec { split, ..self }
+    }
+
+    /// Rows of a block of [`Split::Outputs`] on each of `tp` ranks. Block i begins with row min(i * this, rows - this).
+    pub fn block_of_outputs(&self, tp: usize) -> usize {
+        let rows = self.shape[0];
+        rows.div_ceil(tp).next_multiple_of(OUTPUT_STEP).min(rows)
+    }
+
     /// The part of the global tensor that tensor-parallel rank `tp_index` of `tp` holds.
     pub fn tp_slice(&self, tp_index: usize, tp: usize) -> Slice {
         let whole = Slice::whole(&self.shape);
@@ -121,6 +140,11 @@ impl ParamSpec {
             Split::None => whole,
             Split::Rows => whole.block(0, tp_index, tp),
             Split::Columns => whole.block(1, tp_index, tp),
+            Split::Outputs => {
+                let n = self.block_of_outputs(tp);
+                let first = (tp_index * n).min(self.shape[0] - n);
+                whole.rows(first..first + n)
+            }
         }
     }
 
@@ -390,6 +414,25 @@ mod tests {
         let flops = nemotron_340b().train_flops(2304 * 4096, 4096);
         let mfu = flops / (8.0 * 6144.0 * 989e12);
         assert!((mfu - 0.410).abs() < 0.003, "{mfu}");
+    }
+
+    /// Blocks of outputs have one size on all ranks, reach every row, begin where `Device::join_columns` looks for them, and stand where
+    /// ranks have no whole pieces of a sum, there alone.
+    #[test]
+    fn blocks_of_outputs_reach_every_row() {
+        for rows in [1, 5, 16, 24, 40, 48, 100, 576, 18_432] {
+            let spec = ParamSpec { shape: vec![rows, 30], split: Split::Columns, ..nemotron_340b().param_specs().remove(0) };
+            for tp in [3, 5, 6, 7, 10, 15] {
+                let spec = spec.clone().of_passes(tp);
+                let n = spec.block_of_outputs(tp);
+                let blocks: Vec<Slice> = (0..tp).map(|rank| spec.tp_slice(rank, tp)).collect();
+                let first = |rank: usize| (rank * n).min(rows - n);
+                assert!((0..tp).all(|rank| blocks[rank] == Slice { offset: vec![first(rank), 0], shape: vec![n, 30] }), "{rows} over {tp}");
+                assert!(blocks[0].offset[0] == 0 && blocks.windows(2).all(|w| w[1].offset[0] <= w[0].offset[0] + n), "{rows} over {tp}");
+                assert_eq!(blocks[tp - 1].offset[0] + n, rows, "{rows} over {tp}");
+            }
+            assert!([1, 2, 4, 8].iter().all(|tp| spec.clone().of_passes(*tp) == spec));
+        }
     }
 
     /// Slices of all ranks tile each parameter exactly once, also when dp does not divide the rows.

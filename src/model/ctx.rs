@@ -24,6 +24,8 @@ pub enum Inner {
     Whole,
     /// Its share of the tensor-parallel group's: a sum over the ranks follows.
     Divided,
+    /// All of it, where the ranks of other layouts have shares: summed as those do.
+    Undivided,
 }
 
 /// Lent to every layer call.
@@ -105,6 +107,27 @@ impl Ctx<'_> {
         let mut mine = self.take(&[partial.n_rows() / self.tp.size(), partial.row_len()], partial.dtype());
         self.start_sum_rows(&partial, &mut mine).wait();
         self.rounded(mine, dtype)
+    }
+
+    /// Rows [T, C] that one rank each has, and -0 on the others -> [T', C]: exact in any order.
+    pub fn pick_rows(&self, mut mine: ScratchTensor) -> ScratchTensor {
+        if !self.is_sharded() {
+            self.tp.all_reduce(&mut mine, ReduceOp::Sum);
+            return mine;
+        }
+        let mut picked = self.take(&[mine.n_rows() / self.tp.size(), mine.row_len()], mine.dtype());
+        self.tp.reduce_scatter(&mine, &mut picked);
+        picked
+    }
+
+    /// part[T, W] of each rank -> [T, n_columns] on all, the parts beside each other as `Device::join_columns` says. Rows are replicated.
+    pub fn gather_columns(&self, part: &Tensor, n_columns: usize) -> ScratchTensor {
+        assert!(!self.is_sharded(), "columns are gathered of rows that every rank has");
+        let mut parts = self.take(&[self.tp.size() * part.n_rows(), part.row_len()], part.dtype());
+        self.tp.all_gather(part, &mut parts);
+        let mut joined = self.take(&[part.n_rows(), n_columns], part.dtype());
+        self.device.join_columns(&mut joined, &parts);
+        joined
     }
 
     /// The sharded half of `sum_rows`, under way: mine[T', C] = this rank's rows of the sum, in the dtype of the partial sums.

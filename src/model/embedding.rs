@@ -21,8 +21,7 @@ impl VocabParallelEmbedding {
             Some(table) => packed::look_up(ctx, &mut partial, tokens, table, first_row),
             None => ctx.device.embed(&mut partial, tokens, &self.weight.weight(), first_row),
         }
-        let dtype = partial.dtype();
-        ctx.sum_rows(partial, dtype) // tp: reduce-scatter or all-reduce
+        ctx.pick_rows(partial) // tp: reduce-scatter or all-reduce
     }
 
     /// The table's gradient accumulated from dx[T', H].

@@ -113,7 +113,7 @@ impl Tensors<'_> {
 
     /// Codes and scales of x; where ranks have parts of what shares a scale, it is that of all parts.
     fn round(&self, ctx: &Ctx, (codes, by): (&mut Tensor, &mut Tensor), x: &Tensor, inner: Inner) {
-        if inner == Inner::Whole || ctx.tp.size() == 1 {
+        if inner != Inner::Divided || ctx.tp.size() == 1 {
             for (rows, scales) in self.each() {
                 ctx.device.quantise(&mut codes.rows_mut(rows.clone()), &mut by.rows_mut(scales), &x.rows(rows), self.axis);
             }
@@ -171,7 +171,7 @@ impl Rounded {
                 (Fp8Scales::Tensor, _) => [(Fp8Axis::All, Inner::Divided), (Fp8Axis::Transposed, Inner::Divided)],
                 (Fp8Scales::Rows, Split::Rows) => [(Fp8Axis::Rows, Inner::Whole), (Fp8Axis::Columns, Inner::Divided)],
                 (Fp8Scales::Rows, Split::Columns) => [(Fp8Axis::Rows, Inner::Divided), (Fp8Axis::Columns, Inner::Whole)],
-                (_, Split::None) => unreachable!("a linear layer of a block is divided over tp"),
+                (_, Split::None | Split::Outputs) => unreachable!("in training a linear layer of a block has its rows or columns divided"),
             };
             let Codes { by_output, by_input, is_current, .. } = &mut *codes;
             for ((codes, scale), (axis, inner)) in [(by_output, outputs), (by_input, inputs)] {

@@ -1,17 +1,18 @@
-//! The end of a language model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds logits of the whole
-//! vocabulary: the softmax needs two numbers a token from the other ranks.
+//! The end of a language model: final norm, vocabulary-parallel logits, cross entropy. No rank ever holds all tokens' logits of the
+//! whole vocabulary: the softmax needs two numbers a token from the other ranks.
 
 use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward};
 use super::norm::{Norm, NormSaved, Residual};
-use super::numerics::Numerics;
+use super::numerics::{Canonical, Numerics};
 use super::param::Param;
 use super::shared::Asked;
-use crate::comm::ReduceOp;
+use crate::comm::{Recv, ReduceOp, Send};
 use crate::device::ScratchTensor;
 use crate::parallel::pieces::TP_PIECES;
 use crate::tensor::{DType, Tensor};
+use std::ops::Range;
 
 /// Final norm and output layer.
 pub struct OutputHead {
@@ -56,12 +57,17 @@ pub struct HeadDeferred {
 struct Part {
     first_row: usize,
     n_valid: usize,
+    /// Pieces of the tokenizer.
+    n_vocabulary: usize,
 }
+
+/// Tag of logits that go to the rank that sums them.
+const LOGITS: u32 = 0;
 
 impl OutputHead {
     fn part(&self, weight: &Param) -> Part {
         let (first_row, rows) = (weight.slice.offset[0], weight.slice.shape[0]);
-        Part { first_row, n_valid: self.vocab_size.saturating_sub(first_row).min(rows) }
+        Part { first_row, n_valid: self.vocab_size.saturating_sub(first_row).min(rows), n_vocabulary: self.vocab_size }
     }
 
     /// residual[T', H] -> the loss of each token.
@@ -129,7 +135,7 @@ impl OutputHead {
 
     /// The saved logits become their gradient.
     fn loss_backward(&self, ctx: &Ctx, batch: &MicroBatch, saved: &mut HeadSaved, tied: Option<&Param>) {
-        let Part { first_row, n_valid } = self.part(self.weight.as_ref().or(tied).expect("an output layer, its own or tied"));
+        let Part { first_row, n_valid, .. } = self.part(self.weight.as_ref().or(tied).expect("an output layer, its own or tied"));
         let HeadSaved { logits, max, sum, .. } = saved;
         ctx.device.cross_entropy_gradient(logits, max, sum, &batch.targets, &batch.weights, first_row, n_valid);
     }
@@ -167,25 +173,78 @@ fn max_of(ctx: &Ctx, logits: &Tensor, part: &Part) -> ScratchTensor {
     max
 }
 
+/// Sums of exponentials and logits of targets, [T] f32 each.
+type Sums = [ScratchTensor; 2];
+
 /// logits[T, V/tp], max[T], targets[T] -> the loss of each target, and the sums of exponentials [T] f32.
 fn losses(ctx: &Ctx, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &Tensor) -> (TokenLosses, ScratchTensor) {
-    let Part { first_row, n_valid } = *part;
+    let Part { first_row, n_valid, .. } = *part;
     let n_tokens = logits.n_rows();
-    let [mut sum, mut target] = [(); 2].map(|()| ctx.take(&[n_tokens], DType::F32));
-    match ctx.numerics {
-        Numerics::Fast => ctx.device.cross_entropy_sum(&mut sum, &mut target, logits, max, targets, first_row, n_valid),
-        Numerics::Reproducible(canonical) => {
-            let (columns, n_pieces) = ((first_row, n_valid), TP_PIECES / ctx.tp.size());
-            canonical.sums.cross_entropy_sum_in_pairs(&mut sum, &mut target, logits, max, targets, columns, n_pieces);
+    let new = || [(); 2].map(|()| ctx.take(&[n_tokens], DType::F32));
+    let [sum, target] = match (ctx.numerics, ctx.own_pieces()) {
+        (Numerics::Fast, _) => {
+            let [mut sum, mut target] = new();
+            ctx.device.cross_entropy_sum(&mut sum, &mut target, logits, max, targets, first_row, n_valid);
+            over_the_vocabulary(ctx, [sum, target])
         }
-    }
-    ctx.tp.all_reduce(&mut sum, ctx.sum_op()); // tp: over the vocabulary
-    ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
+        (Numerics::Reproducible(canonical), Some(n_pieces)) => {
+            let ([mut sum, mut target], columns) = (new(), (first_row, n_valid));
+            canonical.sums.cross_entropy_sum_in_pairs(&mut sum, &mut target, logits, max, targets, columns, n_pieces);
+            over_the_vocabulary(ctx, [sum, target])
+        }
+        (Numerics::Reproducible(canonical), None) => sums_by_rows(ctx, &canonical, (logits, part), max, targets),
+    };
     let [max_host, sum_host, target_host] = [max, &*sum, &*target].map(|x| download(ctx, x));
     // The terms may be large and nearly cancel: one rounding, at the end.
     let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
     let is_greedy = target_host.iter().zip(&max_host).map(|(target, max)| target == max).collect();
     (TokenLosses { losses: (0..n_tokens).map(loss).collect(), is_greedy }, sum)
+}
+
+/// What each rank has of its part of the vocabulary, of all of it.
+fn over_the_vocabulary(ctx: &Ctx, [mut sum, mut target]: Sums) -> Sums {
+    ctx.tp.all_reduce(&mut sum, ctx.sum_op()); // tp: over the vocabulary
+    ctx.tp.all_reduce(&mut target, ReduceOp::Sum); // tp: the one rank that has it, the others 0
+    [sum, target]
+}
+
+/// The same on ranks that have no whole pieces of the sum, for passes without gradients: each gets the logits of T/tp tokens over the
+/// whole vocabulary from all, (tp - 1) / tp of T V / tp numbers, and sums theirs as a single rank would. So no rank has more logits
+/// than its own twice.
+fn sums_by_rows(ctx: &Ctx, canonical: &Canonical, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &Tensor) -> Sums {
+    let (n_ranks, n_tokens) = (ctx.tp.size(), logits.n_rows());
+    let n_each = n_tokens.div_ceil(n_ranks);
+    let rows_of = |rank: usize| (rank * n_each).min(n_tokens)..((rank + 1) * n_each).min(n_tokens);
+    let (mine, whole) = (rows_of(ctx.tp.rank()), exchange_rows(ctx, logits, &rows_of));
+    let [mut sum, mut target] = [(); 2].map(|()| ctx.take(&[n_each], DType::F32));
+    if !mine.is_empty() {
+        let [sum, target] = &mut [sum.rows_mut(0..mine.len()), target.rows_mut(0..mine.len())];
+        let (max, targets, columns) = (max.rows(mine.clone()), targets.rows(mine), (0, part.n_vocabulary));
+        canonical.sums.cross_entropy_sum_in_pairs(sum, target, &whole, &max, &targets, columns, TP_PIECES);
+    }
+    [sum, target].map(|mine| {
+        let mut all = ctx.take(&[n_ranks * n_each], DType::F32);
+        ctx.tp.all_gather(&mine, &mut all); // tp: over the tokens
+        ctx.copy_of(&all.rows(0..n_tokens))
+    })
+}
+
+/// logits[T, V/tp] of all ranks -> [n, V] of the n rows `rows_of` this rank.
+fn exchange_rows(ctx: &Ctx, logits: &Tensor, rows_of: &dyn Fn(usize) -> Range<usize>) -> ScratchTensor {
+    let (n_ranks, rank, columns) = (ctx.tp.size(), ctx.tp.rank(), logits.row_len());
+    let n = rows_of(rank).len();
+    let mut parts = ctx.take(&[n_ranks * n, columns], logits.dtype());
+    ctx.device.copy(&mut parts.rows_mut(rank * n..(rank + 1) * n), &logits.rows(rows_of(rank)));
+    for step in 1..n_ranks {
+        let (to, from) = ((rank + step) % n_ranks, (rank + n_ranks - step) % n_ranks);
+        let (theirs, mut part) = (logits.rows(rows_of(to)), parts.rows_mut(from * n..(from + 1) * n));
+        let sends = (theirs.n_rows() > 0).then(|| Send { peer: to, tag: LOGITS, tensor: &theirs });
+        let recvs = (n > 0).then(|| Recv { peer: from, tag: LOGITS, tensor: &mut part });
+        ctx.tp.start_group(sends.into_iter().collect(), recvs.into_iter().collect()).wait(); // tp: a part of the vocabulary
+    }
+    let mut whole = ctx.take(&[n, n_ranks * columns], logits.dtype());
+    ctx.device.join_columns(&mut whole, &parts);
+    whole
 }
 
 fn download(ctx: &Ctx, x: &Tensor) -> Vec<f32> {

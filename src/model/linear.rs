@@ -2,6 +2,7 @@
 //! two halves for schedules that run them apart (Qi et al. 2023): the gradient of the input, which the layer before waits for,
 //! and the gradient of the weight, which nobody waits for. The halves give the bits of the whole.
 
+use super::config::Split;
 use super::ctx::{Ctx, Inner};
 use super::fp8::Toward;
 use super::numerics::Numerics;
@@ -17,8 +18,14 @@ pub struct ColumnParallelLinear {
 }
 
 /// y[T, O] = sum over ranks of x[T, I/tp] W^T, W[O, I/tp]: each rank has a block of the inputs.
+///
+/// Where the ranks have no whole pieces of the sum over I (tp 3, 5, 6, 7, ..; see `numerics`), passes without gradients divide the
+/// outputs instead: each rank has all inputs of a block of outputs, [`Split::Outputs`], and the same memory. The inputs are gathered, each
+/// output is summed on one rank as a single rank would, and the outputs are gathered: a rank receives (tp - 1) / tp (I + O) numbers a
+/// token in the dtype of the activations, where the sum of a divided I takes 2 (tp - 1) / tp O of f32. In bf16 that is half of it where
+/// I = O, as in attention, as much where I = 3 O, and a quarter more where I = 4 O.
 pub struct RowParallelLinear {
-    /// [O, I/tp]
+    /// [O, I/tp], or [O/tp, I] with [`Split::Outputs`].
     pub weight: Param,
 }
 
@@ -109,9 +116,21 @@ pub fn column_backward_weight(ctx: &Ctx, weight: &mut Param, x: &Tensor, dy: &Te
 impl RowParallelLinear {
     /// x[T, I/tp] -> y[T', O].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
+        if self.weight.spec.split == Split::Outputs {
+            return self.forward_by_outputs(ctx, x);
+        }
         let mut partial = ctx.take(&[x.n_rows(), self.weight.slice.shape[0]], ctx.partial_dtype(x.dtype()));
         multiply(ctx, &mut partial, x, &self.weight, Inner::Divided); // y = x W^T, summed over tp next
         ctx.sum_rows(partial, x.dtype()) // tp: reduce-scatter or all-reduce
+    }
+
+    /// x[T, I/tp] -> y[T, O], each rank making a block of the outputs.
+    fn forward_by_outputs(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
+        let Param { spec, slice, .. } = &self.weight;
+        let x = ctx.gather_columns(x, spec.shape[1]); // tp: all-gather
+        let mut part = ctx.take(&[x.n_rows(), slice.shape[0]], x.dtype());
+        multiply(ctx, &mut part, &x, &self.weight, Inner::Undivided);
+        ctx.gather_columns(&part, spec.shape[0]) // tp: all-gather
     }
 
     /// dx[T, I/tp] assigned; the weight gradient accumulated. `x` is the input of the forward, dy[T', O].

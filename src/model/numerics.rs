@@ -15,6 +15,10 @@
 //! A block is 1 / n of the step's samples, which follow each other, so that the blocks of a replica are a subtree: dp divides n. It
 //! costs log2(n / dp) more gradients on each rank: sums of 1, 2, 4 .. blocks that wait for as many more.
 //!
+//! Pieces of a dim that tp divides fall to the ranks where tp divides their number. Passes without gradients have the same bits on any
+//! other number of ranks, which divide no such sum: row-parallel products have blocks of whole sums instead (`linear`), and the
+//! exponentials of a token are summed by one rank, to which all send their logits of it (`head`). Training asks for tp 1, 2, 4 or 8.
+//!
 //! The bits are those of a kind of device: of all CPUs with the same vector instructions, or of all GPUs of one model.
 //!
 //! Everything else is made element by element, row by row or sequence by sequence, in an order of its own.
@@ -82,10 +86,10 @@ impl<'a> Numerics<'a> {
         Ok(Numerics::Reproducible(Canonical { sums, blocks, batch: None }))
     }
 
-    /// For passes without gradients over so many tensor-parallel ranks: canonical where the device can and the ranks add in pairs.
-    pub fn of_inference(device: &'a dyn Device, tp: usize) -> Numerics<'a> {
+    /// For passes without gradients: canonical where the device can.
+    pub fn of_inference(device: &'a dyn Device) -> Numerics<'a> {
         let blocks = BatchBlocks { samples: 1, per_replica: 1 }; // there are no gradients to sum over samples
-        match device.canonical().filter(|_| TP_PIECES % tp == 0) {
+        match device.canonical() {
             Some(sums) => Numerics::Reproducible(Canonical { sums, blocks, batch: None }),
             None => Numerics::Fast,
         }
@@ -192,10 +196,7 @@ impl<'a> Ctx<'a> {
 
     /// out = op(a) op(b), summed over a dim that no layout divides.
     pub fn product(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
-        match self.numerics {
-            Numerics::Fast => self.device.gemm(out, a, b, how),
-            Numerics::Reproducible(canonical) => canonical.sums.gemm_in_pairs(out, a, b, how, 1),
-        }
+        self.product_over(Inner::Whole, out, a, b, how);
     }
 
     /// What partial sums over a dim that tp divides are stored as until [`Ctx::sum_rows`] has added them.
@@ -204,20 +205,20 @@ impl<'a> Ctx<'a> {
         if travels { DType::F32 } else { dtype }
     }
 
-    /// out = this rank's part of op(a) op(b), summed over a dim that tp divides.
-    pub fn partial_product(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
-        match self.numerics {
-            Numerics::Fast => self.device.gemm(out, a, b, how),
-            Numerics::Reproducible(canonical) => canonical.sums.gemm_in_pairs(out, a, b, how, TP_PIECES / self.tp.size()),
-        }
+    /// out = op(a) op(b), or this rank's part of it where tp divides the dim that is summed over, as `inner` says.
+    pub fn product_over(&self, inner: Inner, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
+        let Numerics::Reproducible(canonical) = self.numerics else { return self.device.gemm(out, a, b, how) };
+        let n_pieces = match inner {
+            Inner::Whole => 1,
+            Inner::Divided => self.own_pieces().expect("training asks for whole pieces on each rank, other passes divide no such sum"),
+            Inner::Undivided => TP_PIECES,
+        };
+        canonical.sums.gemm_in_pairs(out, a, b, how, n_pieces);
     }
 
-    /// [`Ctx::product`] or [`Ctx::partial_product`].
-    pub fn product_over(&self, inner: Inner, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
-        match inner {
-            Inner::Whole => self.product(out, a, b, how),
-            Inner::Divided => self.partial_product(out, a, b, how),
-        }
+    /// How many of the pieces of a sum that tp divides are this rank's; None where ranks would have parts of pieces.
+    pub fn own_pieces(&self) -> Option<usize> {
+        (TP_PIECES % self.tp.size() == 0).then(|| TP_PIECES / self.tp.size())
     }
 
     /// dW[out, in] += dy[T, out]^T x[T, in].

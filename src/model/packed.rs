@@ -4,7 +4,7 @@
 //! reward model stay as they are.
 //!
 //! On the CPU every element of a product is then a sum in the canonical order of `numerics.mode = "reproducible"`: a row's bits depend on
-//! neither the other rows nor, under those numerics, on tp. On a device without a form of its own nothing changes.
+//! neither the other rows nor, under those numerics, on tp, whichever it is. On a device without a form of its own nothing changes.
 
 use super::chunk::Chunk;
 use super::config::Split;
@@ -114,9 +114,10 @@ impl Chunk {
 fn n_pieces(split: Split, tp: usize, format: WeightFormat) -> usize {
     match split {
         // Of a sum that the ranks share, this rank's pieces.
-        Split::Columns if TP_PIECES % tp == 0 => TP_PIECES / tp,
+        Split::Columns => TP_PIECES / tp,
+        Split::Outputs => TP_PIECES,
         Split::Rows if format == WeightFormat::Int8 => TP_PIECES,
-        _ => 1,
+        Split::Rows | Split::None => 1,
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-/// Pieces of every sum that tensor parallelism divides, whatever it is: a rank has `TP_PIECES` / tp of them, so tp divides it.
+/// Pieces of every sum that tensor parallelism divides, whatever it is: a rank has `TP_PIECES` / tp of them, so tp divides it. Where it
+/// does not, sums are not divided: see `model::numerics`.
 pub const TP_PIECES: usize = 8;
 
 /// Piece `index` of `n` pieces of a dim of this length: floor(index length / n) .. floor((index + 1) length / n). Where n' divides n

@@ -107,6 +107,9 @@ fn row_operations_match_the_oracle() {
         let tokens: Vec<usize> = (0..300).map(|i| if i < run { 2 } else { [0, 1, 3, 4][i % 4] }).rev().collect();
         list.push(cases::embed_backward(tokens, (5, 40), 1));
     }
+    for (t, columns, width) in [(0, 8, 8), (1, 1, 1), (5, 24, 8), (3, 576, 192), (7, 50, 16), (33, 1000, 400), (2, 40, 16)] {
+        list.push(cases::join_columns(t, columns, width));
+    }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
             for scaled in [Scaled::Plain, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {

@@ -192,6 +192,7 @@ impl Rank<'_> {
             Split::None => global.clone(),
             Split::Rows => global.row_block(self.at.tp, self.layout.tp),
             Split::Columns => global.column_block(self.at.tp, self.layout.tp),
+            Split::Outputs => unreachable!("not in training"),
         };
         param.value.f32_mut().iter_mut().zip(&mine.values).for_each(|(to, &from)| *to = from as f32);
         param.grad_mut().f32_mut().fill(GRADIENT_BEFORE as f32);
@@ -225,6 +226,7 @@ pub fn join_gradients((tp, sequence): (usize, SequenceMode), split: Split, parts
     match split {
         Split::Rows => Matrix::stack(&parts),
         Split::Columns => Matrix::beside(&parts),
+        Split::Outputs => unreachable!("not in training"),
         Split::None if tp > 1 && sequence == SequenceMode::Sharded => parts[1..].iter().fold(parts[0].clone(), |sum, part| sum.plus(part)),
         Split::None => {
             assert_all_equal(&parts, "gradients of replicated parameters");

@@ -163,6 +163,7 @@ fn train_on(config: &ModelConfig, layout: ParallelLayout, sequence: SequenceMode
         match ranks[0].1[name].0 {
             Split::Rows => Matrix::stack(&parts),
             Split::Columns => Matrix::beside(&parts),
+            Split::Outputs => unreachable!("not in training"),
             Split::None => {
                 assert!(finish == Finish::Forgotten || parts.iter().all(|part| *part == parts[0]), "{name} differs between ranks");
                 parts[0].clone()

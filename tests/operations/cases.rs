@@ -227,6 +227,33 @@ pub fn elementwise(operation: &'static str, n: usize, kinds: (Kind, Kind)) -> Ca
     }
 }
 
+/// Columns of several ranks beside each other: as many parts of `width` as `columns` need, and some more that nobody reads.
+pub fn join_columns(t: usize, columns: usize, width: usize) -> Case {
+    let n_parts = columns.div_ceil(width) + 1;
+    Case {
+        operation: "join_columns",
+        shape: format!("[{t}, {columns}] of {n_parts} parts of {width}"),
+        args: vec![assigned(&[t, columns], Kind::Float), input(&[n_parts * t, width], 1.0)],
+        run: Box::new(move |device, tensors| {
+            let [out, parts] = tensors else { unreachable!() };
+            device.join_columns(out, parts);
+        }),
+        oracle: Box::new(move |v, _| {
+            // What each part says of each of its columns, the first to speak of one being heard.
+            let mut out: Vec<Option<f64>> = vec![None; t * columns];
+            for (row, values) in v[1].chunks(width).enumerate().take(columns.div_ceil(width) * t) {
+                let (part, t) = (row / t, row % t);
+                let first = if (part + 1) * width > columns { columns - width } else { part * width };
+                for (i, value) in values.iter().enumerate() {
+                    out[t * columns + first + i].get_or_insert(*value);
+                }
+            }
+            vec![out.into_iter().map(|x| near(x.expect("every column is some part's"), 0.0)).collect()]
+        }),
+        flops: 0.0,
+    }
+}
+
 pub fn embed(tokens: Vec<usize>, (rows, h): (usize, usize), first_row: usize) -> Case {
     let t = tokens.len();
     Case {

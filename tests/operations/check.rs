@@ -109,6 +109,9 @@ pub fn row_cases() -> Vec<Case> {
         cases.push(cases::embed(tokens.clone(), (rows, h), first_row));
         cases.push(cases::embed_backward(tokens, (rows, h), first_row));
     }
+    for (t, columns, width) in [(0, 8, 8), (1, 1, 1), (5, 24, 8), (3, 576, 192), (7, 50, 16), (33, 1000, 400), (2, 40, 16)] {
+        cases.push(cases::join_columns(t, columns, width));
+    }
     for heads in HEADS {
         for (t, rotary_dims) in [(0, heads.2), (1, heads.2), (70, heads.2), (33, heads.2 / 2 / 2 * 2), (3, 0)] {
             for scaled in [Scaled::Plain, Scaled::Linear, Scaled::Llama3, Scaled::Yarn] {

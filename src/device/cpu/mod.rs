@@ -26,7 +26,9 @@ mod terms;
 
 use super::canonical::CanonicalSums;
 use super::packed::PackedProducts;
-use super::{Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope};
+use super::{
+    Activation, Adamw, AdamwShard, CacheSpan, Device, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Rope, assert_joins,
+};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{Areas, DType, Tensor};
 use lanes::{elements, elements_mut};
@@ -206,6 +208,22 @@ impl Device for Cpu {
                 elementwise::add(self.isa, unsafe { to.part(range.clone()) }, &from[range]);
             });
         }));
+    }
+
+    fn join_columns(&self, out: &mut Tensor, parts: &Tensor) {
+        assert_joins(out, parts);
+        let (t, row, part) = (out.n_rows(), out.row_len() * out.dtype().bytes(), parts.row_len() * parts.dtype().bytes());
+        let (from, out) = (parts.bytes(), Shared::new(out.bytes_mut()));
+        for_rows(t, row, |rows| {
+            // SAFETY: the ranges are disjoint.
+            let out = unsafe { out.part(rows.start * row..rows.end * row) };
+            for (out, at) in out.chunks_exact_mut(row).zip(rows) {
+                for (idx, out) in out.chunks_mut(part).enumerate() {
+                    let before = (idx * part).saturating_sub(row - part);
+                    out.copy_from_slice(&from[(idx * t + at) * part + before..][..out.len()]);
+                }
+            }
+        });
     }
 
     fn scale(&self, x: &mut Tensor, factor: f32) {

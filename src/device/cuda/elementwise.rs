@@ -2,7 +2,8 @@
 
 use super::Cuda;
 use super::backend::{Grid, Kernel};
-use super::grid::long;
+use super::grid::{int, long, rows};
+use crate::device::assert_joins;
 use crate::tensor::{DType, Tensor};
 
 /// Elements of which one block sums the squares.
@@ -28,6 +29,16 @@ impl Cuda {
         if n > 0 {
             let kernel = Kernel::of("elementwise", &format!("{operation}_{}", out.dtype().name()), x.dtype());
             self.backend.launch(&kernel, self.flat(n), &[Cuda::arg_mut(out), Cuda::arg(x), long(n)]);
+        }
+    }
+
+    /// See `Device::join_columns`.
+    pub(super) fn join_columns(&self, out: &mut Tensor, parts: &Tensor) {
+        assert_joins(out, parts);
+        if out.n_elements() > 0 {
+            let sizes = [out.n_rows(), out.row_len(), parts.row_len()].map(int);
+            let args = [&[Cuda::arg_mut(out), Cuda::arg(parts)], &sizes[..]].concat();
+            self.backend.launch(&Kernel::of("elementwise", "join_columns", parts.dtype()), rows(out.n_rows(), out.row_len()), &args);
         }
     }
 

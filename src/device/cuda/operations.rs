@@ -80,6 +80,10 @@ impl Device for Cuda {
         self.add(x, y);
     }
 
+    fn join_columns(&self, out: &mut Tensor, parts: &Tensor) {
+        self.join_columns(out, parts);
+    }
+
     fn scale(&self, x: &mut Tensor, factor: f32) {
         self.scale(x, factor);
     }
