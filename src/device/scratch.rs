@@ -1,18 +1,41 @@
 //! A pool of temporaries: taken by shape, given back when dropped, so that after the first step nothing is allocated.
 //! Contents are whatever the last user left: every operation that assigns must assign all.
+//!
+//! Who has ever other shapes says when a pass is over: what no pass wanted for a while then goes back to the device.
 
 use super::Device;
 use crate::tensor::{DType, Shape, Tensor};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 
-/// What lies ready of each shape and type. They are few, so they are looked through; by their marks, which lie in a cache line or two, where
-/// all of the shapes were a dozen lines that other work has driven out.
+/// Passes that memory is kept for without being wanted: passes of a few kinds in turn find theirs again.
+const IDLE_PASSES: u64 = 16;
+
+/// What lies ready of a shape and type.
+struct Shelf {
+    of: (Shape, DType),
+    ready: Vec<Tensor>,
+    /// Taken from it and not given back.
+    n_taken: usize,
+    /// The pass that took from it last.
+    last_pass: u64,
+}
+
+impl Shelf {
+    /// Whether it may be that of another shape: nothing of it is anywhere.
+    fn is_free(&self) -> bool {
+        self.ready.is_empty() && self.n_taken == 0
+    }
+}
+
+/// All of them. They are few, so they are looked through; by their marks, which lie in a cache line or two, where all of the shelves are
+/// dozens of lines that other work has driven out. A place in the list is that of one shape for as long as a temporary of it is out.
 #[derive(Default)]
 struct Shelves {
     marks: Vec<u64>,
-    of: Vec<(Shape, DType)>,
-    kept: Vec<Vec<Tensor>>,
+    list: Vec<Shelf>,
+    /// Passes that are over.
+    pass: u64,
 }
 
 /// Other shapes and types have other marks, nearly always.
@@ -23,15 +46,20 @@ fn mark((shape, dtype): &(Shape, DType)) -> u64 {
 
 impl Shelves {
     /// The place of a shape and type.
-    fn place(&mut self, key: (Shape, DType)) -> usize {
-        let mark = mark(&key);
-        let found = self.marks.iter().enumerate().position(|(i, other)| *other == mark && self.of[i] == key);
-        found.unwrap_or_else(|| {
-            self.marks.push(mark);
-            self.of.push(key);
-            self.kept.push(Vec::new());
-            self.of.len() - 1
-        })
+    fn place(&mut self, of: (Shape, DType)) -> usize {
+        let mark = mark(&of);
+        let found = self.marks.iter().enumerate().position(|(i, other)| *other == mark && self.list[i].of == of);
+        found.unwrap_or_else(|| self.new_place(mark, Shelf { of, ready: Vec::new(), n_taken: 0, last_pass: self.pass }))
+    }
+
+    fn new_place(&mut self, mark: u64, shelf: Shelf) -> usize {
+        if let Some(place) = self.list.iter().position(Shelf::is_free) {
+            (self.marks[place], self.list[place]) = (mark, shelf);
+            return place;
+        }
+        self.marks.push(mark);
+        self.list.push(shelf);
+        self.list.len() - 1
     }
 }
 
@@ -69,11 +97,21 @@ impl Scratch {
         let n_rows = if self.rows == Rows::Rounded { shape[0].next_power_of_two() } else { shape[0] };
         let key = (Shape::new(shape).with_rows(n_rows), dtype);
         let mut shelves = self.shelves.lock().expect("no panic while holding the shelves");
-        let shelf = shelves.place(key);
-        let kept = shelves.kept[shelf].pop();
+        let (place, pass) = (shelves.place(key), shelves.pass);
+        let shelf = &mut shelves.list[place];
+        (shelf.n_taken, shelf.last_pass) = (shelf.n_taken + 1, pass);
+        let kept = shelf.ready.pop();
         drop(shelves);
         let tensor = kept.unwrap_or_else(|| device.alloc(key.0.dims(), dtype).unwrap_or_else(|error| panic!("{error}")));
-        ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, shelf, shelves: Arc::clone(&self.shelves) }
+        ScratchTensor { tensor: Some(tensor.with_rows(shape[0])), n_rows, place, shelves: Arc::clone(&self.shelves) }
+    }
+
+    /// A pass is over: memory of shapes that none of the last `IDLE_PASSES` took goes back to the device. Without this call all is kept.
+    pub fn end_pass(&self) {
+        let mut shelves = self.shelves.lock().expect("no panic while holding the shelves");
+        shelves.pass += 1;
+        let oldest = shelves.pass.saturating_sub(IDLE_PASSES);
+        shelves.list.iter_mut().filter(|shelf| shelf.last_pass < oldest).for_each(|shelf| shelf.ready = Vec::new());
     }
 }
 
@@ -82,8 +120,8 @@ pub struct ScratchTensor {
     tensor: Option<Tensor>,
     /// Rows that its memory was taken for.
     n_rows: usize,
-    /// Which of them is its own.
-    shelf: usize,
+    /// Where its shelf stands.
+    place: usize,
     shelves: Arc<Mutex<Shelves>>,
 }
 
@@ -103,7 +141,9 @@ impl DerefMut for ScratchTensor {
 impl Drop for ScratchTensor {
     fn drop(&mut self) {
         if let (Some(tensor), Ok(mut shelves)) = (self.tensor.take(), self.shelves.lock()) {
-            shelves.kept[self.shelf].push(tensor.with_rows(self.n_rows));
+            let shelf = &mut shelves.list[self.place];
+            shelf.n_taken -= 1;
+            shelf.ready.push(tensor.with_rows(self.n_rows));
         }
     }
 }
@@ -130,5 +170,28 @@ mod tests {
         let exact = Scratch::new();
         (1..=8).for_each(|n| drop(exact.take(&cpu, &[n, 7], DType::F32)));
         assert_eq!(cpu.memory().n_allocations, 2 * 7 + 8);
+    }
+
+    /// Ever other columns, as statistics by head and row have them, take the memory of the last passes and not of all, nor does the list
+    /// of them grow; what every pass takes is taken once, and what is out stays what it is until it comes back.
+    #[test]
+    fn what_no_pass_wants_goes_back() {
+        let (cpu, scratch) = (Cpu::new(), Scratch::new());
+        let mut held = scratch.take(&cpu, &[3, 5], DType::F32);
+        held.f32_mut().fill(7.0);
+        let n_passes = 50 * IDLE_PASSES as usize;
+        for n in 1..=n_passes {
+            drop((scratch.take(&cpu, &[64, 16], DType::F32), scratch.take(&cpu, &[16, n], DType::F32)));
+            scratch.end_pass();
+        }
+        assert_eq!(cpu.memory().n_allocations, 2 + n_passes);
+        let last: usize = (0..=IDLE_PASSES as usize).map(|ago| 16 * (n_passes - ago) * 4).sum();
+        assert!(cpu.memory().live_bytes <= last + 64 * 16 * 4 + 64, "{} bytes, {last} of the last passes", cpu.memory().live_bytes);
+        assert!(scratch.shelves.lock().unwrap().list.len() <= IDLE_PASSES as usize + 4);
+        assert!(held.f32().iter().all(|x| *x == 7.0));
+        drop(held);
+        (0..=IDLE_PASSES).for_each(|_| scratch.end_pass());
+        assert_eq!(cpu.memory().live_bytes, 0, "nothing was wanted");
+        assert_eq!(scratch.take(&cpu, &[3, 5], DType::F32).f32().len(), 15);
     }
 }

@@ -80,9 +80,6 @@ pub fn numerics<'a>(asked: Option<Mode>, device: &'a dyn Device, weights: Option
     Ok(Numerics::Fast)
 }
 
-/// A pool of temporaries rounds the rows of most, not the columns of statistics by head and row; after so many passes it is a new one.
-const PASSES_OF_POOL: usize = 64;
-
 impl Scorer<'_> {
     /// The wanted scores of all sequences, in their order, on every rank. Err: asked to stop, or a log-probability that is no number.
     /// Collective.
@@ -171,14 +168,10 @@ impl Scorer<'_> {
     ) -> Result<()> {
         let groups = self.groups;
         let mut progress = (groups.world.rank() == 0).then(|| Progress::new("score", passes.len() as u64, "passes"));
-        let mut scratch = Scratch::of_any_rows();
+        let scratch = Scratch::of_any_rows();
         let schedule = schedule::evaluation(PipelineShape { pp: groups.layout.pp, vp: 1, n_micro: 1 });
         let mut failed = Ok(());
-        for (number, round) in passes.chunks(groups.layout.dp).enumerate() {
-            // Hardly two passes have as many rows: a pool with a tensor for each number would grow with the input.
-            if number % PASSES_OF_POOL == 0 {
-                scratch = Scratch::of_any_rows();
-            }
+        for round in passes.chunks(groups.layout.dp) {
             // One micro-batch at a time: memory stays that of one, and nothing waits on a whole file.
             let mine = match round.get(groups.at.dp).map(|pass| Ok((pass, batch(pass)?))).transpose() {
                 Ok(mine) => mine,
@@ -206,6 +199,8 @@ impl Scorer<'_> {
                     failed = take(pass, &passed);
                 }
             }
+            // Hardly two passes have as many rows, and statistics by head and row have them as columns, which the pool does not round.
+            scratch.end_pass();
             if let Some(progress) = &mut progress {
                 progress.add(round.len() as u64);
             }
