@@ -69,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_bf16(bf16* x, long long 
 
 #define JOIN(T, name)                                                                                                                \
     extern "C" __global__ void __launch_bounds__(512) join_columns_##name(T* out, const T* parts, int n_rows, int columns, int width) { \
+        after_predecessors();                                                                                                        \
         join_columns(out, parts, n_rows, columns, width);                                                                            \
     }
 JOIN(float, f32)

@@ -40,8 +40,8 @@ enum What {
         #[arg(long)]
         out: PathBuf,
         /// Then read both again and compare every weight, and the logits of a few token sequences, bit by bit; exit code 4 on any
-        /// difference. Both sides run this program's forward in f32, a layer at a time: it shows that the two say the same, not that
-        /// transformers computes the same of them (the tests of this program show that)
+        /// difference. Both sides run this program's forward in f32, a slice of a matrix at a time: it shows that the two say the same,
+        /// not that transformers computes the same of them (the tests of this program show that)
         #[arg(long, verbatim_doc_comment)]
         verify: bool,
     },
@@ -141,10 +141,9 @@ fn tell_written(out: &Path, manifest: &Manifest) -> Result<()> {
 
 fn compare_logits(hf_dir: &Path, checkpoint: &Path, dtype: ExportType) -> Result<()> {
     let (source, stored) = (Source::open(hf_dir)?, checkpoint::open(checkpoint)?);
-    let compared = verify::compare(&Cpu::new(), &source, &stored, dtype)?;
-    let Compared { n_sequences, n_outputs, n_weights } = compared;
-    let what = format!("{n_weights} weights and {n_outputs} outputs of {n_sequences} token sequences");
-    say(&format!("{} and {}: {what}, all the same bits", hf_dir.display(), stored.dir().display()))
+    let sides = format!("{} and {}", hf_dir.display(), stored.dir().display());
+    let Compared { n_sequences, n_outputs, n_weights } = verify::compare(&Cpu::new(), source, stored, dtype)?;
+    say(&format!("{sides}: {n_weights} weights and {n_outputs} outputs of {n_sequences} token sequences, all the same bits"))
 }
 
 fn describe(stored: &Stored) -> String {

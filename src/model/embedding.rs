@@ -1,8 +1,8 @@
 //! The input embedding, rows divided over tensor-parallel ranks.
 
 use super::ctx::Ctx;
-use super::packed;
 use super::param::Param;
+use super::{packed, streamed};
 use crate::device::ScratchTensor;
 use crate::tensor::Tensor;
 
@@ -17,9 +17,10 @@ impl VocabParallelEmbedding {
     pub fn forward(&self, ctx: &Ctx, tokens: &Tensor) -> ScratchTensor {
         let mut partial = ctx.take(&[tokens.n_rows(), self.weight.slice.shape[1]], self.weight.value.dtype());
         let first_row = self.weight.slice.offset[0];
-        match &self.weight.packed {
-            Some(table) => packed::look_up(ctx, &mut partial, tokens, table, first_row),
-            None => ctx.device.embed(&mut partial, tokens, &self.weight.weight(), first_row),
+        match (&self.weight.packed, &self.weight.streamed) {
+            (Some(table), _) => packed::look_up(ctx, &mut partial, tokens, table, first_row),
+            (None, Some(rows)) => streamed::look_up(ctx, &mut partial, tokens, (&self.weight, &**rows)),
+            (None, None) => ctx.device.embed(&mut partial, tokens, &self.weight.weight(), first_row),
         }
         ctx.pick_rows(partial) // tp: reduce-scatter or all-reduce
     }

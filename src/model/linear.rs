@@ -7,7 +7,7 @@ use super::ctx::{Ctx, Inner};
 use super::fp8::Toward;
 use super::numerics::Numerics;
 use super::param::Param;
-use super::{fp8, packed};
+use super::{fp8, packed, streamed};
 use crate::device::{Activation, Gemm, ScratchTensor};
 use crate::tensor::Tensor;
 
@@ -40,7 +40,9 @@ impl ColumnParallelLinear {
         let (x, weight) = (ctx.gather_rows(x), &self.weight); // tp: [T', I] -> [T, I]
         let [mut raised, mut y] = [1, kind.inputs_per_output()].map(|n| ctx.take(&[x.n_rows(), weight.slice.shape[0] / n], x.dtype()));
         match (&weight.packed, &weight.scale, &weight.rounded, ctx.numerics) {
-            (None, None, None, Numerics::Fast) => ctx.device.gemm_activation(&mut y, &mut raised, &x, &weight.weight(), kind),
+            (None, None, None, Numerics::Fast) if weight.streamed.is_none() => {
+                ctx.device.gemm_activation(&mut y, &mut raised, &x, &weight.weight(), kind)
+            }
             _ => {
                 multiply(ctx, &mut raised, &x, weight, Inner::Whole);
                 ctx.device.activation(&mut y, &raised, kind);
@@ -75,6 +77,9 @@ pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
 
 /// y[T, out] = x[T, in] W^T by the form that the weight is in; `inner` is in.
 fn multiply(ctx: &Ctx, y: &mut Tensor, x: &Tensor, weight: &Param, inner: Inner) {
+    if let Some(rows) = &weight.streamed {
+        return streamed::multiply(ctx, y, x, (weight, &**rows), inner);
+    }
     match (&weight.packed, &weight.scale, &weight.rounded) {
         (Some(weight), _, _) => packed::multiply(ctx, y, x, weight),
         (None, Some(scale), _) => fp8::multiply(ctx, y, x, (&weight.value, scale), inner),

@@ -23,3 +23,4 @@ pub mod param;
 mod parts;
 pub mod reward;
 pub mod shared;
+pub mod streamed;

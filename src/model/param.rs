@@ -3,6 +3,7 @@
 use super::config::{Init, ParamSpec, Split};
 use super::fp8::Rounded;
 use super::numerics::SampleSum;
+use super::streamed::WeightRows;
 use crate::device::packed::PackedWeight;
 use crate::device::{Device, Store};
 use crate::error::Result;
@@ -11,6 +12,7 @@ use crate::parallel::slice::Slice;
 use crate::rng::Random;
 use crate::tensor::{DType, Tensor, TensorView, TensorViewMut};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Whether gradients are needed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,6 +60,8 @@ pub struct Param {
     pub packed: Option<PackedWeight>,
     /// In training in FP8: what the products of both directions take in the place of `value`.
     pub rounded: Option<Rounded>,
+    /// Where the weights are when they have no memory here, of a weight with its rows or columns divided over tp: see `streamed`.
+    pub streamed: Option<Arc<dyn WeightRows>>,
     /// f32 gradient, accumulated over micro-batches; None for inference.
     pub grad: Option<Tensor>,
     /// What becomes of `grad` between steps.
@@ -84,6 +88,7 @@ impl Param {
             scale: None,
             packed: None,
             rounded: None,
+            streamed: None,
             grad,
             between_steps: BetweenSteps::Zeroed,
             sum: None,

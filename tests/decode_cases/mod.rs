@@ -97,7 +97,7 @@ pub fn check(device: &Cuda, how: How, mut after_step: impl FnMut(bool)) {
     let solo = Solo::new();
     let ((chunk, mut caches), (_, mut expected_caches)) = (model_and_caches(device, how), model_and_caches(device, how));
     let scratch = Scratch::new();
-    let numerics = if how.order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(device, 1) };
+    let numerics = if how.order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(device) };
     let ctx = Ctx { device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
     let mut decoder = Decoder::default();
     for (i, spans) in steps().iter().enumerate() {

@@ -9,8 +9,9 @@ use trireme::device::cpu::Cpu;
 use trireme::error::{Kind, Result};
 use trireme::infer::verify::{self, Compared};
 
-fn compare(hf_dir: &Path, checkpoint: &Path, dtype: ExportType) -> Result<Compared> {
-    verify::compare(&Cpu::new(), &Source::open(hf_dir).unwrap(), &checkpoint::open(checkpoint).unwrap(), dtype)
+/// The two sides, opened.
+pub fn compare(hf_dir: &Path, checkpoint: &Path, dtype: ExportType) -> Result<Compared> {
+    verify::compare(&Cpu::new(), Source::open(hf_dir).unwrap(), checkpoint::open(checkpoint).unwrap(), dtype)
 }
 
 /// Import and export of every type, in one file and in several, of either family, tied or not, and of a reward model are found the same

@@ -6,8 +6,8 @@ use crate::common::models;
 use crate::emulator::{Emulator, emulator, hopper};
 use std::sync::Arc;
 use trireme::comm::{Groups, threads};
-use trireme::device::Device;
 use trireme::device::cuda::Cuda;
+use trireme::device::{Device, Scratch};
 use trireme::infer::generate::{Batching, Generator};
 use trireme::infer::kv_memory::Room;
 use trireme::infer::load::layout_for;
@@ -15,8 +15,10 @@ use trireme::infer::request::{Request, Response};
 use trireme::infer::sampler::Sampling;
 use trireme::infer::samples::Done;
 use trireme::infer::schedule::Sharing;
-use trireme::model::chunk::{Chunk, Purpose};
+use trireme::model::chunk::{Chunk, MicroBatch, Output, Purpose};
 use trireme::model::config::ModelConfig;
+use trireme::model::ctx::{Ctx, SequenceMode};
+use trireme::model::numerics::Numerics;
 use trireme::model::packed::WeightFormat;
 use trireme::recipe::Mode;
 use trireme::rng::Random;
@@ -122,6 +124,39 @@ fn three_ranks_change_no_byte() {
         let (alone, together) = (Batching { n_sequences: 1, draft_tokens: 0, ..Batching::default() }, Batching::default());
         let expected = generate(machine, (1, 1, 1), alone, dtype, [3, 3, 64]);
         assert_eq!(generate(machine, (3, 1, 1), together, dtype, [3, 3, 64]), expected, "{dtype:?}");
+    }
+}
+
+/// The loss of each of `n_tokens` tokens on so many tensor-parallel ranks, which agree, as bits.
+fn losses(machine: Machine, dtype: DType, tp: usize, n_tokens: usize) -> Vec<u32> {
+    let tokens: Vec<u32> = (0..=n_tokens as u32).map(|i| 7 * i % 40).collect();
+    let all = threads::run(tp, |world| {
+        let groups = Groups::new(world, layout_for(tp, tp, 1).unwrap());
+        let device = Cuda::with_backend(machine().expect("asked for before"));
+        let mut chunk = Chunk::new(&device, &model([3, 3, 64]), &groups.layout, groups.at, 0, dtype, Purpose::Inference).unwrap();
+        chunk.initialise(&device, 5);
+        let positions: Vec<u32> = (0..n_tokens as u32).collect();
+        let columns = [&tokens[..n_tokens], &tokens[1..], &positions];
+        let batch = MicroBatch::new(&device, columns, &vec![0.0; n_tokens], vec![0, n_tokens]).unwrap();
+        let (scratch, numerics) = (Scratch::new(), Numerics::of_inference(&device));
+        let ctx = Ctx { device: &device, tp: &*groups.tp, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
+        let Output::TokenLosses(found) = chunk.forward(&ctx, None, &batch, None) else { panic!("a language model") };
+        found.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<u32>>()
+    });
+    assert!(all.iter().all(|losses| *losses == all[0]), "ranks disagree");
+    all.into_iter().next().expect("at least one rank")
+}
+
+/// Nor does a loss change, whose exponentials one of the three ranks sums: of 7 tokens, and of 2, of which one rank has none.
+#[test]
+fn three_ranks_change_no_loss() {
+    if emulator().is_none() {
+        return;
+    }
+    for (machine, dtype) in [(emulator as Machine, DType::F32), (hopper, DType::BF16)] {
+        for n_tokens in [7, 2] {
+            assert_eq!(losses(machine, dtype, 3, n_tokens), losses(machine, dtype, 1, n_tokens), "{dtype:?}, {n_tokens} tokens");
+        }
     }
 }
 

@@ -198,7 +198,7 @@ fn decode_step(n_layers: usize, order: Mode) -> Seen {
     let (at, solo, scratch) = (Coords { tp: 0, pp: 0, dp: 0 }, Solo::new(), Scratch::new());
     let chunk = Chunk::new(&device, &config, &ParallelLayout::SINGLE, at, 0, DType::BF16, Purpose::Inference).unwrap();
     let mut caches = chunk.new_caches(&device, 32).unwrap();
-    let numerics = if order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(&device, 1) };
+    let numerics = if order == Mode::Fast { Numerics::Fast } else { Numerics::of_inference(&device) };
     let ctx = Ctx { device: &device, tp: &solo, scratch: &scratch, sequence: SequenceMode::Replicated, numerics };
     let spans = [CacheSpan { rows: 0..1, past: 1800, pages: (0..29).collect() }];
     let mut decoder = Decoder::default();

@@ -13,6 +13,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::parallel::slice::Slice;
 use crate::tensor::{DType, Tensor};
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::Path;
 
 /// Kind of the artifact that [`export`] writes.
@@ -74,24 +75,31 @@ impl<'a> Exported<'a> {
 
     /// A whole parameter, in the type of the export; values of f16 stand in f32.
     pub fn read(&self, name: &str) -> Result<Tensor> {
+        let n_rows = self.source(name)?.1.shape[0];
+        self.read_rows(name, 0..n_rows)
+    }
+
+    /// These rows of it.
+    pub fn read_rows(&self, name: &str, rows: Range<usize>) -> Result<Tensor> {
         let dtype = if self.element(name)? == Element::Bf16 { DType::BF16 } else { DType::F32 };
         let (full_name, tensor) = self.source(name)?;
-        let mut value = Tensor::host(&tensor.shape, dtype, None).ok_or_else(|| {
-            let wrong = format!("no memory for {name} {:?}", tensor.shape);
+        let (first_row, slice) = (rows.start, Slice::whole(&tensor.shape).rows(rows));
+        let mut value = Tensor::host(&slice.shape, dtype, None).ok_or_else(|| {
+            let wrong = format!("no memory for {name} {:?}", slice.shape);
             Error::new(Kind::Other, wrong).remedy("use a machine with more memory")
         })?;
-        self.stored.read(&mut [Wanted { name: full_name, slice: Slice::whole(&tensor.shape), tensor: &mut value }])?;
+        self.stored.read(&mut [Wanted { name: full_name, slice, tensor: &mut value }])?;
         if self.dtype == ExportType::F16 {
-            self.round_to_f16(name, &mut value)?;
+            self.round_to_f16((name, first_row), &mut value)?;
         }
         Ok(value)
     }
 
-    fn round_to_f16(&self, name: &str, values: &mut Tensor) -> Result<()> {
+    fn round_to_f16(&self, (name, first_row): (&str, usize), values: &mut Tensor) -> Result<()> {
         let n_columns = values.row_len();
         for (i, value) in values.f32_mut().iter_mut().enumerate() {
             *value = f16::widen(f16::narrow(*value).ok_or_else(|| {
-                let wrong = format!("{name}[{}, {}] is {value}, and f16 ends at 65504", i / n_columns, i % n_columns);
+                let wrong = format!("{name}[{}, {}] is {value}, and f16 ends at 65504", first_row + i / n_columns, i % n_columns);
                 Error::file(self.stored.dir(), wrong).remedy("export it as bf16 or f32")
             })?);
         }

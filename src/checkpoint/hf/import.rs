@@ -12,6 +12,7 @@ use crate::parallel::layout::ParallelLayout;
 use crate::tensor::{DType, Tensor};
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -59,12 +60,13 @@ impl Source {
         &self.model
     }
 
-    /// Fills `into` [shape of the parameter], f32 host memory, with the parameter of this name.
-    pub fn read(&self, name: &str, into: &mut Tensor) -> Result<()> {
+    /// Fills `into` [n, row], f32 host memory, with the rows of the parameter of this name from `first_row` on.
+    pub fn read_rows(&self, name: &str, first_row: usize, into: &mut Tensor) -> Result<()> {
         let mapped = self.table.iter().find(|mapped| mapped.name == name).expect("a parameter of the model");
-        assert_eq!(into.dims(), mapped.shape, "room for {name}");
+        let rows = first_row..first_row + into.n_rows();
+        assert!(into.dims()[1..] == mapped.shape[1..] && rows.end <= mapped.shape[0], "room for rows {rows:?} of {name}: {into:?}");
         let (bytes, mut at) = (into.bytes_mut(), 0);
-        self.stream(mapped, DType::F32, &mut |_, _| {}, &mut |portion| {
+        self.stream((mapped, rows), DType::F32, &mut |_, _| {}, &mut |portion| {
             bytes[at..at + portion.len()].copy_from_slice(portion);
             at += portion.len();
             Ok(())
@@ -123,19 +125,29 @@ impl Source {
         Ok(())
     }
 
-    /// Hands on a parameter from its first row to its last as `dtype`; `seen` gets all values of its sources as they are stored.
-    fn stream(&self, mapped: &Mapped, dtype: DType, seen: &mut dyn FnMut(Element, &[u8]), sink: Sink) -> Result<()> {
+    /// Hands on rows of a parameter, first to last, as `dtype`; `seen` gets their values as they are stored.
+    fn stream(
+        &self,
+        (mapped, wanted): (&Mapped, Range<usize>),
+        dtype: DType,
+        seen: &mut dyn FnMut(Element, &[u8]),
+        sink: Sink,
+    ) -> Result<()> {
         let row_bytes = mapped.shape[1..].iter().product::<usize>() * dtype.bytes();
+        let mut at = 0;
         for rows in mapped.rows(&self.model) {
+            // Which of these are wanted.
+            let [from, to] = [wanted.start, wanted.end].map(|end| end.clamp(at, at + rows.n_rows()) - at);
+            at += rows.n_rows();
             match rows {
-                Rows::Zero(n) => {
+                Rows::Zero(_) => {
                     let row = vec![0; row_bytes];
-                    (0..n).try_for_each(|_| sink(&row))?;
+                    (from..to).try_for_each(|_| sink(&row))?;
                 }
                 Rows::Of(source, rows) => {
                     let (name, shape) = &mapped.sources[source];
                     let element = self.weights.expect(name, shape)?;
-                    self.weights.read_rows(name, rows, &mut |bytes| {
+                    self.weights.read_rows(name, rows.start + from..rows.start + to, &mut |bytes| {
                         seen(element, bytes);
                         match (element, dtype) {
                             (Element::F16, _) => sink(&widen(bytes, f16::widen)),
@@ -196,7 +208,7 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
         let idx = source.table.iter().position(|mapped| weights_name(&mapped.name) == name).expect("planned from the table");
         let mapped = &source.table[idx];
         wild.begin(&mapped.name);
-        source.stream(mapped, dtypes[idx], &mut |element, bytes| wild.look(element, bytes), sink)
+        source.stream((mapped, 0..mapped.shape[0]), dtypes[idx], &mut |element, bytes| wild.look(element, bytes), sink)
     })?;
     wild.tell(hf_dir);
     Ok(manifest)

@@ -43,6 +43,16 @@ pub enum Rows {
     Zero(usize),
 }
 
+impl Rows {
+    /// How many.
+    pub fn n_rows(&self) -> usize {
+        match self {
+            Rows::Of(_, rows) => rows.len(),
+            Rows::Zero(n) => *n,
+        }
+    }
+}
+
 impl Mapped {
     /// Its rows from first to last.
     pub fn rows(&self, config: &ModelConfig) -> Vec<Rows> {
@@ -74,15 +84,12 @@ impl Mapped {
     pub fn rows_of_source(&self, config: &ModelConfig, wanted: usize) -> Vec<Range<usize>> {
         let (mut at, mut found) = (0, Vec::new());
         for rows in self.rows(config) {
-            let n = match rows {
-                Rows::Of(source, rows) => {
-                    if source == wanted {
-                        found.push((rows.start, at..at + rows.len()));
-                    }
-                    rows.len()
-                }
-                Rows::Zero(n) => n,
-            };
+            let n = rows.n_rows();
+            if let Rows::Of(source, rows) = rows
+                && source == wanted
+            {
+                found.push((rows.start, at..at + n));
+            }
             at += n;
         }
         found.sort_by_key(|(start, _)| *start);
