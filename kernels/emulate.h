@@ -4,7 +4,7 @@
 // So that a missing barrier or wait shows as a wrong result, blocks differ in their order: threads from the first or from the last;
 // warps side by side or any one as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
 // A launch can be made in two parts, `begin` and `finish`: what its threads do before they wait for the work before it, and the rest. So
-// what is read too early, and a wait that is missing, show too.
+// what is read too early, and a wait that is missing, show too. The blocks of a cluster take turns whenever no thread of one can go on.
 // Threads that wait for what nobody does end the program with a line.
 // What depends on less than that (two lanes of a warp between two warp instructions) does not show. Nothing is said of speed.
 #pragma once
@@ -27,8 +27,9 @@ using std::min;
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
-// One block runs at a time.
+// One block runs at a time; those of a cluster, which take turns, have dynamic shared memory only.
 #define __shared__ static
+#define __cluster_dims__(...)
 #define DYNAMIC_SHARED(name) unsigned char* name = emulate::shared_memory
 
 struct Dim3 {
@@ -73,9 +74,11 @@ struct Wait {
     int value;
 };
 inline std::vector<Wait> waits;
-// Called before each block of n threads, and when no thread can go on: true when that may have changed. Null: nothing to do.
+// Called before each block of n threads; when no thread can go on: true when that may have changed; when block `rank` of a cluster
+// comes in or goes out. Null: nothing to do.
 inline void (*at_start)(int);
 inline bool (*when_stuck)();
+inline void (*change_places_too)(int rank);
 // cp.async of each thread: groups that were committed, the oldest first, and the one that is open.
 struct Copy {
     void* to;
@@ -153,27 +156,24 @@ inline bool run(int first, int n) {
     return ran;
 }
 
-// Lets all go on as long as one can.
-inline void run_threads(int threads) {
+// Lets all go on as long as one can. False when none could.
+inline bool run_threads(int threads) {
     int n_warps = (threads + 31) / 32;
+    bool ran = false;
     if (!order.warp_by_warp) {
-        while (run(0, threads)) {}
-        return;
+        while (run(0, threads)) ran = true;
+        return ran;
     }
     // Any warp next, so that each is at times the one that is left behind.
     unsigned noise = n_block;
     for (int idle = 0, warp = 0; idle < n_warps; idle++) {
         int first = 32 * warp;
         while (run(first, min(32, threads - first))) idle = -1;
+        ran |= idle < 0;
         if (idle < 0) noise = noise * 1664525 + 1013904223;
         warp = (idle < 0 ? noise >> 16 : warp + 1) % n_warps;
     }
-}
-
-// One block, whose fibers stand at their beginning.
-inline void run_block(int threads) {
-    do run_threads(threads);
-    while (when_stuck && when_stuck());
+    return ran;
 }
 
 // A block and all that is its own: the variables above while it runs, else here.
@@ -203,9 +203,39 @@ struct Block {
         waits.swap(emulate::waits);
         copies.swap(emulate::copies);
         fibers.swap(emulate::fibers);
-        shared_memory = (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16);
+        shared_memory = shared();
     }
+    unsigned char* shared() { return (unsigned char*)(((size_t)memory.data() + 15) / 16 * 16); }
 };
+// Blocks that see each other's shared memory: how many belong to a cluster, which a block says when it waits for the others, and where
+// they are; which of them is in.
+constexpr int MOST_IN_CLUSTER = 8;
+inline int cluster_size, cluster_rank;
+inline Block* cluster_blocks;
+inline Barrier cluster_barrier;
+inline bool has_ended(int rank) {
+    const auto& all = rank == cluster_rank ? ended : cluster_blocks[rank].ended;
+    return std::find(all.begin(), all.end(), false) == all.end();
+}
+// Calls work() with block `rank` of a cluster in.
+template <class Work> inline void inside(Block* blocks, int rank, Work work) {
+    cluster_blocks = blocks;
+    cluster_rank = rank;
+    blocks[rank].change_places();
+    if (change_places_too) change_places_too(rank);
+    work();
+    if (change_places_too) change_places_too(rank);
+    blocks[rank].change_places();
+}
+// Lets n blocks go on by turns as long as a thread can.
+inline void run_blocks(int threads, Block* blocks, int n) {
+    for (bool ran = true; ran;) {
+        ran = false;
+        for (int i = 0; i < n; i++) inside(blocks, i, [&] { ran |= run_threads(threads); });
+        for (int i = 0; i < n && !ran; i++) inside(blocks, i, [&] { ran = when_stuck && when_stuck(); });
+    }
+}
+
 // A launch that was begun; `kernel` calls the kernel with its arguments.
 struct Launched {
     Dim3 grid;
@@ -219,14 +249,15 @@ struct Launched {
         gridDim = grid;
         blockDim = {threads, 1, 1};
         body = kernel;
+        cluster_size = 1;
     }
 };
 
 // Whether the work before has ended.
 inline bool have_ended;
 
-// Until each thread waits, at the latest for the work before.
-inline void begin(Launched& launch, Block& block, Dim3 at) {
+// A block at its beginning.
+inline void set_up(const Launched& launch, Block& block, Dim3 at) {
     int threads = launch.threads;
     if (!block.stacks) block.stacks.reset(new char[threads * stack_bytes]); // not cleared
     // Filled with NaN, so that a read of what was never written shows.
@@ -235,6 +266,7 @@ inline void begin(Launched& launch, Block& block, Dim3 at) {
     block.at = at;
     block.number = n_block;
     block.order = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+    block.barrier = {};
     block.warp_barriers.assign((threads + 31) / 32, {});
     block.slots.assign(threads, 0);
     block.ended.assign(threads, false);
@@ -242,17 +274,6 @@ inline void begin(Launched& launch, Block& block, Dim3 at) {
     block.copies.assign(threads, {});
     block.fibers.resize(threads);
     for (int i = 0; i < threads; i++) prepare(block.fibers[i], block.stacks.get() + i * stack_bytes);
-    block.change_places();
-    if (at_start) at_start(threads);
-    run_block(threads);
-    block.change_places();
-}
-// What at_start sets up is as new: nothing of it may be used before the wait.
-inline void go_on(const Launched& launch, Block& block) {
-    block.change_places();
-    if (at_start) at_start(launch.threads);
-    run_block(launch.threads);
-    block.change_places();
 }
 inline void check_end(const Block& block) {
     for (int i = 0; i < block.ended.size(); i++) {
@@ -260,6 +281,19 @@ inline void check_end(const Block& block) {
         fprintf(stderr, "emulate: block %d %d, thread %d waits for ever: what it waits for does not come\n", block.at.x, block.at.y, i);
         abort();
     }
+}
+
+// Lets the last of n blocks go on until it waits or has ended, the others, which wait for more of them, beside it. Whether no more
+// blocks belong to them; then all have ended. What at_start sets up is as new, for nothing of it is used before the work before has ended.
+inline bool go_on(const Launched& launch, Block* blocks, int n) {
+    if (n == 1) cluster_barrier = {};
+    inside(blocks, n - 1, [&] {
+        if (at_start) at_start(launch.threads);
+    });
+    run_blocks(launch.threads, blocks, n);
+    if (n < cluster_size) return false;
+    for (int i = 0; i < n; i++) check_end(blocks[i]);
+    return true;
 }
 
 // Calls work(at) for each block of a grid.
@@ -275,28 +309,34 @@ inline void begin(Launched& launch) {
     have_ended = false;
     for_blocks(launch.grid, [&](Dim3 at) {
         launch.blocks.emplace_back();
-        begin(launch, launch.blocks.back(), at);
+        Block* block = &launch.blocks.back();
+        set_up(launch, *block, at);
+        inside(block, 0, [&] {
+            if (at_start) at_start(launch.threads);
+        });
+        run_blocks(launch.threads, block, 1);
     });
 }
 // The second.
 inline void finish(Launched& launch) {
     launch.come_in();
     have_ended = true;
-    for (Block& block : launch.blocks) {
-        go_on(launch, block);
-        check_end(block);
-    }
+    int n = 0; // that go on beside each other
+    for (size_t i = 0; i < launch.blocks.size(); i++) n = go_on(launch, &launch.blocks[i - n], n + 1) ? 0 : n + 1;
+    if (n > 0) check_end(launch.blocks.back());
 }
 // A whole launch.
 inline void launch(Dim3 grid, int threads, size_t shared, std::function<void()> kernel) {
     Launched launch{grid, threads, shared, kernel};
     launch.come_in();
     have_ended = true;
-    Block block;
+    launch.blocks.resize(MOST_IN_CLUSTER);
+    int n = 0;
     for_blocks(grid, [&](Dim3 at) {
-        begin(launch, block, at);
-        check_end(block);
+        set_up(launch, launch.blocks[n], at);
+        n = go_on(launch, launch.blocks.data(), n + 1) ? 0 : n + 1;
     });
+    if (n > 0) check_end(launch.blocks[n - 1]);
 }
 
 // What lane `from` of this warp holds.

@@ -4,7 +4,8 @@
 //   sums of products hold NaN from the product's issue until a wait that covers its group; the products read shared memory, as the
 //   block's order says, at their issue or when no thread can go on before they end, so that an operand that comes late or goes early shows;
 //   products without a wgmma.fence after the last wait, descriptors that differ between warps, a barrier that was not initialised,
-//   more arrivals or bytes than a phase has, and registers that the multiprocessor does not have end the program with a line;
+//   more arrivals or bytes than a phase has, registers that the multiprocessor does not have, and copies into and arrivals at a block that
+//   has ended end the program with a line;
 //   threads that wait for ever end it as in emulate.h.
 // Shared memory begins at an address that is no multiple of 1024, different from block to block.
 #pragma once
@@ -34,11 +35,22 @@ inline TensorMap encode(const Map& map) {
 }
 
 constexpr unsigned short NOT_A_NUMBER = 0x7fff;
-inline unsigned window() { return 1024 + 16 * (1 + n_block % 61); }
-inline unsigned char* at_shared(unsigned address, size_t bytes) {
+// The same for the blocks of a cluster.
+inline unsigned window() { return 1024 + 16 * (1 + (n_block - cluster_rank) % 61); }
+inline unsigned char* at_shared(unsigned address, size_t bytes, unsigned char* memory = shared_memory) {
     unsigned from = address - window();
     if (address < window() || from + bytes > shared_bytes) refuse("an address outside of the block's shared memory");
-    return shared_memory + from;
+    return memory + from;
+}
+// The shared memory of a block of the cluster.
+inline unsigned char* memory_of(int rank) {
+    if (rank < 0 || rank >= cluster_size) refuse("a block that is not of this cluster");
+    if (has_ended(rank)) refuse("the shared memory of a block that has ended");
+    return cluster_blocks[rank].shared();
+}
+// The barrier in the place of this one in a block of the cluster.
+inline Mbarrier* barrier_of(int rank, Mbarrier* barrier) {
+    return (Mbarrier*)(memory_of(rank) + ((unsigned char*)barrier - shared_memory));
 }
 // The 128-byte swizzle of an address.
 inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
@@ -62,17 +74,19 @@ inline void end_if_complete(Phase& phase) {
     phase.missing = phase.n_arrivals;
 }
 
-// A copy under way.
+// A copy under way to the shared memory of block `rank`, and that block's barrier.
 struct TensorCopy {
     Map map;
     unsigned to;
     int from[3];
+    int rank;
     Mbarrier* barrier;
 };
 inline std::vector<TensorCopy> tensor_copies;
 // Calls `put` with the place of each element of the box and where it comes from: null outside of the matrix.
 template <class Put> inline void each_element(const TensorCopy& copy, Put put) {
     unsigned at = copy.to;
+    unsigned char* memory = memory_of(copy.rank);
     for (unsigned t = 0; t < copy.map.box[2]; t++)
         for (unsigned h = 0; h < copy.map.box[1]; h++)
             for (unsigned d = 0; d < copy.map.box[0]; d++, at += 2) {
@@ -80,7 +94,7 @@ template <class Put> inline void each_element(const TensorCopy& copy, Put put) {
                 bool inside = true;
                 for (int i = 0; i < 3; i++) inside &= index[i] >= 0 && index[i] < (int64_t)copy.map.sizes[i];
                 uint64_t from = copy.map.address + index[0] * 2 + index[1] * copy.map.strides[0] + index[2] * copy.map.strides[1];
-                put((unsigned short*)at_shared(swizzled(at), 2), inside ? (const unsigned short*)from : nullptr);
+                put((unsigned short*)at_shared(swizzled(at), 2, memory), inside ? (const unsigned short*)from : nullptr);
             }
 }
 inline int box_bytes(const Map& map) { return map.box[0] * map.box[1] * map.box[2] * 2; }
@@ -243,15 +257,31 @@ inline void set_registers(int n, bool more) {
 }
 
 inline void reset_hopper(int threads) {
-    barriers.clear();
-    tensor_copies.clear();
+    if (cluster_rank == 0) {
+        barriers.clear();
+        tensor_copies.clear();
+    }
     products.assign((threads + 31) / 32, {});
     issued.assign((threads + WARPGROUP - 1) / WARPGROUP, {});
     registers.assign((threads + WARPGROUP - 1) / WARPGROUP, registers_at_start());
     named.assign(16, {});
-    when_stuck = finish_something;
 }
-inline bool hooked = (at_start = reset_hopper, true);
+// What is a block's own while the others of its cluster run.
+struct OfBlock {
+    std::vector<WarpProducts> products;
+    std::vector<std::vector<std::pair<Matrix, Matrix>>> issued;
+    std::vector<int> registers;
+    std::vector<Barrier> named;
+};
+inline std::vector<OfBlock> of_blocks(MOST_IN_CLUSTER);
+inline void change_hopper(int rank) {
+    OfBlock& other = of_blocks[rank];
+    products.swap(other.products);
+    issued.swap(other.issued);
+    registers.swap(other.registers);
+    named.swap(other.named);
+}
+inline bool hooked = (at_start = reset_hopper, when_stuck = finish_something, change_places_too = change_hopper, true);
 } // namespace emulate
 
 inline unsigned shared_address(const void* at) {
@@ -286,8 +316,8 @@ inline void mbarrier_wait(Mbarrier* barrier, int parity) {
 
 inline void tensor_prefetch(const TensorMap*) {}
 inline void tensor_hint(const TensorMap*, int, int, int) {}
-inline void tensor_load(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {
-    emulate::TensorCopy copy{{}, shared_address(to), {dim, head, token}, barrier};
+inline void tensor_load(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier, int rank) {
+    emulate::TensorCopy copy{{}, shared_address(to), {dim, head, token}, rank, barrier};
     memcpy(&copy.map, map, sizeof copy.map);
     emulate::phase(barrier);
     if (!emulate::barriers[barrier]) emulate::refuse("the copy engine was not told of an mbarrier");
@@ -297,6 +327,22 @@ inline void tensor_load(void* to, const TensorMap* map, int dim, int head, int t
     emulate::each_element(copy, [](unsigned short* to, const unsigned short*) { *to = emulate::NOT_A_NUMBER; });
     if (emulate::order.copies_late) emulate::tensor_copies.push_back(copy);
     else emulate::finish(copy);
+}
+inline void tensor_load(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {
+    tensor_load(to, map, dim, head, token, barrier, emulate::cluster_rank);
+}
+
+inline int cluster_rank() { return emulate::cluster_rank; }
+template <int BLOCKS> inline void cluster_wait() {
+    if (gridDim.x % BLOCKS || BLOCKS > emulate::MOST_IN_CLUSTER) emulate::refuse("a grid that is not of whole clusters");
+    emulate::cluster_size = BLOCKS;
+    emulate::wait(emulate::cluster_barrier, BLOCKS * blockDim.x);
+}
+inline void mbarrier_wait_for_all(Mbarrier* barrier, int parity) { mbarrier_wait(barrier, parity); }
+inline void mbarrier_arrive_at(Mbarrier* barrier, int rank) { mbarrier_arrive(emulate::barrier_of(rank, barrier)); }
+template <int BLOCKS>
+inline void tensor_load_to_all(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {
+    for (int rank = 0; rank < BLOCKS; rank++) tensor_load(to, map, dim, head, token, emulate::barrier_of(rank, barrier), rank);
 }
 
 template <int N> inline void registers_fewer() {

@@ -1,5 +1,6 @@
 // What Hopper (sm_90a) has beyond common.cuh, behind small functions: bulk copies of tensor tiles (TMA), barriers in shared memory
-// that count bytes (mbarrier), matrix products of a warpgroup (wgmma), registers that change hands (setmaxnreg) and named barriers.
+// that count bytes (mbarrier), matrix products of a warpgroup (wgmma), registers that change hands (setmaxnreg), named barriers, and
+// blocks that see each other's shared memory (clusters).
 // With TRIREME_EMULATE the same names run on the CPU (emulate_hopper.h). Knows nothing of any operation.
 //
 // A tile of ROWS rows of D elements lies in shared memory as D / 64 panels [ROWS, 64], rows of 128 bytes, with the 16-byte pieces of
@@ -68,6 +69,39 @@ __device__ __forceinline__ void tensor_load(void* to, const TensorMap* map, int 
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
                      shared_address(to)),
                  "l"(map), "r"(dim), "r"(head), "r"(token), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Which block of its cluster this is. Clusters are of a kernel that says __cluster_dims__, along x.
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Waits for all threads of all BLOCKS blocks of the cluster, whose writes to shared memory are seen from here on.
+template <int BLOCKS> __device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// Arrives at the barrier that block `rank` of the cluster has in this place.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+// As mbarrier_wait, for arrivals from other blocks.
+__device__ __forceinline__ void mbarrier_wait_for_all(Mbarrier* barrier, int parity) {
+    asm volatile("{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+                 "@!ended bra again;\n}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+// As tensor_load, to the same place in all BLOCKS blocks of the cluster, counted by the barrier that each has in the place of this one.
+template <int BLOCKS>
+__device__ __forceinline__ void tensor_load_to_all(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], "
+                 "[%5], %6;" ::"r"(shared_address(to)),
+                 "l"(map), "r"(dim), "r"(head), "r"(token), "r"(shared_address(barrier)), "h"((unsigned short)((1 << BLOCKS) - 1))
                  : "memory");
 }
 
@@ -178,12 +212,18 @@ WGMMA(192, 96, "96", "97", "98", "99", "100")
 WGMMA(256, 128, "128", "129", "130", "131", "132")
 #endif
 
-// By every warp of the consuming warpgroups, when no lane of it reads a stage any more.
-__device__ __forceinline__ void release(Mbarrier* free) {
+// By every warp of the consuming warpgroups, when no lane of it reads a stage any more; told to all BLOCKS blocks of a cluster that copy
+// to the stage.
+template <int BLOCKS = 1> __device__ __forceinline__ void release(Mbarrier* free) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(free);
+    int lane = threadIdx.x % 32;
+    if constexpr (BLOCKS > 1) {
+        if (lane < BLOCKS) mbarrier_arrive_at(free, lane);
+    } else {
+        if (lane == 0) mbarrier_arrive(free);
+    }
 }
-// Arrivals at such a barrier.
+// Arrivals at such a barrier, of a block's own consumers.
 #define RELEASES(consumers) ((consumers) * 4)
 
 // Where wgmma finds an operand in a tile of panels [rows, 64]: its first element's address, and for an operand of more than 64

@@ -9,7 +9,9 @@
 // Warpgroups 0 .. CONSUMERS - 1 are consumers, with 64 rows of a tile each; one thread of the last warpgroup is the producer, which copies
 // steps of 64 terms (128 bytes, one swizzle) into a ring of stages. `here` of a stage ends when its bytes have come, `free` when every
 // warp of the consumers has waited for the products that read it, one step after they were asked for. Blocks stay: each works on tile
-// after tile, and the producer is up to STAGES steps ahead of the consumers across pieces and tiles. Operands with k outermost ([k, m],
+// after tile, and the producer is up to STAGES steps ahead of the consumers across pieces and tiles. The large tiles are worked on by
+// clusters of two blocks, one below the other: each fetches half of their columns of b for both, and a stage is free when both have read
+// it. No sum knows of that. Operands with k outermost ([k, m],
 // [k, n]) lie in panels [64 terms, 64 columns], which wgmma reads transposed.
 //
 // TMA wants rows at multiples of 16 bytes, and what follows a piece must not be added to it: other operands are copied by
@@ -18,17 +20,19 @@
 //
 // Sums that wait for others are each thread's own, in registers and in shared memory; sums in turn wait in `out`.
 // On paper (an SM: 2048 multiply-adds a clock; from L2 48 bytes a clock, of the 64 that it can take; from a H200's memory 20):
-//   form    tile       stages      bytes a step   clocks a step: tensor cores, L2   sums of a thread: under way, waiting
-//   Large   128 x 256  4 x 48 KB   49152          1024, 1024                        128, none
-//   Wide    128 x 128  4 x 32 KB   32768           512,  683                         64, 96 and 96 KB of shared memory a block
-//   Small    64 x 64  12 x 16 KB   16384           128,  341                         32, 48 and 24 KB
-// Registers (sm_90a, nvcc 13.0, no spills): 168, which setmaxnreg makes 24 for the producer and 240 for consumers; Small 142, 90 in turn.
+//                                  bytes a step:       clocks a step:                 sums of a thread:
+//   form    tile       stages      fetched, arriving   tensor cores, L2, arriving     under way, waiting
+//   Large   128 x 256  4 x 48 KB   32768, 49152        1024, 683, 768                 128, none
+//   Wide    128 x 128  4 x 32 KB   24576, 32768         512, 512, 512                  64, 96 and 96 KB of shared memory a block
+//   Small    64 x 64  12 x 16 KB   16384, 16384         128, 341, 256                  32, 48 and 24 KB
+// Registers (sm_90a, nvcc 13.0, no spills): 168, which setmaxnreg makes 40 for the producer and 232 for consumers; Small 142, 90 in turn.
 // One block an SM. Large can keep the tensor cores busy but for a block's first step and the ends of tiles: 64 KB of bf16 are written
 // each 65536 clocks at 4096 terms, 3300 clocks of memory, while the next tile is copied. In turn 256 KB of f32 are read and written,
-// 13000 clocks, of which reading is waited for. Wide, for sums over a dim that tp divides, is limited by L2 to three quarters of the tensor
-// cores; clusters that share what they copy would help, and do not exist yet. Few rows are limited by reading b: a step brings 8 KB of it,
-// 400 clocks of memory, three times what the tensor cores take for 64 rows, empty ones among them; 96 KB are under way on each SM, where
-// 30 KB hide memory's latency. So few rows are rows here too, and not columns of a product with its operands exchanged.
+// 13000 clocks, of which reading is waited for. Wide, for sums over a dim that tp divides, would be limited by L2 to three quarters of
+// the tensor cores if each block fetched all of b for itself; as it is nothing is left over, neither of L2 nor of what an SM can take.
+// Few rows are limited by reading b: a step brings 8 KB of it, 400 clocks of memory, three times what the tensor cores take for 64 rows,
+// empty ones among them; 96 KB are under way on each SM, where 30 KB hide memory's latency. So few rows are rows here too, and not
+// columns of a product with its operands exchanged.
 #include "hopper.cuh"
 #include "matmul.cuh"
 
@@ -36,14 +40,14 @@
 constexpr int DEPTH = 64;
 constexpr int PANEL = 64 * DEPTH;
 
-template <int CONSUMERS_, int COLUMNS_, int STAGES_> struct Form {
-    static constexpr int CONSUMERS = CONSUMERS_, ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, STAGES = STAGES_;
+template <int CONSUMERS_, int COLUMNS_, int STAGES_, int CLUSTER_> struct Form {
+    static constexpr int CONSUMERS = CONSUMERS_, ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_;
     static constexpr int SUMS = COLUMNS / 2; // of a consumer's thread
     static constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP, THREADS = CONSUMER_THREADS + WARPGROUP;
 };
-using Large = Form<2, 256, 4>;
-using Wide = Form<2, 128, 4>;
-using Small = Form<1, 64, 12>;
+using Large = Form<2, 256, 4, 2>;
+using Wide = Form<2, 128, 4, 2>;
+using Small = Form<1, 64, 12, 1>;
 
 enum Together { WHOLE, IN_PAIRS, IN_TURN };
 
@@ -62,17 +66,23 @@ struct Product {
     int pieces_of_part;
 };
 
-// A tile's part of the pieces, by turns of the blocks.
+// A tile's part of the pieces, by turns of the clusters: their blocks have tiles below each other.
 template <class F> struct Work {
-    int at, n_tiles, n;
-    __device__ __forceinline__ Work(const Product& p) : at(blockIdx.x) {
-        n_tiles = (p.m + F::ROWS - 1) / F::ROWS * ((p.n + F::COLUMNS - 1) / F::COLUMNS);
+    static constexpr int ROWS = F::CLUSTER * F::ROWS; // of all blocks
+    int at, rank, n_tiles, n;
+    __device__ __forceinline__ Work(const Product& p) : at(blockIdx.x / F::CLUSTER), rank(F::CLUSTER > 1 ? cluster_rank() : 0) {
+        n_tiles = (p.m + ROWS - 1) / ROWS * ((p.n + F::COLUMNS - 1) / F::COLUMNS);
         n = n_tiles * (p.pieces.n / p.pieces_of_part);
     }
     __device__ __forceinline__ bool is_here() const { return at < n; }
-    __device__ __forceinline__ void next() { at += gridDim.x; }
+    __device__ __forceinline__ void next() { at += gridDim.x / F::CLUSTER; }
     __device__ __forceinline__ int part() const { return at / n_tiles; }
-    __device__ __forceinline__ Place place(const Product& p) const { return Place(at % n_tiles, p.m, p.n, F::ROWS, F::COLUMNS); }
+    // This block's, which for the last block may begin behind the last row.
+    __device__ __forceinline__ Place place(const Product& p) const {
+        Place place(at % n_tiles, p.m, p.n, ROWS, F::COLUMNS);
+        place.row += rank * F::ROWS;
+        return place;
+    }
 };
 
 // A stage of the ring, and the parity of the round.
@@ -85,14 +95,18 @@ template <class F> struct Turn {
     }
 };
 
-// Terms `term`.. of lines (rows of a, columns of b) `line`..
-template <int LINES, bool K_OUTSIDE>
+// Terms `term`.. of lines (rows of a, columns of b) `line`.., to all BLOCKS blocks of a cluster.
+template <int LINES, bool K_OUTSIDE, int BLOCKS>
 __device__ __forceinline__ void fetch(bf16* to, const TensorMap* map, int line, int term, Mbarrier* here) {
+    auto load = [&](bf16* to, int dim, int token) {
+        if constexpr (BLOCKS > 1) tensor_load_to_all<BLOCKS>(to, map, dim, 0, token, here);
+        else tensor_load(to, map, dim, 0, token, here);
+    };
     if constexpr (K_OUTSIDE) {
 #pragma unroll
-        for (int i = 0; i < LINES; i += 64) tensor_load(to + i * DEPTH, map, line + i, 0, term, here);
+        for (int i = 0; i < LINES; i += 64) load(to + i * DEPTH, line + i, term);
     } else {
-        tensor_load(to, map, term, 0, line, here);
+        load(to, term, line);
     }
 }
 
@@ -100,6 +114,7 @@ template <class F, bool TRANS_A, bool TRANS_B>
 __device__ __forceinline__ void produce(Stages<F>& stages, const Product& p, const TensorMap* a, const TensorMap* b) {
     tensor_prefetch(a);
     tensor_prefetch(b);
+    constexpr int SHARE = F::COLUMNS / F::CLUSTER; // of b's columns, which this block fetches for all
     Turn<F> turn;
     for (Work<F> work(p); work.is_here(); work.next()) {
         Place place = work.place(p);
@@ -109,10 +124,12 @@ __device__ __forceinline__ void produce(Stages<F>& stages, const Product& p, con
             next = p.pieces.begin(piece + 1);
             for (; at < next; at += DEPTH, turn.next()) {
                 Mbarrier* here = &stages.here[turn.stage];
-                mbarrier_wait(&stages.free[turn.stage], turn.parity ^ 1);
+                if constexpr (F::CLUSTER > 1) mbarrier_wait_for_all(&stages.free[turn.stage], turn.parity ^ 1);
+                else mbarrier_wait(&stages.free[turn.stage], turn.parity ^ 1);
                 mbarrier_arrive_expect(here, sizeof stages.a[0] + sizeof stages.b[0]);
-                fetch<F::ROWS, TRANS_A>(stages.a[turn.stage], a, place.row, at, here);
-                fetch<F::COLUMNS, !TRANS_B>(stages.b[turn.stage], b, place.column, at, here);
+                fetch<F::ROWS, TRANS_A, 1>(stages.a[turn.stage], a, place.row, at, here);
+                int column = work.rank * SHARE;
+                fetch<SHARE, !TRANS_B, F::CLUSTER>(stages.b[turn.stage] + column * DEPTH, b, place.column + column, at, here);
             }
         }
     }
@@ -143,11 +160,11 @@ __device__ __forceinline__ void add_piece(float (&sum)[F::SUMS], Stages<F>& stag
         for (int term = 0; term < DEPTH; term += 16) multiply<F, TRANS_A, TRANS_B>(sum, a, b, term);
         wgmma_commit();
         wgmma_wait<1>();
-        if (before >= 0) release(&stages.free[before]);
+        if (before >= 0) release<F::CLUSTER>(&stages.free[before]);
         before = turn.stage;
     }
     wgmma_wait<0>(sum);
-    if (before >= 0) release(&stages.free[before]);
+    if (before >= 0) release<F::CLUSTER>(&stages.free[before]);
     if (n_terms <= 0) return;
     // What is left, one by one: ptxas would wait after each product of the loop above, too, if these went on beside each other.
     mbarrier_wait(&stages.here[turn.stage], turn.parity);
@@ -158,7 +175,7 @@ __device__ __forceinline__ void add_piece(float (&sum)[F::SUMS], Stages<F>& stag
         wgmma_commit();
         wgmma_wait<0>(sum);
     }
-    release(&stages.free[turn.stage]);
+    release<F::CLUSTER>(&stages.free[turn.stage]);
     turn.next();
 }
 
@@ -262,24 +279,27 @@ __device__ __forceinline__ void multiply_all(const Product& p, const TensorMap& 
     if (threadIdx.x == 0) {
         for (int i = 0; i < F::STAGES; i++) {
             mbarrier_init(&stages.here[i], 1);
-            mbarrier_init(&stages.free[i], RELEASES(F::CONSUMERS));
+            mbarrier_init(&stages.free[i], F::CLUSTER * RELEASES(F::CONSUMERS));
         }
         mbarrier_init_done();
     }
-    __syncthreads();
+    if constexpr (F::CLUSTER > 1) cluster_wait<F::CLUSTER>();
+    else __syncthreads();
     // One consumer has registers enough.
     if (threadIdx.x >= F::CONSUMER_THREADS) {
-        if constexpr (F::CONSUMERS > 1) registers_fewer<24>();
+        if constexpr (F::CONSUMERS > 1) registers_fewer<40>();
         if (threadIdx.x == F::CONSUMER_THREADS) produce<F, TRANS_A, TRANS_B>(stages, p, &a, &b);
     } else {
-        if constexpr (F::CONSUMERS > 1) registers_more<240>();
+        if constexpr (F::CONSUMERS > 1) registers_more<232>();
         consume<F, HOW, TRANS_A, TRANS_B>(stages, p);
     }
+    // What the other blocks send must find this one's shared memory.
+    if constexpr (F::CLUSTER > 1) cluster_wait<F::CLUSTER>();
 }
 
-// The maps: boxes of 64 terms of as many lines as a tile has where k is innermost, of 64 lines of 64 terms where it is outermost.
+// The maps: boxes of 64 terms of as many lines as a block fetches where k is innermost, of 64 lines of 64 terms where it is outermost.
 #define MATMUL(name, threads, form, how, trans_a, trans_b)                                                                           \
-    extern "C" __global__ void __launch_bounds__(threads, 1)                                                                         \
+    extern "C" __cluster_dims__(form::CLUSTER, 1, 1) __global__ void __launch_bounds__(threads, 1)                                   \
         matmul_hopper_##name##_bf16(void* out, int out_is_bf16, int accumulate, const __grid_constant__ TensorMap a,                 \
                                     const __grid_constant__ TensorMap b, int m, int n, const int* starts, int k, int n_pieces,       \
                                     int pieces_of_part) {                                                                            \

@@ -29,16 +29,18 @@ struct Form {
     consumers: usize,
     columns: usize,
     stages: usize,
-    /// Of a step of a tile, on paper.
+    /// Blocks that work beside each other on tiles below each other.
+    cluster: usize,
+    /// Of a step of a tile, on paper; of the wide one an eighth more, for it would want all that L2 and an SM's port can do.
     clocks: usize,
     /// Sums of each thread that wait in shared memory.
     waiting: usize,
 }
 
-const LARGE: Form = Form { name: "whole", consumers: 2, columns: 256, stages: 4, clocks: 1024, waiting: 0 };
+const LARGE: Form = Form { name: "whole", consumers: 2, columns: 256, stages: 4, cluster: 2, clocks: 1024, waiting: 0 };
 const LARGE_TURN: Form = Form { name: "turn", ..LARGE };
-const WIDE: Form = Form { name: "pairs", consumers: 2, columns: 128, stages: 4, clocks: 683, waiting: 96 };
-const SMALL: Form = Form { name: "small", consumers: 1, columns: 64, stages: 12, clocks: 341, waiting: 48 };
+const WIDE: Form = Form { name: "pairs", consumers: 2, columns: 128, stages: 4, cluster: 2, clocks: 576, waiting: 96 };
+const SMALL: Form = Form { name: "small", consumers: 1, columns: 64, stages: 12, cluster: 1, clocks: 341, waiting: 48 };
 const SMALL_TURN: Form = Form { name: "small_turn", waiting: 0, ..SMALL };
 
 impl Form {
@@ -46,8 +48,14 @@ impl Form {
         64 * self.consumers
     }
 
+    /// Whole clusters of them.
     fn tiles(&self, (m, n): (usize, usize)) -> usize {
-        m.div_ceil(self.rows()) * n.div_ceil(self.columns)
+        m.div_ceil(self.rows()).next_multiple_of(self.cluster) * n.div_ceil(self.columns)
+    }
+
+    /// Most blocks that run at a time, whole clusters.
+    fn most_blocks(&self, processors: usize) -> usize {
+        (processors / self.cluster).max(1) * self.cluster
     }
 
     fn shared_bytes(&self) -> usize {
@@ -69,7 +77,7 @@ impl Form {
         };
         let clocks = |form: &&Form| {
             let parts = form.parts(together, out, n_pieces, processors);
-            (form.tiles(out) * parts).div_ceil(processors) * form.clocks * (n_pieces / parts)
+            (form.tiles(out) * parts).div_ceil(form.most_blocks(processors)) * form.clocks * (n_pieces / parts)
         };
         *forms.iter().min_by_key(clocks).expect("there are forms for everything")
     }
@@ -164,10 +172,12 @@ impl Cuda {
             let box_tokens = if x.k_outside { DEPTH } else { lines } as u32;
             Arg::Map(TensorMap { address: x.matrix.address, dim: x.matrix.columns, heads: 1, tokens: x.matrix.rows, box_tokens })
         };
-        let mut args = vec![to, int(usize::from(is_bf16)), int(usize::from(accumulate)), map(&a, form.rows()), map(&b, form.columns)];
+        let mut args = vec![to, int(usize::from(is_bf16)), int(usize::from(accumulate)), map(&a, form.rows())];
+        // Each block of a cluster fetches a share of b for all.
+        args.push(map(&b, form.columns / form.cluster));
         args.extend([int(m), int(n), table.after(), int(spacing.k()), int(n_pieces), int(n_pieces / n_parts)]);
         let kernel = Kernel::of("matmul_hopper", &format!("matmul_hopper_{}_{}", form.name, layout_name(how)), DType::BF16);
-        let blocks = (form.tiles((m, n)) * n_parts).min(processors);
+        let blocks = (form.tiles((m, n)) * n_parts).min(form.most_blocks(processors));
         let line = Grid::line(blocks, ((form.consumers + 1) * WARPGROUP) as u32);
         self.backend.launch(&kernel, Grid { shared_bytes: form.shared_bytes() as u32, ..line }, &args);
         if let Some(planes) = planes {
