@@ -4,7 +4,8 @@
 // by plain loops, the latter in cuBLASLt's column-major terms; other kernels are run from the libraries that emulator.rs makes of
 // them where STAND_IN_KERNELS names their folder, else their launch is told. Every call worth a look is a line of stderr.
 // What is captured is as strict as the driver: it may be neither waited for nor asked about, no host memory is read or written, nothing is
-// loaded or freed meanwhile, streams enter by an event of the capture and must have joined again at its end.
+// loaded or freed meanwhile, streams enter by an event of the capture and must have joined again at its end. Sizes of memory, launches and
+// matrices that the driver's documentation excludes are refused.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -250,7 +251,7 @@ int cuGraphLaunch(Capture* executable, Stream* stream) {
 static size_t used;
 static size_t most(void) { const char* mib = getenv("STAND_IN_MIB"); return mib ? (size_t)atoi(mib) << 20 : (size_t)1 << 40; }
 int cuMemAlloc_v2(Address* at, size_t bytes) {
-    if (!current) return INVALID;
+    if (!current || !bytes) return INVALID;
     if (bytes + used > most()) return OUT_OF_MEMORY;
     char* all = aligned_alloc(512, (bytes + 1023) / 512 * 512);
     *(size_t*)all = bytes;
@@ -301,7 +302,7 @@ int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* strea
 // Kernels.
 // A kernel of an emulated library, as wrapper.h has it; no functions where there is none.
 typedef struct { int blocks[3], threads; long long shared_bytes; void* args; } Packed;
-typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); char name[80]; } Function;
+typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); char name[80]; int shared_bytes; } Function;
 typedef struct { void (*run)(const Packed* how); Packed how; } Emulated;
 static void emulated(void* data) { Emulated* e = data; e->run(&e->how); }
 int cuModuleLoadData(void** module, const void* code) {
@@ -326,12 +327,21 @@ int cuModuleGetFunction(Function** function, void* module, const char* name) {
 }
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
     TELL("%s may share %d (%d)\n", function->name, value, attribute);
-    return 0;
+    function->shared_bytes = value;
+    return attribute == 8 && value <= 227 << 10 ? 0 : INVALID;
+}
+// What sm_90 takes; more dynamic shared memory than 48 KiB must have been asked for.
+static int is_accepted(const Function* of, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared) {
+    unsigned most = of->shared_bytes > 48 << 10 ? of->shared_bytes : 48 << 10;
+    return x && y && z && x < 1u << 31 && y < 1 << 16 && z < 1 << 16 && threads && threads <= 1024 && shared <= most;
 }
 // A matrix for the copy engine: all that was asked; in its place the tokens of a box.
 int cuTensorMapEncodeTiled(Address* map, int type, unsigned rank, void* at, const Address* sizes, const Address* strides,
                            const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
-    if (rank != 3 || (Address)at % 16 || (Address)map % 128 || steps[0] * steps[1] * steps[2] != 1) return INVALID;
+    if (rank != 3 || (Address)at % 16 || (Address)map % 64 || steps[0] * steps[1] * steps[2] != 1) return INVALID;
+    for (int i = 0; i < 3; i++) if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256) return INVALID;
+    for (int i = 0; i < 2; i++) if (strides[i] % 16 || strides[i] >= 1ull << 40 || strides[i] < 2 * sizes[0]) return INVALID;
+    if (2 * box[0] > 128) return INVALID; // wider than the swizzle
     TELL("matrix of type %d, %llu x %llu x %llu, strides %llu and %llu, boxes %u x %u x %u, %d %d %d %d\n", type, sizes[0], sizes[1],
          sizes[2], strides[0], strides[1], box[0], box[1], box[2], interleave, swizzle, promotion, fill);
     map[0] = box[2];
@@ -390,6 +400,7 @@ static int launch(Function* of, const Config* how, void** args) {
     unsigned x = how->x, y = how->y, z = how->z, threads = how->threads, ty = how->ty, tz = how->tz, shared = how->shared;
     Stream* stream = how->stream;
     const char* function = of->name;
+    if (!is_accepted(of, x, y, z, threads, shared)) return INVALID;
     if (of->run) {
         Emulated e = {of->run, {{x, y, z}, threads, shared, of->pack(args)}};
         ask(stream, emulated, &e, sizeof e);
@@ -439,7 +450,7 @@ int cublasLtDestroy(void* handle) { return 0; }
 int cublasLtMatrixLayoutCreate(Layout** layout, int type, Address rows, Address columns, long long stride) {
     *layout = malloc(sizeof(Layout));
     **layout = (Layout){type, rows, columns, stride};
-    return 0;
+    return rows && columns && stride >= (long long)rows ? 0 : 7;
 }
 // 68: f32 without TF32.
 int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
