@@ -8,14 +8,15 @@
 //! [words of keys, d] of its values, words as in `terms`.
 
 mod few;
+mod shares;
 
 use super::lanes::{Element, Isa, each, kernel, load, prefetch, store};
 use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, To, product};
-use super::team;
 use super::terms::{Terms, along_dims};
 use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
 use half::bf16;
+use shares::{LEAST_COST, Piece, Shares, Strand, strands};
 use std::ops::Range;
 
 /// Keys of a block.
@@ -28,10 +29,6 @@ const FEW_ROWS: usize = 16;
 const PANEL: usize = 64;
 /// From one row of scores to the next: off the powers of two that meet in one set of the first cache.
 const SCORES: usize = BLOCK + 16;
-/// Packing a tile takes about as long as the products of so many rows with it.
-const PACKING: usize = 4;
-/// Least elements of keys, times rows, that are worth a task.
-const LEAST_COST: usize = 1 << 17;
 
 /// The cache as its two flat arrays [n_pages * PAGE_TOKENS, G*D].
 pub struct Cache<'a, E> {
@@ -39,96 +36,6 @@ pub struct Cache<'a, E> {
     pub keys: &'a mut [E],
     /// Values.
     pub values: &'a mut [E],
-}
-
-/// Rows of a span that attend together, for some kv heads. Row r of a kv head is its query head r % per_kv, of new token r / per_kv; the
-/// rows of a strand are those of its first kv head, then those of the next.
-struct Strand<'a> {
-    span: &'a CacheSpan,
-    groups: Range<usize>,
-    rows: Range<usize>,
-    per_kv: usize,
-}
-
-impl Strand<'_> {
-    /// Keys that a row of a kv head sees.
-    fn visible(&self, row: usize) -> usize {
-        self.span.past + row / self.per_kv + 1
-    }
-
-    /// Of all its kv heads.
-    fn n_rows(&self) -> usize {
-        self.groups.len() * self.rows.len()
-    }
-
-    fn n_keys(&self) -> usize {
-        self.visible(self.rows.end - 1)
-    }
-
-    /// New token and query head of a row of the strand.
-    fn place(&self, row: usize) -> (usize, usize) {
-        let (group, row) = (self.groups.start + row / self.rows.len(), self.rows.start + row % self.rows.len());
-        (self.span.rows.start + row / self.per_kv, group * self.per_kv + row % self.per_kv)
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.n_keys().div_ceil(BLOCK)
-    }
-
-    fn cost(&self, dim: usize) -> usize {
-        self.groups.len() * (self.rows.len() + PACKING) * self.n_keys() * dim
-    }
-}
-
-/// Some blocks of a strand.
-struct Piece {
-    strand: usize,
-    blocks: Range<usize>,
-    /// Where the strand's parts are kept, if it was cut.
-    parts_at: Option<usize>,
-}
-
-/// Who does what.
-#[derive(Default)]
-struct Shares {
-    pieces: Vec<Piece>,
-    /// Pieces of each task.
-    tasks: Vec<Range<usize>>,
-    /// The strands that were cut, and where their parts are kept.
-    cut: Vec<(usize, usize)>,
-    /// Length of all parts.
-    parts_len: usize,
-}
-
-impl Shares {
-    /// Some tasks a thread: strands are cut between blocks where they cost more than a task should, and put together where less.
-    fn of(strands: &[Strand], dim: usize, n_threads: usize) -> Shares {
-        let total: usize = strands.iter().map(|strand| strand.cost(dim)).sum();
-        let (of_thread, least_cost) = if team::leads() { (16, LEAST_COST / 8) } else { (4, LEAST_COST) };
-        let target = if n_threads == 1 { usize::MAX } else { (total / (of_thread * n_threads)).max(least_cost) };
-        let mut shares = Shares::default();
-        let (mut open, mut open_cost) = (0, 0);
-        for (idx, strand) in strands.iter().enumerate() {
-            let (cost, n_blocks) = (strand.cost(dim), strand.n_blocks());
-            let n_pieces = if cost / 3 > target / 2 { cost.div_ceil(target).min(n_blocks) } else { 1 };
-            let parts_at = (n_pieces > 1).then_some(shares.parts_len);
-            if let Some(at) = parts_at {
-                shares.cut.push((idx, at));
-                shares.parts_len += n_blocks * part_len(strand.n_rows(), dim);
-            }
-            for i in 0..n_pieces {
-                let blocks = i * n_blocks / n_pieces..(i + 1) * n_blocks / n_pieces;
-                shares.pieces.push(Piece { strand: idx, blocks, parts_at });
-                open_cost += cost / n_pieces;
-                if open_cost >= target / 2 {
-                    shares.tasks.push(open..shares.pieces.len());
-                    (open, open_cost) = (shares.pieces.len(), 0);
-                }
-            }
-        }
-        shares.tasks.push(open..shares.pieces.len());
-        shares
-    }
 }
 
 /// Of sums[row, padded d], then the largest score and the sum of weights of each row.
@@ -229,24 +136,6 @@ pub fn fetch_places(cache: &KvCache, spans: &[CacheSpan]) {
             prefetch(&tensor.bytes()[row * size..][..size]);
         }
     }
-}
-
-/// All rows of all spans.
-fn strands<'a>(spans: &'a [CacheSpan], heads: Heads, n_threads: usize) -> Vec<Strand<'a>> {
-    let per_kv = heads.queries_per_kv();
-    let n_blocks: usize = spans.iter().map(|span| span.n_tokens().div_ceil(BLOCK)).sum();
-    let mut strands = Vec::new();
-    for span in spans {
-        let n_rows = span.rows.len() * per_kv;
-        let n_groups = if n_rows <= FEW_ROWS && n_blocks >= 4 * n_threads { heads.kv } else { 1 };
-        // The longest first, so that the threads end together.
-        for block in (0..n_rows.div_ceil(ROWS)).rev() {
-            let rows = block * ROWS..((block + 1) * ROWS).min(n_rows);
-            let groups = (0..heads.kv).step_by(n_groups).map(|first| first..first + n_groups);
-            strands.extend(groups.map(|groups| Strand { span, groups, rows: rows.clone(), per_kv }));
-        }
-    }
-    strands
 }
 
 /// Keys and values of the new tokens to their places.
