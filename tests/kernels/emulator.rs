@@ -5,9 +5,12 @@
 //! every launch, arguments must have the types the kernel declares, and sizes must be what a device accepts. In recorded work each
 //! kernel that follows a kernel does what it does before its wait (kernels/common.cuh) while some of those before it have not begun.
 
+#[path = "library.rs"]
+mod library;
+
+use library::{Argument, Launch, Library, Wrapped};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, CString, c_char, c_void};
-use std::path::{Path, PathBuf};
+use std::ffi::{CStr, c_char, c_void};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
@@ -25,20 +28,6 @@ const MOST_THREADS: u32 = 1024;
 const MOST_SHARED_BYTES: u32 = 227 * 1024;
 const MOST_BLOCKS: u32 = 65_535;
 
-/// `Launch` and `Argument` of wrapper.h.
-#[repr(C)]
-struct Launch {
-    blocks: [i32; 3],
-    threads: i32,
-    shared_bytes: i64,
-    args: *const Argument,
-    n_args: i64,
-}
-#[repr(C)]
-struct Argument {
-    kind: i64,
-    bits: u64,
-}
 /// `emulate::Map` of kernels/emulate_hopper.h in the 128 bytes of a `TensorMap`.
 #[repr(C, align(128))]
 struct Map {
@@ -47,25 +36,6 @@ struct Map {
     strides: [u64; 2],
     boxes: [u32; 3],
 }
-type Wrapper = unsafe extern "C" fn(*const Launch) -> *const c_char;
-/// The first part of a launch alone, which is given out; the other part.
-type Begin = unsafe extern "C" fn(*const Launch, *mut *mut c_void) -> *const c_char;
-type Finish = unsafe extern "C" fn(*mut c_void);
-
-/// A kernel's wrappers and the threads of `__launch_bounds__`.
-#[derive(Clone, Copy)]
-struct Wrapped {
-    whole: Wrapper,
-    begin: Begin,
-    most_threads: u32,
-}
-
-/// The kernels of one file, by name.
-struct Library {
-    kernels: HashMap<String, Wrapped>,
-    finish: Finish,
-}
-
 /// Kernels that have begun while one before them has not.
 const BEGUN_AHEAD: usize = 3;
 
@@ -479,101 +449,6 @@ fn transposed_if(transpose: bool, matrix: &Matrix) -> Vec<f32> {
     let (rows, columns) = if transpose { (matrix.columns, matrix.rows) } else { (matrix.rows, matrix.columns) };
     let at = |i: usize| if transpose { i % columns * matrix.columns + i / columns } else { i };
     (0..rows * columns).map(|i| element(matrix, at(i))).collect()
-}
-
-fn kernels_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
-}
-
-/// Runs g++ and returns what it prints.
-fn gcc(what: &str, args: &[&std::ffi::OsStr]) -> String {
-    let output = Command::new("g++").args(args).output().expect("g++ started before");
-    assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("sources are ASCII")
-}
-
-/// Name and most threads of every kernel in preprocessed source, where `__global__` is no macro and stands as it was written.
-pub fn kernels_of(source: &str) -> Vec<(String, u32)> {
-    let declarations = source.split("__global__").skip(1);
-    declarations
-        .map(|rest| {
-            // Before or after the bounds: `void __launch_bounds__(128, 2) name(`.
-            let is_word = |c: char| c.is_alphanumeric() || c == '_';
-            let words = || rest.split(|c| !is_word(c)).filter(|word| !word.is_empty());
-            let is_name = |word: &&str| *word != "void" && *word != "__launch_bounds__" && word.parse::<u32>().is_err();
-            let name = words().find(is_name).expect("a kernel has a name");
-            let bound = words().take_while(|word| *word != name).find_map(|word| word.parse().ok()).unwrap_or(MOST_THREADS);
-            (name.to_string(), bound)
-        })
-        .collect()
-}
-
-/// The library of a file of kernels, compiled when it is not there yet, and its kernels.
-pub fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
-    let source = kernels_folder().join(format!("{file}.cu"));
-    // The device's branch of common.cuh shows the kernels, the emulated one is hashed and compiled.
-    let seen = gcc(file, &["-E".as_ref(), "-P".as_ref(), "-x".as_ref(), "c++".as_ref(), "-std=c++17".as_ref(), source.as_ref()]);
-    let kernels = kernels_of(&seen);
-    let mut text = format!("#include {source:?}\n#include \"wrapper.h\"\n");
-    kernels.iter().for_each(|(name, _)| text.push_str(&format!("WRAPPED({name})\n")));
-    let wrapper = include_str!("wrapper.h");
-    let read = |name: &&str| std::fs::read_to_string(kernels_folder().join(name)).unwrap_or_else(|error| panic!("kernels/{name}: {error}"));
-    let headers = ["emulate.h", "common.cuh", "emulate_hopper.h", "hopper.cuh", "attention_hopper.cuh"]
-        .iter()
-        .map(read)
-        .collect::<Vec<_>>()
-        .join("\0");
-    let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
-    if !path.is_file() {
-        compile(file, &text, &path);
-    }
-    (path, kernels)
-}
-
-impl Library {
-    fn open(file: &str) -> Library {
-        let (path, kernels) = library_of(file);
-        // SAFETY: wrapper.h defines them with these types.
-        let wrapped = |name: &str, most_threads: u32| unsafe {
-            Wrapped {
-                whole: std::mem::transmute::<*mut c_void, Wrapper>(open_symbol(&path, &format!("launch_{name}"))),
-                begin: std::mem::transmute::<*mut c_void, Begin>(open_symbol(&path, &format!("begin_{name}"))),
-                most_threads,
-            }
-        };
-        // SAFETY: as above.
-        let finish = unsafe { std::mem::transmute::<*mut c_void, Finish>(open_symbol(&path, "finish")) };
-        let kernels = kernels.into_iter().map(|(name, bound)| (name.clone(), wrapped(&name, bound))).collect();
-        Library { kernels, finish }
-    }
-}
-
-/// Written under another name first: several test programs may want the same library.
-fn compile(file: &str, text: &str, path: &Path) {
-    let unfinished = path.with_extension(format!("{}.so", std::process::id()));
-    let wrapper = path.with_extension(format!("{}.cpp", std::process::id()));
-    std::fs::write(&wrapper, text).expect("a place for the wrapper");
-    let include = format!("-I{}/tests/kernels", env!("CARGO_MANIFEST_DIR"));
-    let options = ["-O2", "-std=c++17", "-w", "-DTRIREME_EMULATE", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", &include];
-    let mut args: Vec<&std::ffi::OsStr> = options.iter().map(AsRef::as_ref).collect();
-    args.extend::<[&std::ffi::OsStr; 5]>(["-x".as_ref(), "c++".as_ref(), wrapper.as_ref(), "-o".as_ref(), unfinished.as_ref()]);
-    gcc(file, &args);
-    std::fs::rename(&unfinished, path).expect("the library in its place");
-    let _ = std::fs::remove_file(wrapper);
-}
-
-fn open_symbol(path: &Path, name: &str) -> *mut c_void {
-    let c_path = CString::new(path.to_str().expect("a path in UTF-8")).expect("a path without NUL");
-    let c_name = CString::new(name).expect("a name without NUL");
-    // SAFETY: both are C strings; the library is never closed, so its functions stay.
-    let symbol: *mut c_void = unsafe {
-        let library = libc::dlopen(c_path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL);
-        assert!(!library.is_null(), "{}: {}", path.display(), CStr::from_ptr(libc::dlerror()).to_string_lossy());
-        libc::dlsym(library, c_name.as_ptr())
-    };
-    assert!(!symbol.is_null(), "{} has no {name}", path.display());
-    symbol
 }
 
 /// What the panic of a launch says; None when it runs.
