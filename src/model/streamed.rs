@@ -19,8 +19,8 @@ pub trait WeightRows: Send + Sync {
 /// Bytes of a slice, if a row is not longer.
 pub const SLICE_BYTES: usize = 8 << 20;
 
-/// Rows of a slice, and the slices of the rows that this rank has: where each begins, and which of its rows are new. All have one size; the last ends where the
-/// weight does, and so repeats rows of the one before.
+/// Rows of a slice, and the slices of the rows that this rank has: where each begins, and which of its rows are new. All have one size;
+/// the last ends where the weight does, and so repeats rows of the one before.
 fn slices(weight: &Param) -> (usize, impl Iterator<Item = (usize, Range<usize>)>) {
     let (n_rows, row_bytes) = (weight.slice.shape[0], weight.slice.shape[1] * weight.value.dtype().bytes());
     let size = (SLICE_BYTES / row_bytes).clamp(1, n_rows);
