@@ -144,7 +144,7 @@ fn main() -> ExitCode {
     let emulated = folder.path().join("emulated");
     std::fs::create_dir(&emulated).expect("a folder in a fresh one");
     for file in recorded::KERNELS {
-        std::fs::copy(emulator::library_of(file).0, emulated.join(format!("{file}.so"))).expect("a copy");
+        std::fs::copy(emulator::library::library_of(file).0, emulated.join(format!("{file}.so"))).expect("a copy");
     }
     let kernels = OsString::from(folder.path().join("kernels"));
     let path = |first: &Path| {

@@ -67,7 +67,7 @@ fn kernels_of(source: &str) -> Vec<(String, u32)> {
 }
 
 /// The library of a file of kernels, compiled when it is not there yet, and its kernels.
-fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
+pub fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
     let source = kernels_folder().join(format!("{file}.cu"));
     // The device's branch of common.cuh shows the kernels, the emulated one is hashed and compiled.
     let seen = gcc(file, &["-E".as_ref(), "-P".as_ref(), "-x".as_ref(), "c++".as_ref(), "-std=c++17".as_ref(), source.as_ref()]);
