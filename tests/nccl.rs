@@ -4,13 +4,10 @@
 
 mod collective_table;
 mod common;
-#[allow(dead_code)] // its libraries alone
-#[path = "kernels/emulator.rs"]
-mod emulator;
+#[allow(dead_code)] // they are made here and opened by the ranks
+#[path = "kernels/library.rs"]
+mod library;
 mod mpi_job;
-#[allow(dead_code)] // the emulator takes its E4M3 alone
-#[path = "operations/oracle.rs"]
-mod oracle;
 #[path = "nccl/recorded.rs"]
 mod recorded;
 
@@ -144,7 +141,7 @@ fn main() -> ExitCode {
     let emulated = folder.path().join("emulated");
     std::fs::create_dir(&emulated).expect("a folder in a fresh one");
     for file in recorded::KERNELS {
-        std::fs::copy(emulator::library::library_of(file).0, emulated.join(format!("{file}.so"))).expect("a copy");
+        std::fs::copy(library::library_of(file).0, emulated.join(format!("{file}.so"))).expect("a copy");
     }
     let kernels = OsString::from(folder.path().join("kernels"));
     let path = |first: &Path| {

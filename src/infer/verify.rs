@@ -178,7 +178,9 @@ impl Weight {
     /// How many elements were compared, all of them the same bits, when the pass is over.
     fn finish(&self) -> Result<usize> {
         let mut read = self.lock();
-        let Read { n_elements, n_different, first, failed, .. } = &mut *read;
+        let Read { n_rows, n_elements, n_different, first, failed } = &mut *read;
+        let is_whole = failed.is_some() || self.other.is_none() || *n_rows == self.n_rows;
+        assert!(is_whole, "a pass read {n_rows} of {} rows of {}", self.n_rows, self.name);
         match (failed.take(), first) {
             (Some(error), _) => Err(error),
             (None, None) => Ok(*n_elements),
@@ -191,8 +193,9 @@ impl Weight {
 }
 
 impl Read {
-    /// Compares these rows of both sides but those that were; rows come in order.
+    /// Compares these rows of both sides but those that were; rows come in order, without gaps.
     fn compare(&mut self, rows: Range<usize>, [here, there]: [&Tensor; 2]) {
+        assert!(rows.start <= self.n_rows, "rows {rows:?} come after {} rows", self.n_rows);
         let (first_row, n_columns) = (rows.start, here.row_len());
         let new = self.n_rows.max(rows.start)..rows.end;
         if new.is_empty() {

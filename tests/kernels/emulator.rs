@@ -6,7 +6,7 @@
 //! kernel that follows a kernel does what it does before its wait (kernels/common.cuh) while some of those before it have not begun.
 
 #[path = "library.rs"]
-pub mod library;
+mod library;
 
 use library::{Argument, Launch, Library, Wrapped};
 use std::collections::{BTreeMap, HashMap};
@@ -23,8 +23,7 @@ use trireme::tensor::DType;
 const GUARD: usize = 256;
 /// What new memory and guards hold: NaN as f32 and bf16, an absurd index as u32.
 const POISON: u8 = 0xff;
-/// What sm_90 accepts: threads of a block, its dynamic shared memory, blocks along y or z.
-const MOST_THREADS: u32 = 1024;
+/// What sm_90 accepts: dynamic shared memory of a block, blocks along y or z.
 const MOST_SHARED_BYTES: u32 = 227 * 1024;
 const MOST_BLOCKS: u32 = 65_535;
 

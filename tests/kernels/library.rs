@@ -1,10 +1,12 @@
 //! Kernels of a source file as functions of the host: compiled by g++ below wrapper.h, once for all test programs, and loaded.
 
-use super::MOST_THREADS;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// Threads of a block that sm_90 accepts: those of a kernel that names no bound.
+const MOST_THREADS: u32 = 1024;
 
 /// `Launch` and `Argument` of wrapper.h.
 #[repr(C)]
