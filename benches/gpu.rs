@@ -98,6 +98,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::embed_backward(tokens(), (model.vocabulary, h), 0),
         cases::cross_entropy_max(vocabulary),
         cases::cross_entropy_sum(vocabulary),
+        cases::cross_entropy_forward(vocabulary),
         cases::cross_entropy_gradient(vocabulary),
         cases::adamw(f * h, 100, 0.1),
         cases::fp8::widen((T, f), Fp8Scales::Rows),

@@ -77,6 +77,7 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::embed_backward((0..T).map(|i| i * 7919 % model.vocabulary).collect(), (model.vocabulary, h), 0),
         cases::cross_entropy_max(vocabulary),
         cases::cross_entropy_sum(vocabulary),
+        cases::cross_entropy_forward(vocabulary),
         cases::cross_entropy_gradient(vocabulary),
         whole_cross_entropy(vocabulary),
         cases::adamw(f * h * 4, 100, 0.1),

@@ -280,6 +280,7 @@ mod operations {
             cases::attention_cached(&[(0, 2500, 90), (0, 17, 1), (20, 1280, 33)], heads),
             cases::activation(Activation::Swiglu, (3001, 385)),
             cases::cross_entropy_sum(wide),
+            cases::cross_entropy_forward(wide),
             cases::gemm(Gemm::TN.accumulate(), (515, 1032, 4096), Kind::F32),
         ];
         for case in &list {

@@ -110,6 +110,7 @@ fn results_do_not_depend_on_threads() {
         cases::attention_cached(&[(0, 250, 90), (0, 17, 1), (3, 211, 33), (0, 0, 33)], heads),
         cases::activation(Activation::Swiglu, (301, 385)),
         cases::cross_entropy_sum(wide),
+        cases::cross_entropy_forward(wide),
         cases::cross_entropy_gradient(wide),
         cases::adamw(300_001, 3, 0.1),
     ];

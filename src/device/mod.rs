@@ -534,6 +534,19 @@ pub trait Device: Send + Sync {
         first_row: usize,
         n_valid: usize,
     );
+    /// Both of one rank's columns in one pass: max[T] f32 = largest of the first n_valid columns, sum[T] f32 = sum of their
+    /// exp(logit - max), target_logit as above.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy_forward(
+        &self,
+        max: &mut Tensor,
+        sum: &mut Tensor,
+        target_logit: &mut Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    );
     /// logits = weight[t] * (exp(logit - max) / sum - [column is target]) in place; 0 in columns past n_valid and in rows
     /// of weight 0. weights[T] f32.
     #[allow(clippy::too_many_arguments)]

@@ -76,13 +76,20 @@ impl OutputHead {
         let part = self.part(weight);
         let (normed, norm) = self.norm.forward(ctx, residual);
         let logits = column_forward(ctx, weight, &normed);
-        let max = max_of(ctx, &logits, &part);
-        let (of_tokens, sum) = losses(ctx, (&logits, &part), &max, &batch.targets);
+        let [max, sum, target] = match ctx.numerics {
+            Numerics::Fast if ctx.tp.size() == 1 => in_one_pass(ctx, (&logits, &part), &batch.targets),
+            _ => {
+                let max = max_of(ctx, &logits, &part);
+                let [sum, target] = sums_of(ctx, (&logits, &part), &max, &batch.targets);
+                [max, sum, target]
+            }
+        };
+        let of_tokens = losses(ctx, [&max, &sum, &target]);
         (of_tokens, HeadSaved { norm, normed, logits, max, sum })
     }
 
     /// The loss of each question, in their order; rows that are asked nothing have no logits, and rows that are asked several things
-    /// have them once. The bits are those of `forward`.
+    /// have them once. The bits are those of `forward` in reproducible numerics; in fast ones its single pass may sum in another order.
     pub fn answers(&self, ctx: &Ctx, residual: Residual, asked: &Asked, tied: Option<&Param>) -> TokenLosses {
         assert!(!ctx.is_sharded(), "questions are of rows that every rank has");
         let part = self.part(self.weight.as_ref().or(tied).expect("an output layer, its own or tied"));
@@ -92,7 +99,9 @@ impl OutputHead {
         let mut numbers = asked.numbers.iter();
         for targets in &asked.targets {
             let n = targets.n_rows();
-            let (found, _) = losses(ctx, (&logits.rows(0..n), &part), &max.rows(0..n), targets);
+            let max = max.rows(0..n);
+            let [sum, target] = sums_of(ctx, (&logits.rows(0..n), &part), &max, targets);
+            let found = losses(ctx, [&max, &sum, &target]);
             for ((loss, is_greedy), number) in found.losses.into_iter().zip(found.is_greedy).zip(&mut numbers) {
                 (answers.losses[*number], answers.is_greedy[*number]) = (loss, is_greedy);
             }
@@ -176,12 +185,19 @@ fn max_of(ctx: &Ctx, logits: &Tensor, part: &Part) -> ScratchTensor {
 /// Sums of exponentials and logits of targets, [T] f32 each.
 type Sums = [ScratchTensor; 2];
 
-/// logits[T, V/tp], max[T], targets[T] -> the loss of each target, and the sums of exponentials [T] f32.
-fn losses(ctx: &Ctx, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &Tensor) -> (TokenLosses, ScratchTensor) {
+/// logits[T, V], targets[T] -> maxima, sums of exponentials and logits of the targets, [T] f32 each, on the one rank that has the whole
+/// vocabulary. Ranks that share it have to know the maximum over all of it first, and in reproducible mode the sum has a tree.
+fn in_one_pass(ctx: &Ctx, (logits, part): (&Tensor, &Part), targets: &Tensor) -> [ScratchTensor; 3] {
+    let [mut max, mut sum, mut target] = [(); 3].map(|()| ctx.take(&[logits.n_rows()], DType::F32));
+    ctx.device.cross_entropy_forward(&mut max, &mut sum, &mut target, logits, targets, part.first_row, part.n_valid);
+    [max, sum, target]
+}
+
+/// logits[T, V/tp], max[T], targets[T] -> sums of exponentials and logits of the targets over the whole vocabulary.
+fn sums_of(ctx: &Ctx, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &Tensor) -> Sums {
     let Part { first_row, n_valid, .. } = *part;
-    let n_tokens = logits.n_rows();
-    let new = || [(); 2].map(|()| ctx.take(&[n_tokens], DType::F32));
-    let [sum, target] = match (ctx.numerics, ctx.own_pieces()) {
+    let new = || [(); 2].map(|()| ctx.take(&[logits.n_rows()], DType::F32));
+    match (ctx.numerics, ctx.own_pieces()) {
         (Numerics::Fast, _) => {
             let [mut sum, mut target] = new();
             ctx.device.cross_entropy_sum(&mut sum, &mut target, logits, max, targets, first_row, n_valid);
@@ -193,12 +209,16 @@ fn losses(ctx: &Ctx, (logits, part): (&Tensor, &Part), max: &Tensor, targets: &T
             over_the_vocabulary(ctx, [sum, target])
         }
         (Numerics::Reproducible(canonical), None) => sums_by_rows(ctx, &canonical, (logits, part), max, targets),
-    };
-    let [max_host, sum_host, target_host] = [max, &*sum, &*target].map(|x| download(ctx, x));
+    }
+}
+
+/// max[T], sum[T], target[T] over the whole vocabulary -> the loss of each target.
+fn losses(ctx: &Ctx, values: [&Tensor; 3]) -> TokenLosses {
+    let [max_host, sum_host, target_host] = values.map(|x| download(ctx, x));
     // The terms may be large and nearly cancel: one rounding, at the end.
     let loss = |t: usize| (f64::from(sum_host[t]).ln() + f64::from(max_host[t]) - f64::from(target_host[t])) as f32;
     let is_greedy = target_host.iter().zip(&max_host).map(|(target, max)| target == max).collect();
-    (TokenLosses { losses: (0..n_tokens).map(loss).collect(), is_greedy }, sum)
+    TokenLosses { losses: (0..sum_host.len()).map(loss).collect(), is_greedy }
 }
 
 /// What each rank has of its part of the vocabulary, of all of it.

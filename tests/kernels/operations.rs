@@ -94,6 +94,7 @@ fn row_operations_match_the_oracle() {
             let shape = Vocabulary { t, columns, n_valid, first_row };
             list.push(cases::cross_entropy_max(shape));
             list.push(cases::cross_entropy_sum(shape));
+            list.push(cases::cross_entropy_forward(shape));
             list.push(cases::cross_entropy_gradient(shape));
         }
     }

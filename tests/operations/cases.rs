@@ -9,7 +9,7 @@ pub use attention::{attention, attention_backward, attention_cached};
 use trireme::device::{Activation, Adamw, AdamwShard, Device, Direction, Gemm, Heads, LinearScaling, Llama3Scaling};
 use trireme::device::{Norm, NormKind, Rope, RopeScaling, Store, YarnScaling};
 use trireme::tensor::{DType, Tensor};
-pub use vocabulary::{Vocabulary, cross_entropy_gradient, cross_entropy_max, cross_entropy_sum};
+pub use vocabulary::{Vocabulary, cross_entropy_forward, cross_entropy_gradient, cross_entropy_max, cross_entropy_sum};
 
 /// Element type of an argument.
 #[derive(Clone, Copy, PartialEq, Debug)]

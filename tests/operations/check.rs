@@ -101,6 +101,7 @@ pub fn row_cases() -> Vec<Case> {
             let shape = Vocabulary { t, columns, n_valid, first_row };
             cases.push(cases::cross_entropy_max(shape));
             cases.push(cases::cross_entropy_sum(shape));
+            cases.push(cases::cross_entropy_forward(shape));
             cases.push(cases::cross_entropy_gradient(shape));
         }
     }

@@ -1,4 +1,4 @@
-//! Cross entropy over a share of the vocabulary, in its three passes.
+//! Cross entropy over a share of the vocabulary, in three passes or two.
 
 use super::{Arg, Case, Init, Kind, Role, arg, assigned, ids};
 use crate::oracle::{U, near};
@@ -82,6 +82,36 @@ pub fn cross_entropy_sum(shape: Vocabulary) -> Case {
                 targets.push(near(if here { row[target - shape.first_row] } else { 0.0 }, 0.0));
             }
             vec![sums, targets]
+        }),
+        flops: 0.0,
+    }
+}
+
+pub fn cross_entropy_forward(shape: Vocabulary) -> Case {
+    Case {
+        operation: "cross_entropy_forward",
+        shape: shape.shape(),
+        args: [(); 3].map(|()| assigned(&[shape.t], Kind::F32)).into_iter().chain([shape.logits(Role::Input), shape.targets()]).collect(),
+        run: Box::new(move |device, tensors| {
+            let [max, sum, target_logit, logits, targets] = tensors else { unreachable!() };
+            device.cross_entropy_forward(max, sum, target_logit, logits, targets, shape.first_row, shape.n_valid);
+        }),
+        oracle: Box::new(move |v, _| {
+            let [mut maxima, mut sums, mut targets] = [(); 3].map(|()| Vec::new());
+            for t in 0..shape.t {
+                let row = &v[3][t * shape.columns..][..shape.n_valid];
+                let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                // As of cross_entropy_sum; a sum that is scaled whenever a larger logit comes, by eights of them and at the end, is off
+                // by 5 U more each time, and by what the differences of the maxima cost, which add up to |x - max|.
+                let scaled = 5.0 * (shape.n_valid / 8 + 2) as f64;
+                let term = |x: &f64| ((x - max).exp(), 2.5 * (x - max).abs() + shape.n_valid as f64 + 4.0 + scaled);
+                let bound = row.iter().map(term).map(|(e, c)| e * c * U).sum();
+                maxima.push(near(max, 0.0));
+                sums.push(near(row.iter().map(|x| term(x).0).sum(), bound));
+                let column = (v[4][t] as usize).checked_sub(shape.first_row).filter(|column| *column < shape.n_valid);
+                targets.push(near(column.map_or(0.0, |column| row[column]), 0.0));
+            }
+            vec![maxima, sums, targets]
         }),
         flops: 0.0,
     }

@@ -546,6 +546,37 @@ impl Device for Cpu {
         });
     }
 
+    fn cross_entropy_forward(
+        &self,
+        max: &mut Tensor,
+        sum: &mut Tensor,
+        target_logit: &mut Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    ) {
+        let (t, columns) = (logits.n_rows(), logits.row_len());
+        let fits = n_valid <= columns && [&*max, &*sum, &*target_logit, targets].iter().all(|x| x.n_elements() == t);
+        assert!(fits, "cross_entropy_forward of {logits:?}, {n_valid} valid, with {max:?}, {sum:?}, {target_logit:?}, {targets:?}");
+        let [max, sum, target_logit] = [max, sum, target_logit].map(|x| Shared::new(x.f32_mut()));
+        let targets = targets.u32();
+        float!(logits.dtype(), E => {
+            let logits = elements::<E>(logits);
+            for_rows(t, columns, |rows| {
+                // SAFETY: the ranges are disjoint.
+                let [max, sum, target_logit] = [&max, &sum, &target_logit].map(|x| unsafe { x.part(rows.clone()) });
+                for (i, t) in rows.enumerate() {
+                    // Its second reading is from the cache.
+                    let row = &logits[t * columns..][..n_valid];
+                    max[i] = loss::row_max(self.isa, row);
+                    sum[i] = loss::row_sum(self.isa, row, max[i]);
+                    target_logit[i] = loss::target_of(row, targets[t], first_row, n_valid).1;
+                }
+            });
+        });
+    }
+
     fn cross_entropy_gradient(
         &self,
         logits: &mut Tensor,

@@ -44,6 +44,29 @@ impl Cuda {
         }
     }
 
+    /// See `Device::cross_entropy_forward`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn cross_entropy_forward(
+        &self,
+        max: &mut Tensor,
+        sum: &mut Tensor,
+        target_logit: &mut Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    ) {
+        let (n, columns) = (logits.n_rows(), logits.row_len());
+        assert_values("cross_entropy_forward", logits, &[max, sum, target_logit, targets]);
+        assert!(n_valid <= columns, "cross_entropy_forward of {logits:?}, {n_valid} valid");
+        if n > 0 {
+            let mut args = [max, sum, target_logit].map(Cuda::arg_mut).to_vec();
+            args.extend([Cuda::arg(logits), Cuda::arg(targets)]);
+            args.extend([columns, first_row, n_valid].map(int));
+            self.backend.launch(&Kernel::of("cross_entropy", "cross_entropy_forward", logits.dtype()), rows(n, columns), &args);
+        }
+    }
+
     /// See `Device::cross_entropy_gradient`.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn cross_entropy_gradient(

@@ -230,6 +230,19 @@ impl Device for Cuda {
         self.cross_entropy_sum(sum, target_logit, logits, max, targets, first_row, n_valid);
     }
 
+    fn cross_entropy_forward(
+        &self,
+        max: &mut Tensor,
+        sum: &mut Tensor,
+        target_logit: &mut Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+        first_row: usize,
+        n_valid: usize,
+    ) {
+        self.cross_entropy_forward(max, sum, target_logit, logits, targets, first_row, n_valid);
+    }
+
     fn cross_entropy_gradient(
         &self,
         logits: &mut Tensor,
