@@ -338,7 +338,6 @@ template <int BLOCKS> inline void cluster_wait() {
     emulate::cluster_size = BLOCKS;
     emulate::wait(emulate::cluster_barrier, BLOCKS * blockDim.x);
 }
-inline void mbarrier_wait_for_all(Mbarrier* barrier, int parity) { mbarrier_wait(barrier, parity); }
 inline void mbarrier_arrive_at(Mbarrier* barrier, int rank) { mbarrier_arrive(emulate::barrier_of(rank, barrier)); }
 template <int BLOCKS>
 inline void tensor_load_to_all(void* to, const TensorMap* map, int dim, int head, int token, Mbarrier* barrier) {

@@ -82,18 +82,13 @@ __device__ __forceinline__ int cluster_rank() {
 template <int BLOCKS> __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Arrives at the barrier that block `rank` of the cluster has in this place.
+// Arrives at the barrier that block `rank` of the cluster has in this place: what this thread's block has read, or had wgmma read, may be
+// written over. It tells of reads only, so it asks for no release to the cluster, nor does who waits (mbarrier_wait) for an acquire of it:
+// ptxas makes fences over all memory of those, one of the whole device at every step of a ring.
 __device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
                  "r"(rank)
-                 : "memory");
-}
-// As mbarrier_wait, for arrivals from other blocks.
-__device__ __forceinline__ void mbarrier_wait_for_all(Mbarrier* barrier, int parity) {
-    asm volatile("{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
-                 "@!ended bra again;\n}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
                  : "memory");
 }
 // As tensor_load, to the same place in all BLOCKS blocks of the cluster, counted by the barrier that each has in the place of this one.

@@ -124,8 +124,7 @@ __device__ __forceinline__ void produce(Stages<F>& stages, const Product& p, con
             next = p.pieces.begin(piece + 1);
             for (; at < next; at += DEPTH, turn.next()) {
                 Mbarrier* here = &stages.here[turn.stage];
-                if constexpr (F::CLUSTER > 1) mbarrier_wait_for_all(&stages.free[turn.stage], turn.parity ^ 1);
-                else mbarrier_wait(&stages.free[turn.stage], turn.parity ^ 1);
+                mbarrier_wait(&stages.free[turn.stage], turn.parity ^ 1);
                 mbarrier_arrive_expect(here, sizeof stages.a[0] + sizeof stages.b[0]);
                 fetch<F::ROWS, TRANS_A, 1>(stages.a[turn.stage], a, place.row, at, here);
                 int column = work.rank * SHARE;
