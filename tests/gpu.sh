@@ -14,7 +14,8 @@
 # others go on after it. What fails shows its last lines; whole logs of the tests are in $OUT/cases.log, of the runs in $OUT/programs.log.
 #
 # Takes target/bundle/gpu or unpacks target/bundle/gpu.tar.xz. CUDA's libraries (NVRTC, cuBLASLt) are taken from LD_LIBRARY_PATH, from
-# the Python packages of the python3 in the path or from /usr/local/cuda; PyTorch from the same python3, when it has it.
+# the Python packages of the python3 in the path or from /usr/local/cuda, else from where they are found ($OUT/machine.log says where);
+# PyTorch from the same python3, when it has it.
 # Exit code 0 only when every part passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -46,6 +47,19 @@ if [ ! -e "$built_in" ]; then mkdir -p "$(dirname "$built_in")" && ln -s "$repos
 cuda=$(python3 -c 'import glob, nvidia
 print(":".join(sorted({d for p in nvidia.__path__ for d in glob.glob(p + "/*/lib")})))' 2>/dev/null || true)
 for folder in /usr/local/cuda/lib64 /usr/local/nvidia/lib64; do if [ -d $folder ]; then cuda=$cuda${cuda:+:}$folder; fi; done
+# Where a library lies: in the folders above, else where the linker looks, else, of those that must be there, wherever there is one.
+library() { # NAME
+  local folder
+  for folder in ${LD_LIBRARY_PATH//:/ } ${cuda//:/ }; do if [ -e "$folder/$1" ]; then echo "$folder/$1" && return; fi; done
+  ldconfig -p 2>/dev/null | sed -n "s|^[[:space:]]*$1 .* => ||p" | head -n 1 | grep . && return
+  case $1 in libnccl*) ;; *) find / \( -path /proc -o -path /sys \) -prune -o -name "$1" -print -quit 2>/dev/null ;; esac
+}
+LD_LIBRARY_PATH=${LD_LIBRARY_PATH-}
+for name in libnvrtc.so.13 libcublasLt.so.13 libnccl.so.2; do
+  path=$(library $name)
+  if [ -n "$path" ]; then echo "$name: $(readlink -f "$path")"; else echo "$name: not found"; fi
+  case :$LD_LIBRARY_PATH:$cuda: in *":$(dirname "$path"):"*) ;; *) if [ -n "$path" ]; then cuda=${cuda:+$cuda:}$(dirname "$path"); fi ;; esac
+done >"$out/machine.log"
 export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$cuda
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none
 export TRIREME_KERNEL_CACHE=$PWD/target/gpu/kernels TRIREME_NEEDS_GPU=1 RUST_BACKTRACE=0
@@ -116,7 +130,20 @@ numbers() {
     }' "${logs[@]}"
 }
 session=$repository/target/gpu/session.$$
-end_session() { if [ -e "$session" ]; then pkill -KILL -s "$(cat "$session")"; rm -f "$session"; fi; }
+# Ends all processes of the part's session. By /proc: a bare machine may have no pkill.
+end_session() {
+  local id of rest
+  if [ ! -e "$session" ]; then return; fi
+  id=$(cat "$session")
+  for of in /proc/[0-9]*; do
+    # Behind the name, in parentheses: state, parent, group, session.
+    rest=$(cat "$of/stat" 2>/dev/null) && rest=${rest##*) }
+    # shellcheck disable=SC2086
+    set -- $rest
+    if [ "${4:-}" = "$id" ]; then kill -KILL "${of#/proc/}" 2>/dev/null; fi
+  done
+  rm -f "$session"
+}
 trap 'end_session; exit 130' INT TERM
 
 # One command of a part, and how it went, in a line; its last lines where it failed or LINES are asked for. Whole log to $work/NAME.log.
@@ -124,7 +151,9 @@ step() { # NAME LIMIT_S LINES COMMAND..
   local name=$1 limit=$2 lines=$3 started=$SECONDS code=0
   shift 3
   touch "$work/$name.begun"
-  timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1 </dev/null || code=$?
+  # Waited for, so that a part that is cut off can still say what it had.
+  timeout -k 5 "$limit" "$@" >"$work/$name.log" 2>&1 </dev/null &
+  wait $! || code=$?
   rm -f "$work/$name.begun"
   printf '%-60s %-12s %3d s\n' "$name" "$(outcome_of $code "$limit")" $((SECONDS - started))
   if [ $code != 0 ] && [ $code != 77 ] && [ "$lines" -lt 12 ]; then lines=12; fi
@@ -139,6 +168,8 @@ begin() { # PART: an empty folder for its logs
 all_logs() { # FILE: all logs of a part in one, however it ends; what was not through, with its last line
   # shellcheck disable=SC2064
   trap "end_logs '$1'" EXIT
+  # What cuts a part off says so twice, to it and to its group: the second must not cut off the first.
+  trap "trap '' TERM; exit 124" TERM
 }
 end_logs() {
   local log
@@ -155,8 +186,9 @@ first() {
   begin first
   step answers 60 3 "$bin/test/gpu" --exact operations::the_device_answers --nocapture || exit 1
   step 1b 130 100 "$bin/bench/train_step" cuda 1b alone
-  step decode 70 100 "$bin/bench/decode" cuda fast 1b 1 kernels
-  step operations 90 1000 "$bin/bench/gpu" 1B
+  step decode 70 100 "$bin/bench/decode" cuda fast 1b 1 kernels ||
+    step decode-one-by-one 50 100 env TRIREME_DEPENDENT_LAUNCH=0 "$bin/bench/decode" cuda fast 1b 1 kernels
+  step operations 120 1000 "$bin/bench/gpu" 1B
   [ ! -e "$work/failed" ]
 }
 
@@ -237,7 +269,7 @@ runs() {
   step "responses of gpu and gpu-tp2" 20 1 cmp on-gpu/responses.jsonl on-gpu-tp2/responses.jsonl
   # Scales of rows need Hopper. Tensor cores add 8-bit products in less than f32, the CPU in f32; from then on both round to E4M3, whose
   # errors move a loss by less than 0.1 nats of at least 5 (tests/fp8_training.rs).
-  if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | cut -d. -f1)" -ge 9 ]; then
+  if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ]; then
     for linear in fp8-tensor fp8; do
       for i in cpu cuda; do step $i-$linear 90 1 "${train[@]}" "${one[@]}" --set numerics.linear=$linear --device $i --out $i-$linear; done
       step "cpu-$linear and cuda-$linear" 20 1 bash -c "compare cpu-$linear cuda-$linear 2e-2"
@@ -271,7 +303,7 @@ train() {
   [ ! -e "$work/failed" ]
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee "$out/machine.log" ||
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee -a "$out/machine.log" ||
   { echo "no nvidia-smi: is this a machine with an NVIDIA GPU?" >&2; exit 2; }
 export -f outcome_of step begin all_logs end_logs one_test first tests sanitized sanitizer compare tokens same_tokens runs operations decode train
 export bin repository out
