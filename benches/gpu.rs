@@ -66,7 +66,8 @@ fn products(model: &Model) -> Vec<Case> {
     }
     for starts in [vec![0, T], (0..=8).map(|i| i * T / 8).collect()] {
         list.push(cases::attention(starts.clone(), model.heads));
-        list.push(cases::attention_backward(starts, model.heads));
+        list.push(cases::attention_backward(starts.clone(), model.heads));
+        list.push(cases::attention::attention_rope_backward(starts, model.heads));
     }
     list
 }
@@ -246,7 +247,7 @@ fn main() {
                     is_begun = true;
                 }
                 let mut devices = vec![(&cuda, "")];
-                let is_attention = ["attention", "attention_backward"].contains(&case.operation);
+                let is_attention = ["attention", "attention_backward", "attention_rope_backward"].contains(&case.operation);
                 let is_canonical = ["gemm_in_pairs", "gemm_in_turn"].contains(&case.operation);
                 if cuda.has_hopper_kernels() && (is_attention || is_canonical && model.name == "15B") {
                     devices.push((&portable, ", portable"));

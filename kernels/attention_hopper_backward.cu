@@ -9,11 +9,51 @@
 // All read operands that the copy engine wrote, or registers: nothing that threads write to shared memory goes to the tensor cores.
 // Products: 7 where one pass with atomics has 5; d192 8.
 // Keys or queries a block, registers (sm_90a, nvcc 13.0, no spills) and shared memory, one block an SM: dq d64 128, 168 registers, 99368
-// bytes; d128 96, 164904; d192 80, 222248; dkv d64 96, 168 registers, 84520; d128 64, 133160; d192 96, 199208; combine 32. setmaxnreg
+// bytes; d128 96, 164904; d192 80, 222248; dkv d64 96, 168 registers, 84520; d128 64, 133160; d192 96, 199208; combine 64. setmaxnreg
 // makes the 168 24 for the producer and 240 for the consumers (dkv: 40 and 232).
 // Rows past the sequence's end are those of the next sequence (zero past the last); their weights are 0.
 // The scale of the scores multiplies dq and dk at the end, not each of the terms they are summed of.
+// Where the forward pass rotated queries and keys (Device::attention_rope_backward) dq and dk are rotated back before they are stored.
 #include "attention_hopper.cuh"
+#include "rope.cuh"
+
+// Rotary embedding of the gradients in the same pass: angles[T, half] of (cos, sin), as rope_angles makes them; half 0: none.
+struct Turn {
+    const float2* angles;
+    int half;
+};
+
+// Sums [64, D] of this thread's rows, `row` of the tile's sequence and 8 further, as they are stored: times `factor` and rounded, then the
+// first 2 HALF dims rotated. The bits, once stored, are those that rope.cu makes of stored gradients.
+template <int D, int HALF>
+__device__ __forceinline__ void turn_rows(float (&sums)[D / 2], const float2* angles, const Tile& tile, int row, float factor) {
+    static_assert(HALF % 8 == 0, "both of a pair are this thread's");
+#pragma unroll
+    for (int j = 0; j < D / 2; j++) sums[j] = rounded<bf16>(sums[j] * factor);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (row + 8 * h >= tile.n_tokens) continue;
+        const float4* two = (const float4*)(angles + (size_t)(tile.first_token + row + 8 * h) * HALF) + threadIdx.x % 4;
+#pragma unroll
+        for (int n = 0; n < HALF / 8; n++) {
+            float4 of = two[n * 4];
+            int x = 4 * n + 2 * h, y = x + HALF / 2;
+            turn_pair(sums[x], sums[y], of.x, of.y);
+            turn_pair(sums[x + 1], sums[y + 1], of.z, of.w);
+        }
+    }
+}
+
+// Writes this thread's two rows, times `factor`, rounded, and rotated where that is asked for; rows of `columns` from `to` on.
+template <int D>
+__device__ __forceinline__ void store_rows(bf16* to, size_t columns, float (&sums)[D / 2], const Turn& turn, const Tile& tile, int row,
+                                           float factor) {
+    if (turn.half == D / 2) turn_rows<D, D / 2>(sums, turn.angles, tile, row, factor);
+    if (turn.half == D / 4) turn_rows<D, D / 4>(sums, turn.angles, tile, row, factor);
+    if (turn.half) factor = 1.0f;
+    store_row<D, 0>(to, sums, factor, row < tile.n_tokens);
+    store_row<D, 1>(to + 8 * columns, sums, factor, row + 8 < tile.n_tokens);
+}
 
 template <int D, int KEYS> struct QueryShared {
     bf16 q[128 * D];
@@ -43,7 +83,7 @@ __device__ __forceinline__ void produce_keys(QueryShared<D, KEYS>& shared, const
 // Products of a step: scores and dp, then dq; the other consumer's run meanwhile.
 template <int D, int KEYS>
 __device__ __forceinline__ void consume_keys(QueryShared<D, KEYS>& shared, bf16* dqkv, const float* delta, const float* lse,
-                                             const Tile& tile, int n_tokens, int per_kv, int n_blocks, float scale) {
+                                             const Tile& tile, int n_tokens, int per_kv, int n_blocks, float scale, const Turn& turn) {
     int lane = threadIdx.x % 32, head = blockIdx.x, first_row = tile.first_row + consumer_index() * 64;
     int row = first_row + warp_of_group() * 16 + lane / 4;
     const bf16 *q = shared.q + consumer_index() * 64 * 64, *dout = shared.dout + consumer_index() * 64 * 64;
@@ -85,14 +125,13 @@ __device__ __forceinline__ void consume_keys(QueryShared<D, KEYS>& shared, bf16*
     }
     int n_heads = gridDim.x / per_kv * (per_kv + 2);
     bf16* to = dqkv + ((size_t)(tile.first_token + row) * n_heads + query_head(head, per_kv)) * D;
-    store_row<D, 0>(to, dq, scale, row < tile.n_tokens);
-    store_row<D, 1>(to + (size_t)8 * n_heads * D, dq, scale, row + 8 < tile.n_tokens);
+    store_rows<D>(to, (size_t)n_heads * D, dq, turn, tile, row, scale);
 }
 
 template <int D, int KEYS>
 __device__ __forceinline__ void query_gradient(bf16* dqkv, const float* delta, const float* lse, const TensorMap& queries,
                                                const TensorMap& douts, const TensorMap& keys, const Tile& tile, int n_tokens, int per_kv,
-                                               float scale) {
+                                               float scale, const Turn& turn) {
     DYNAMIC_SHARED(memory);
     auto& shared = *(QueryShared<D, KEYS>*)aligned_shared(memory);
     int n_rows = min(128, tile.n_tokens - tile.first_row), n_blocks = (tile.first_row + n_rows + KEYS - 1) / KEYS;
@@ -110,7 +149,7 @@ __device__ __forceinline__ void query_gradient(bf16* dqkv, const float* delta, c
         if (threadIdx.x == 0) produce_keys<D, KEYS>(shared, queries, douts, keys, tile, per_kv, n_blocks);
     } else {
         registers_more<240>();
-        consume_keys<D, KEYS>(shared, dqkv, delta, lse, tile, n_tokens, per_kv, n_blocks, scale);
+        consume_keys<D, KEYS>(shared, dqkv, delta, lse, tile, n_tokens, per_kv, n_blocks, scale, turn);
     }
 }
 
@@ -169,17 +208,16 @@ __device__ __forceinline__ void produce_queries(KeyShared<D, KEYS, QUERIES>& sha
 // What a consumer makes.
 enum Made { DV = 1, DK = 2 };
 
-// Writes sums [64, D] of this thread's rows times `factor`: rounded into dqkv, or f32 as a part.
+// Writes sums [64, D] of this thread's rows times `factor`: rounded into dqkv, keys (`value` 0) rotated, or f32 as a part.
 template <int D>
-__device__ __forceinline__ void store_keys(bf16* dqkv, float* partial, const float (&sums)[D / 2], int row, const Tile& tile, int per_kv,
-                                           int n_groups, int n_tokens, int n_parts, int value, float factor) {
+__device__ __forceinline__ void store_keys(bf16* dqkv, float* partial, float (&sums)[D / 2], int row, const Tile& tile, int per_kv,
+                                           int n_groups, int n_tokens, int n_parts, int value, float factor, const Turn& turn) {
     int group = blockIdx.x / n_parts, part = blockIdx.x % n_parts, lane = threadIdx.x % 32;
     size_t token = tile.first_token + row;
     if (n_parts == 1) {
         size_t columns = (size_t)n_groups * (per_kv + 2) * D;
         bf16* to = dqkv + token * columns + (size_t)(key_head(group, per_kv) + value) * D;
-        store_row<D, 0>(to, sums, factor, row < tile.n_tokens);
-        store_row<D, 1>(to + 8 * columns, sums, factor, row + 8 < tile.n_tokens);
+        store_rows<D>(to, columns, sums, value ? Turn{} : turn, tile, row, factor);
         return;
     }
 #pragma unroll
@@ -196,7 +234,7 @@ __device__ __forceinline__ void store_keys(bf16* dqkv, float* partial, const flo
 template <int D, int KEYS, int QUERIES, int MADE>
 __device__ __forceinline__ void consume_queries(KeyShared<D, KEYS, QUERIES>& shared, bf16* dqkv, float* partial, const Tile& tile,
                                                 int first_key, int n_tokens, int per_kv, int n_groups, int n_parts, const Steps& steps,
-                                                float scale) {
+                                                float scale, const Turn& turn) {
     int lane = threadIdx.x % 32, key = tile.first_row + first_key + warp_of_group() * 16 + lane / 4;
     const bf16 *k = shared.k + first_key * 64, *v = shared.v + first_key * 64;
     float dk[D / 2] = {}, dv[D / 2] = {}, s[QUERIES / 2], dp[QUERIES / 2], factor = scale * LOG2_E;
@@ -242,17 +280,17 @@ __device__ __forceinline__ void consume_queries(KeyShared<D, KEYS, QUERIES>& sha
         release(&shared.free[stage]);
     }
     if (MADE & DV) {
-        store_keys<D>(dqkv, partial, dv, key, tile, per_kv, n_groups, n_tokens, n_parts, 1, 1.0f);
+        store_keys<D>(dqkv, partial, dv, key, tile, per_kv, n_groups, n_tokens, n_parts, 1, 1.0f, turn);
     }
     if (MADE & DK) {
-        store_keys<D>(dqkv, partial, dk, key, tile, per_kv, n_groups, n_tokens, n_parts, 0, scale);
+        store_keys<D>(dqkv, partial, dk, key, tile, per_kv, n_groups, n_tokens, n_parts, 0, scale, turn);
     }
 }
 
 template <int D, int KEYS, int QUERIES>
 __device__ __forceinline__ void key_gradients(bf16* dqkv, float* partial, const float* delta, const float* lse, const TensorMap& keys,
                                               const TensorMap& queries, const TensorMap& douts, const Tile& tile, int n_tokens, int per_kv,
-                                              int n_parts, float scale) {
+                                              int n_parts, float scale, const Turn& turn) {
     DYNAMIC_SHARED(memory);
     auto& shared = *(KeyShared<D, KEYS, QUERIES>*)aligned_shared(memory);
     int group = blockIdx.x / n_parts, part = blockIdx.x % n_parts, n_groups = gridDim.x / n_parts;
@@ -275,11 +313,11 @@ __device__ __forceinline__ void key_gradients(bf16* dqkv, float* partial, const 
         registers_more<232>();
         if (KEYS == 128)
             consume_queries<D, KEYS, QUERIES, DV | DK>(shared, dqkv, partial, tile, consumer_index() * 64, n_tokens, per_kv, n_groups,
-                                                       n_parts, steps, scale);
+                                                       n_parts, steps, scale, turn);
         else if (consumer_index() == 0)
-            consume_queries<D, KEYS, QUERIES, DV>(shared, dqkv, partial, tile, 0, n_tokens, per_kv, n_groups, n_parts, steps, scale);
+            consume_queries<D, KEYS, QUERIES, DV>(shared, dqkv, partial, tile, 0, n_tokens, per_kv, n_groups, n_parts, steps, scale, turn);
         else
-            consume_queries<D, KEYS, QUERIES, DK>(shared, dqkv, partial, tile, 0, n_tokens, per_kv, n_groups, n_parts, steps, scale);
+            consume_queries<D, KEYS, QUERIES, DK>(shared, dqkv, partial, tile, 0, n_tokens, per_kv, n_groups, n_parts, steps, scale, turn);
     }
 }
 
@@ -288,36 +326,63 @@ __device__ __forceinline__ void key_gradients(bf16* dqkv, float* partial, const 
     extern "C" __global__ void __launch_bounds__(384, 1)                                                                             \
         attention_hopper_dq_d##D##_bf16(bf16* dqkv, const float* delta, const float* lse, const __grid_constant__ TensorMap queries, \
                                         const __grid_constant__ TensorMap douts, const __grid_constant__ TensorMap keys,             \
-                                        const Tile* tiles, int n_tokens, int per_kv, float scale) {                                  \
+                                        const Tile* tiles, int n_tokens, int per_kv, float scale, const float2* angles, int half) {  \
         after_predecessors();                                                                                                        \
-        query_gradient<D, DQ_KEYS>(dqkv, delta, lse, queries, douts, keys, tiles[blockIdx.y], n_tokens, per_kv, scale);              \
+        query_gradient<D, DQ_KEYS>(dqkv, delta, lse, queries, douts, keys, tiles[blockIdx.y], n_tokens, per_kv, scale,               \
+                                   Turn{angles, half});                                                                              \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                                             \
         attention_hopper_dkv_d##D##_bf16(bf16* dqkv, float* partial, const float* delta, const float* lse,                           \
                                          const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap queries,          \
                                          const __grid_constant__ TensorMap douts, const Tile* tiles, int n_tokens, int per_kv,       \
-                                         int n_parts, float scale) {                                                                 \
+                                         int n_parts, float scale, const float2* angles, int half) {                                 \
         after_predecessors();                                                                                                        \
         key_gradients<D, KEYS, QUERIES>(dqkv, partial, delta, lse, keys, queries, douts, tiles[blockIdx.y], n_tokens, per_kv,        \
-                                        n_parts, scale);                                                                             \
+                                        n_parts, scale, Turn{angles, half});                                                         \
     }
 BACKWARD(64, 128, 128, 96)
 BACKWARD(128, 96, 128, 64)
 BACKWARD(192, 80, 64, 96)
 
-// Four elements of [T, G, 2 D] a thread.
-extern "C" __global__ void __launch_bounds__(256)
-    attention_hopper_combine_bf16(bf16* dqkv, const float* partial, int n_tokens, int per_kv, int n_groups, int n_parts, int dim) {
-    after_predecessors();
-    size_t n = (size_t)n_tokens * n_groups * 2 * dim, at = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (at >= n) return;
+// Four elements of the sum of parts [T, G, 2 D].
+__device__ __forceinline__ float4 sum_of_parts(const float* partial, size_t at, size_t n, int n_parts) {
     float4 sum = *(const float4*)(partial + at);
     for (int part = 1; part < n_parts; part++) {
         float4 more = *(const float4*)(partial + part * n + at);
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
+    return sum;
+}
+__device__ __forceinline__ float4 as_stored(float4 x) {
+    return {rounded<bf16>(x.x), rounded<bf16>(x.y), rounded<bf16>(x.z), rounded<bf16>(x.w)};
+}
+__device__ __forceinline__ void store_four(bf16* to, float4 x) {
+    ((unsigned*)to)[0] = pack_bf16(x.x, x.y);
+    ((unsigned*)to)[1] = pack_bf16(x.z, x.w);
+}
+
+// Four elements of [T, G, 2 D] a thread; of keys that are rotated, those and what they are rotated with.
+extern "C" __global__ void __launch_bounds__(256, 4)
+    attention_hopper_combine_bf16(bf16* dqkv, const float* partial, int n_tokens, int per_kv, int n_groups, int n_parts, int dim,
+                                  const float2* angles, int half) {
+    after_predecessors();
+    size_t n = (size_t)n_tokens * n_groups * 2 * dim, at = ((size_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (at >= n) return;
     size_t row = at / (2 * dim), token = row / n_groups, group = row % n_groups;
-    bf16* to = dqkv + (token * n_groups * (per_kv + 2) + key_head(group, per_kv)) * dim + at % (2 * dim);
-    ((unsigned*)to)[0] = pack_bf16(sum.x, sum.y);
-    ((unsigned*)to)[1] = pack_bf16(sum.z, sum.w);
+    int column = at % (2 * dim);
+    if (column >= half && column < 2 * half) return; // the thread of what they are rotated with has them
+    bf16* to = dqkv + (token * n_groups * (per_kv + 2) + key_head(group, per_kv)) * dim + column;
+    float4 x = sum_of_parts(partial, at, n, n_parts);
+    if (column < half) {
+        float4 y = sum_of_parts(partial, at + half, n, n_parts);
+        const float4* of = (const float4*)(angles + token * half + column);
+        x = as_stored(x), y = as_stored(y);
+        float4 low = of[0], high = of[1];
+        turn_pair(x.x, y.x, low.x, low.y);
+        turn_pair(x.y, y.y, low.z, low.w);
+        turn_pair(x.z, y.z, high.x, high.y);
+        turn_pair(x.w, y.w, high.z, high.w);
+        store_four(to + half, y);
+    }
+    store_four(to, x);
 }

@@ -3,16 +3,23 @@
 // Grid: one block of 256 threads for each token; dynamic shared memory for cos and sin of the token's angles, computed in f64,
 // times the attention factor, and rounded once. Limited by memory, when there are many heads; by the f64 angles when there are few.
 #include "rows.cuh"
+#include "rope.cuh"
 
-// Cos and sin of the token's angles; positions and frequencies are tables of the host, so this may be done ahead. A __syncthreads goes
+// Cos and sin of an angle.
+__device__ __forceinline__ float2 angle_of(unsigned position, double frequency, double factor, float sign) {
+    double angle = (double)position * frequency;
+    return make_float2((float)(factor * cos(angle)), sign * (float)(factor * sin(angle)));
+}
+
+// Those of the token's angles; positions and frequencies are tables of the host, so this may be done ahead. A __syncthreads goes
 // before their use.
 __device__ __forceinline__ void make_angles(float* cosines, unsigned position, const double* frequencies, int half, double factor,
                                             float sign) {
     float* sines = cosines + half;
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
-        double angle = (double)position * frequencies[i];
-        cosines[i] = (float)(factor * cos(angle));
-        sines[i] = sign * (float)(factor * sin(angle));
+        float2 angle = angle_of(position, frequencies[i], factor, sign);
+        cosines[i] = angle.x;
+        sines[i] = angle.y;
     }
 }
 
@@ -31,8 +38,8 @@ __device__ __forceinline__ void turn(T* row, const float* cosines, int per_kv, i
         load_chunk(b, second, n);
         for (int i = 0; i < CHUNK; i++) {
             float c = i < n ? cosines[at + i] : 0.0f, s = i < n ? sines[at + i] : 0.0f;
-            x[i] = a[i] * c - b[i] * s;
-            y[i] = b[i] * c + a[i] * s;
+            x[i] = a[i], y[i] = b[i];
+            turn_pair(x[i], y[i], c, s);
         }
         store_chunk(first, x, n);
         store_chunk(second, y, n);
@@ -88,6 +95,14 @@ __device__ __forceinline__ void rope_append(T* qkv, T* keys, T* values, const un
          [&](int group, int at, const float* turned, int n) { store_chunk(keys + group * dim + at, turned, n); });
     copy_heads(keys, row, per_kv, per_kv, n_kv, 2 * half, dim);
     copy_heads(values, row, per_kv + 1, per_kv, n_kv, 0, dim);
+}
+
+// angles[T, half] = (cos, sin), for kernels that rotate by them; a thread each.
+extern "C" __global__ void __launch_bounds__(256) rope_angles_f32(float2* angles, const unsigned* positions, const double* frequencies,
+                                                                  int n_tokens, int half, double factor, float sign) {
+    after_predecessors();
+    size_t at = (size_t)blockIdx.x * 256 + threadIdx.x;
+    if (at < (size_t)n_tokens * half) angles[at] = angle_of(positions[at / half], frequencies[at % half], factor, sign);
 }
 
 #define KERNEL(T, name)                                                                                                              \

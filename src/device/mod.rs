@@ -485,6 +485,24 @@ pub trait Device: Send + Sync {
         sequence_starts: &[usize],
         heads: Heads,
     );
+    /// `attention_backward`, then `rope` of dqkv, backward: gradients of queries and keys as they were before they were rotated. The bits
+    /// are those of the two.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_rope_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        qkv: &Tensor,
+        positions: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+        how: Rope,
+    ) {
+        self.attention_backward(dqkv, dout, out, lse, qkv, sequence_starts, heads);
+        self.rope(dqkv, positions, heads, how);
+    }
     /// For each span: appends its new (rotated) keys and its values to the cache, then out rows = causal attention of its
     /// new queries over past and new tokens. Cost is that of the tokens present, not of the cache's size. On a device with canonical
     /// sums a row's bits depend on its query and the keys and values that it sees only.

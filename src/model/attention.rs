@@ -85,9 +85,9 @@ impl Attention {
     /// dqkv[T, (A + 2G) D / tp] assigned, as it was before the rotation.
     fn mix_backward(&self, ctx: &Ctx, batch: &MicroBatch, saved: &AttentionSaved, dmixed: &Tensor) -> ScratchTensor {
         let AttentionSaved { qkv, mixed, lse } = saved;
+        let (starts, how) = (&batch.sequence_starts, Rope { direction: Direction::Backward, ..self.rope });
         let mut dqkv = ctx.take(qkv.dims(), qkv.dtype());
-        ctx.device.attention_backward(&mut dqkv, dmixed, mixed, lse, qkv, &batch.sequence_starts, self.heads);
-        ctx.device.rope(&mut dqkv, &batch.positions, self.heads, Rope { direction: Direction::Backward, ..self.rope });
+        ctx.device.attention_rope_backward(&mut dqkv, dmixed, mixed, lse, qkv, &batch.positions, starts, self.heads, how);
         dqkv
     }
 

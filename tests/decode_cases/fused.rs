@@ -1,8 +1,8 @@
-//! Operations of decode steps that are one launch, against the launches that they stand for: the same bits.
+//! Operations that are fewer launches than the operations they stand for: the same bits.
 
 use crate::cases;
 use crate::oracle::HeadCounts;
-use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, Heads, KvCache, PAGE_TOKENS, Rope};
+use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, Heads, KvCache, PAGE_TOKENS, Rope, RopeScaling, YarnScaling};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -65,6 +65,36 @@ pub fn check_rope_attention(device: &dyn Device, heads: HeadCounts, rotary_dims:
     }
 }
 
+/// Attention backward and the rotation of its gradients as one call, over sequences that end within tiles and keys that are shared out;
+/// positions that no other row has, and a rotation that scales.
+pub fn check_attention_rope_backward(device: &dyn Device, heads: HeadCounts, rotary_dims: usize, dtype: DType) {
+    let h = cases::heads_of(heads);
+    let scaling = RopeScaling::Yarn(YarnScaling {
+        factor: 4.0,
+        original_max_position_embeddings: 64,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        attention_factor: Some(1.25),
+        mscale: None,
+        mscale_all_dim: None,
+    });
+    let how = Rope { rotary_dims, base: 10000.0, scaling: Some(scaling), direction: Direction::Backward };
+    for starts in [&[0, 0][..], &[0, 33], &[0, 3, 3, 10, 151]] {
+        let t = *starts.last().unwrap();
+        let mut positions = device.alloc(&[t], DType::U32).unwrap();
+        device.upload(bytemuck::cast_slice(&(0..t as u32).map(|i| i * 37 % 4099).collect::<Vec<u32>>()), &mut positions);
+        let [qkv, mut dqkv, mut want] = [1, 2, 3].map(|which| noise(device, &[t, h.qkv_columns()], dtype, which));
+        let [mut out, dout] = [4, 5].map(|which| noise(device, &[t, h.query * h.dim], dtype, which));
+        let mut lse = noise(device, &[h.query, t], DType::F32, 6);
+        device.attention(&mut out, &mut lse, &qkv, starts, h);
+        device.attention_backward(&mut want, &dout, &out, &lse, &qkv, starts, h);
+        device.rope(&mut want, &positions, h, how);
+        device.attention_rope_backward(&mut dqkv, &dout, &out, &lse, &qkv, &positions, starts, h, how);
+        assert_same(&format!("heads {heads:?}, {rotary_dims} rotary, {dtype:?}, {starts:?}"), &dqkv, &want);
+    }
+}
+
 /// A product and its activation as one call.
 pub fn check_gemm_activation(device: &dyn Device, kind: Activation, (m, f, k): (usize, usize, usize), dtype: DType) {
     let n = f * kind.inputs_per_output();
@@ -84,6 +114,7 @@ pub fn check(device: &dyn Device) {
             [((1, 1, 8), 8), ((4, 2, 64), 32), ((6, 2, 128), 128), ((2, 1, 192), 96), ((3, 3, 40), 20), ((5, 1, 34), 18)]
         {
             check_rope_attention(device, heads, rotary_dims, dtype);
+            check_attention_rope_backward(device, heads, rotary_dims, dtype);
         }
         check_rope_attention(device, (2, 1, 64), 0, dtype);
         for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 4096), (4, 21, 8200), (7, 12, 64)] {

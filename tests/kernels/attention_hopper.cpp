@@ -42,17 +42,17 @@ static void run_backward(const Case& c, const std::string& name, const std::vect
     auto tiles = tiles_of(c, 128), key_tiles = tiles_of(c, keys);
     emulate::launch({a, (int)tiles.size(), 1}, 384, (256 + 4 * dq_keys) * d * 2 + 40 + 1024, [&] {
         auto kernel = d == 64 ? attention_hopper_dq_d64_bf16 : d == 128 ? attention_hopper_dq_d128_bf16 : attention_hopper_dq_d192_bf16;
-        kernel(dqkv.data(), delta.data(), lse.data(), dq_maps[0], dq_maps[1], dq_maps[2], tiles.data(), t, c.per_kv, scale);
+        kernel(dqkv.data(), delta.data(), lse.data(), dq_maps[0], dq_maps[1], dq_maps[2], tiles.data(), t, c.per_kv, scale, nullptr, 0);
     });
     size_t bytes = (2 * keys + 4 * queries) * d * 2 + 4 * queries * 4 + 40 + 1024;
     emulate::launch({g * n_parts, (int)key_tiles.size(), 1}, 384, bytes, [&] {
         auto kernel = d == 64 ? attention_hopper_dkv_d64_bf16 : d == 128 ? attention_hopper_dkv_d128_bf16 : attention_hopper_dkv_d192_bf16;
         kernel(dqkv.data(), partial.data(), delta.data(), lse.data(), dkv_maps[0], dkv_maps[1], dkv_maps[2], key_tiles.data(), t, c.per_kv,
-               n_parts, scale);
+               n_parts, scale, nullptr, 0);
     });
     if (n_parts > 1)
         emulate::launch({(t * g * 2 * d / 4 + 255) / 256, 1, 1}, 256, 16, [&] {
-            attention_hopper_combine_bf16(dqkv.data(), partial.data(), t, c.per_kv, g, n_parts, d);
+            attention_hopper_combine_bf16(dqkv.data(), partial.data(), t, c.per_kv, g, n_parts, d, nullptr, 0);
         });
     check_backward<bf16>(c, name + " parts=" + std::to_string(n_parts), qkv, dout, out, dqkv);
 }

@@ -2,6 +2,7 @@
 
 use crate::cases::{self, Case, Kind, Vocabulary};
 use crate::check::{self, check};
+use crate::decode_cases::fused;
 use crate::emulator::{emulator, hopper};
 use crate::oracle::{HeadCounts, Scaled};
 use trireme::device::cuda::Cuda;
@@ -55,6 +56,18 @@ fn attention_of_hopper_matches_the_oracle() {
         }
     }
     assert_eq!(cuda.memory().live_bytes, 0);
+}
+
+/// What a layer's backward asks of a Hopper GPU, with all dims rotated, half of them, none, and a share that the kernels do not know.
+#[test]
+fn attention_of_hopper_rotates_its_gradients() {
+    let Some(hopper) = hopper() else { return };
+    let cuda = Cuda::with_backend(hopper);
+    for heads in [(4, 2, 64), (6, 2, 128), (2, 1, 192)] {
+        for rotary_dims in [heads.2, heads.2 / 2, heads.2 / 4, 0] {
+            fused::check_attention_rope_backward(&cuda, heads, rotary_dims, DType::BF16);
+        }
+    }
 }
 
 /// Row operations: sizes around vectors of 16 bytes, warps, blocks and the tiles of a reduction, and rows that end off a vector's

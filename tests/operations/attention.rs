@@ -68,6 +68,22 @@ pub fn attention_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
     }
 }
 
+/// The same with the rotation of the gradients of queries and keys behind it, half of their dims. Its bits are those of the two calls
+/// (decode_cases/fused.rs), each of which has an oracle.
+pub fn attention_rope_backward(starts: Vec<usize>, heads: HeadCounts) -> Case {
+    let h = heads_of(heads);
+    let positions = starts.windows(2).flat_map(|ends| 0..ends[1] - ends[0]).collect();
+    let mut case = attention_backward(starts.clone(), heads);
+    let how = Rope { rotary_dims: h.dim / 2, base: 10000.0, scaling: None, direction: Direction::Backward };
+    case.args.push(ids(positions));
+    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
+        let [dqkv, qkv, dout, out, lse, positions] = tensors else { unreachable!() };
+        device.attention_rope_backward(dqkv, dout, out, lse, qkv, positions, &starts, h, how);
+    };
+    let oracle = |_: &[Vec<f64>], _: &dyn Fn(f64) -> f64| unreachable!("it is for benches");
+    Case { operation: "attention_rope_backward", run: Box::new(run), oracle: Box::new(oracle), ..case }
+}
+
 /// Spans as (pages in common with the first, past, new tokens); their rows follow one another. The cache has the pages that they need, in
 /// no order.
 pub fn attention_cached(spans: &[(usize, usize, usize)], heads: HeadCounts) -> Case {

@@ -5,9 +5,10 @@
 
 mod hopper;
 
+use self::hopper::Turn;
 use super::backend::{Arg, Grid, Kernel};
 use super::{Cuda, assert_rows, assert_sequences};
-use crate::device::Heads;
+use crate::device::{Heads, Rope};
 use crate::tensor::{DType, Tensor};
 
 /// Threads of a block, but for the tensor-core form of `dkv`.
@@ -157,6 +158,31 @@ impl Cuda {
         self.backend.launch(&form.kernel("attention_forward", "attention"), grid, &args);
     }
 
+    /// See `Device::attention_rope_backward`: in the kernels of attention where those have the rotation.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn attention_rope_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        qkv: &Tensor,
+        positions: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+        how: Rope,
+    ) {
+        let half = how.rotary_dims / 2;
+        if self.hopper && Form::of(qkv.dtype(), heads).mma && hopper::turns(half, heads.dim) && qkv.n_rows() > 0 {
+            assert_eq!(positions.n_elements(), qkv.n_rows(), "attention_rope_backward of {qkv:?} with {positions:?}");
+            let turn = Turn { angles: self.rope_angles(positions, how), half };
+            self.attention_turned_backward(dqkv, dout, out, lse, qkv, sequence_starts, heads, Some(&turn));
+        } else {
+            self.attention_backward(dqkv, dout, out, lse, qkv, sequence_starts, heads);
+            self.rope(dqkv, positions, heads, how);
+        }
+    }
+
     /// See `Device::attention_backward`.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn attention_backward(
@@ -168,6 +194,22 @@ impl Cuda {
         qkv: &Tensor,
         sequence_starts: &[usize],
         heads: Heads,
+    ) {
+        self.attention_turned_backward(dqkv, dout, out, lse, qkv, sequence_starts, heads, None);
+    }
+
+    /// The same; with `turn`, which Hopper's kernels have alone, dq and dk are rotated.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_turned_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        qkv: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+        turn: Option<&Turn>,
     ) {
         let n_tokens = qkv.n_rows();
         assert_rows("attention_backward", &[qkv, dqkv], n_tokens, heads.qkv_columns());
@@ -185,7 +227,7 @@ impl Cuda {
         let grid = Grid::line((n_tokens * heads.query).div_ceil(DELTA_ROWS), THREADS);
         self.backend.launch(&Kernel::of(file, "attention_delta", form.dtype), grid, &args);
         if self.hopper && form.mma {
-            return self.attention_hopper_backward(dqkv, dout, &delta, lse, qkv, sequence_starts, heads);
+            return self.attention_hopper_backward(dqkv, dout, &delta, lse, qkv, sequence_starts, heads, turn);
         }
         let tiles = tiles(sequence_starts, form.rows());
         let table = self.table(&tiles);

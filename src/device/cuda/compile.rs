@@ -40,6 +40,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),
     ("attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
     ("matmul.cuh", include_str!("../../../kernels/matmul.cuh")),
+    ("rope.cuh", include_str!("../../../kernels/rope.cuh")),
     ("hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
 ];
 

@@ -184,6 +184,21 @@ impl Device for Cuda {
         self.attention_backward(dqkv, dout, out, lse, qkv, sequence_starts, heads);
     }
 
+    fn attention_rope_backward(
+        &self,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &Tensor,
+        qkv: &Tensor,
+        positions: &Tensor,
+        sequence_starts: &[usize],
+        heads: Heads,
+        how: Rope,
+    ) {
+        self.attention_rope_backward(dqkv, dout, out, lse, qkv, positions, sequence_starts, heads, how);
+    }
+
     fn attention_cached(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, spans: &[CacheSpan], heads: Heads) {
         self.attention_cached(out, qkv, cache, spans, heads);
     }

@@ -5,12 +5,17 @@ use super::backend::{Arg, Grid, Kernel};
 use super::grid::int;
 use super::{Cuda, Workspace, assert_rows};
 use crate::device::{Direction, Heads, KvCache, Rope};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 fn assert_rope(qkv: &Tensor, positions: &Tensor, heads: Heads, how: Rope) {
     assert_rows("rope", &[qkv], qkv.n_rows(), heads.qkv_columns());
     assert!(how.rotary_dims % 2 == 0 && how.rotary_dims <= heads.dim, "rope of {} dims of {heads:?}", how.rotary_dims);
     assert_eq!(positions.n_elements(), qkv.n_rows(), "rope of {qkv:?} with {positions:?}");
+}
+
+/// Of cos and sin; of sin besides.
+fn factors(how: Rope) -> [Arg; 2] {
+    [Arg::Double(how.attention_factor()), Arg::Float(if how.direction == Direction::Forward { 1.0 } else { -1.0 })]
 }
 
 /// A block for each token, with room for cos and sin of its angles.
@@ -29,7 +34,7 @@ impl Cuda {
         let sizes = [heads.queries_per_kv(), heads.kv, heads.dim, half].map(int);
         let mut args = vec![Cuda::arg_mut(qkv), Cuda::arg(positions), self.rope_frequencies(how).arg()];
         args.extend(sizes);
-        args.extend([Arg::Double(how.attention_factor()), Arg::Float(if how.direction == Direction::Forward { 1.0 } else { -1.0 })]);
+        args.extend(factors(how));
         self.backend.launch(&Kernel::of("rope", "rope", qkv.dtype()), grid(n_tokens, half), &args);
     }
 
@@ -50,6 +55,17 @@ impl Cuda {
         args.extend([heads.queries_per_kv(), heads.kv, heads.dim, half].map(int));
         args.push(Arg::Double(how.attention_factor()));
         self.backend.launch(&Kernel::of("rope", "rope_append", qkv.dtype()), grid(n_tokens, half), &args);
+    }
+
+    /// (cos, sin) [T, rotary_dims / 2] of the angles of a rotation in `how`'s direction, f32.
+    pub(super) fn rope_angles(&self, positions: &Tensor, how: Rope) -> Workspace {
+        let (n_tokens, half) = (positions.n_elements(), how.rotary_dims / 2);
+        let angles = self.workspace(n_tokens * half * 2 * size_of::<f32>());
+        let mut args = vec![angles.arg(), Cuda::arg(positions), self.rope_frequencies(how).arg()];
+        args.extend([n_tokens, half].map(int));
+        args.extend(factors(how));
+        self.backend.launch(&Kernel::of("rope", "rope_angles", DType::F32), Grid::line((n_tokens * half).div_ceil(256), 256), &args);
+        angles
     }
 
     /// f64[rotary_dims / 2].

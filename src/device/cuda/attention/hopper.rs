@@ -77,6 +77,17 @@ impl Backward {
     }
 }
 
+/// A rotation of gradients: (cos, sin) [T, half].
+pub(super) struct Turn {
+    pub(super) angles: Workspace,
+    pub(super) half: usize,
+}
+
+/// Whether the backward kernels rotate so many pairs of a head: both of a pair are then in one thread, and which is known at compile time.
+pub(super) fn turns(half: usize, dim: usize) -> bool {
+    half == dim / 2 || half == dim / 4
+}
+
 /// Into how many parts the query heads of a group are shared out, so that there are about one and a half blocks a processor; more
 /// would cost more in adding the parts than they gain.
 fn n_parts(n_blocks: usize, n_processors: usize, per_kv: usize) -> usize {
@@ -130,6 +141,7 @@ impl Cuda {
         qkv: &Tensor,
         sequence_starts: &[usize],
         heads: Heads,
+        turn: Option<&Turn>,
     ) {
         const FILE: &str = "attention_hopper_backward";
         let (form, n_tokens, per_kv) = (Backward::of(heads.dim), qkv.n_rows(), heads.queries_per_kv());
@@ -138,6 +150,7 @@ impl Cuda {
         let dqkv = Cuda::arg_mut(dqkv);
         let sizes = [n_tokens, per_kv].map(|n| Arg::Int(int(n)));
         let scale = Arg::Float(1.0 / (heads.dim as f32).sqrt());
+        let turn = turn.map_or([Arg::Address(0), Arg::Int(0)], |turn| [turn.angles.arg(), Arg::Int(int(turn.half))]);
         let launch = |operation: &str, (x, y): (usize, usize), shared_bytes: usize, args: &[Arg]| {
             let kernel = Kernel::of(FILE, &format!("attention_hopper_{operation}_d{}", heads.dim), qkv.dtype());
             let grid = Grid { blocks: (blocks(x), blocks(y), 1), threads: Backward::THREADS, shared_bytes: shared_bytes as u32 };
@@ -147,7 +160,7 @@ impl Cuda {
         let tiles = longest_first(sequence_starts, QUERY_ROWS);
         let table = self.table(&tiles);
         let maps = [of_qkv(QUERY_ROWS), of_dout(QUERY_ROWS), of_qkv(form.query_keys)];
-        let args = [&[dqkv, delta.arg(), Cuda::arg(lse)], &maps[..], &[table.arg()], &sizes, &[scale]].concat();
+        let args = [&[dqkv, delta.arg(), Cuda::arg(lse)], &maps[..], &[table.arg()], &sizes, &[scale], &turn].concat();
         launch("dq", (heads.query, tiles.len()), form.dq_bytes(), &args);
 
         let mut tiles = super::tiles(sequence_starts, form.keys);
@@ -157,12 +170,12 @@ impl Cuda {
         let n_elements = n_tokens * heads.kv * 2 * heads.dim;
         let partial = self.workspace(if n_parts > 1 { n_parts * n_elements * 4 } else { 0 });
         let maps = [of_qkv(form.keys), of_qkv(form.queries), of_dout(form.queries)];
-        let lists =
-            [&[dqkv, partial.arg(), delta.arg(), Cuda::arg(lse)], &maps[..], &[table.arg()], &sizes, &[Arg::Int(int(n_parts)), scale]];
-        launch("dkv", (heads.kv * n_parts, tiles.len()), form.dkv_bytes(), &lists.concat());
+        let tensors = [dqkv, partial.arg(), delta.arg(), Cuda::arg(lse)];
+        let args = [&tensors, &maps[..], &[table.arg()], &sizes, &[Arg::Int(int(n_parts)), scale], &turn].concat();
+        launch("dkv", (heads.kv * n_parts, tiles.len()), form.dkv_bytes(), &args);
         if n_parts > 1 {
             let more = [heads.kv, n_parts, heads.dim].map(|n| Arg::Int(int(n)));
-            let args = [&[dqkv, partial.arg()], &sizes[..], &more].concat();
+            let args = [&[dqkv, partial.arg()], &sizes[..], &more, &turn].concat();
             let kernel = Kernel::of(FILE, "attention_hopper_combine", qkv.dtype());
             self.backend.launch(&kernel, Grid::line(n_elements.div_ceil(4 * COMBINE_THREADS as usize), COMBINE_THREADS), &args);
         }
