@@ -315,7 +315,7 @@ fn a_model_keeps_its_weights_so() {
     if let Some(machine) = emulator() {
         let cuda = Cuda::with_backend(machine);
         let error = cuda.check_fp8(Fp8Scales::Rows).unwrap_err().to_string();
-        assert!(error.contains("compute capability 8.9, products of fp8 need 9.0"), "{error}");
+        assert!(error.contains("compute capability 8.9, products of fp8 with a scale for each row need 9.0"), "{error}");
         assert!(cuda.check_fp8(Fp8Scales::Tensor).is_ok());
     }
     (recipe.model.hidden, recipe.train.samples) = (32, 10 * 8);

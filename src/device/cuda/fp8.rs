@@ -26,16 +26,22 @@ fn kernel(operation: &str, dtype: DType) -> Kernel {
     Kernel::of("fp8", &format!("fp8_{operation}"), dtype)
 }
 
+/// What products of E4M3 need that this compute capability is not. Scales of rows are cuBLASLt's for Hopper alone: newer GPUs have
+/// scales of short pieces of a row in their place, and refuse these.
+fn missing(found: (i32, i32), scales: Fp8Scales) -> Option<&'static str> {
+    match scales {
+        Fp8Scales::Tensor => (found < (8, 9)).then_some("need 8.9 or newer"),
+        Fp8Scales::Rows => (found != (9, 0)).then_some("with a scale for each row need 9.0"),
+    }
+}
+
 impl Cuda {
     /// See `Device::check_fp8`.
     pub(super) fn check_fp8(&self, scales: Fp8Scales) -> Result<()> {
-        let (found, needed) = (self.backend.capability(), if scales == Fp8Scales::Tensor { (8, 9) } else { (9, 0) });
-        if found >= needed {
-            return Ok(());
-        }
-        let text = |(major, minor): (i32, i32)| format!("{major}.{minor}");
-        let wrong = format!("{} has compute capability {}, products of fp8 need {}", self.backend.name(), text(found), text(needed));
-        Err(Error::recipe(wrong).remedy("leave --weights out, or use --weights fp8-tensor where 8.9 is enough"))
+        let found @ (major, minor) = self.backend.capability();
+        let Some(needed) = missing(found, scales) else { return Ok(()) };
+        let wrong = format!("{} has compute capability {major}.{minor}, products of fp8 {needed}", self.backend.name());
+        Err(Error::recipe(wrong).remedy("leave --weights out, or use --weights fp8-tensor where 8.9 or newer is enough"))
     }
 
     /// See `Device::fp8_sizes`.
@@ -140,5 +146,18 @@ impl Cuda {
         let of = if b_scale.n_elements() == 1 { Fp8Scales::Tensor } else { Fp8Scales::Rows };
         let scales = ScalesAt { a: Cuda::address(a_scale), b: Cuda::address(b_scale), of };
         self.backend.gemm_fp8(c, a, b, scales);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// GPUs before and after Hopper have no scales of rows: said before the first product, which the library would refuse.
+    #[test]
+    fn scales_of_rows_are_for_hopper_alone() {
+        let have = |scales| [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)].map(|found| missing(found, scales).is_none());
+        assert_eq!(have(Fp8Scales::Rows), [false, false, true, false, false]);
+        assert_eq!(have(Fp8Scales::Tensor), [false, true, true, true, true]);
     }
 }

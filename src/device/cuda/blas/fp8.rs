@@ -2,8 +2,8 @@
 //! one form that Hopper's tensor cores have for 8 bits, and that of x W^T for row-major x and W; k and n are multiples of 16. Sums in
 //! f32 without the shortened "fast" ones, which is the attribute's default.
 //!
-//! A scale for each row is `OUTER_VEC_32F`, which the library's documentation names for compute capability 9.0 from CUDA 12.9 on. It has
-//! not been seen on a GPU here: where it is refused, the heuristic finds no algorithm and the first product says so.
+//! A scale for each row is `OUTER_VEC_32F`, which the library's documentation names for compute capability 9.0, and no other, from CUDA
+//! 12.9 on. It has not been seen on a GPU here: where it is refused, the heuristic finds no algorithm and the first product says so.
 
 use super::set;
 use crate::device::Fp8Scales;
