@@ -59,6 +59,8 @@ fn record_on_the_device() {
     let cuda = Cuda::open(0).unwrap();
     let mut x = cuda.alloc(&[3], DType::F32).unwrap();
     let mut y = cuda.alloc(&[3], DType::F32).unwrap();
+    // Kernels are loaded before work is recorded.
+    Device::copy(&cuda, &mut y, &x);
     let recording = cuda.record(&mut || {
         Device::copy(&cuda, &mut y, &x);
         cuda.scale(&mut y, 2.0);

@@ -3,10 +3,14 @@
 
 use crate::cases::{self, Kind};
 use crate::check::check;
-use std::path::Path;
+use crate::decode_cases::{self, How};
+use crate::emulator::{emulator, library::library_of};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use trireme::device::cuda::Cuda;
+use trireme::device::cuda::backend::Algorithms;
 use trireme::device::{Device, Gemm, Heads};
+use trireme::recipe::Mode;
 use trireme::tensor::DType;
 
 /// Set in the process that finds the stand-ins in its library path.
@@ -110,6 +114,57 @@ fn calls_are_those_a_gpu_needs() {
     };
     assert_eq!(logs[0], expected(&["compiled attention_hopper_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));
+}
+
+/// A folder with the emulated kernels of every file under its name, for STAND_IN_KERNELS. None where there is no compiler.
+fn emulated_kernels(folder: &Path) -> Option<PathBuf> {
+    emulator()?;
+    let emulated = folder.join("emulated");
+    std::fs::create_dir(&emulated).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|ending| ending == "cu") {
+            let file = path.file_stem().unwrap().to_str().unwrap();
+            std::fs::copy(library_of(file).0, emulated.join(format!("{file}.so"))).unwrap();
+        }
+    }
+    Some(emulated)
+}
+
+/// On stand-ins that run kernels.
+fn run_kernels() {
+    let cuda = Cuda::open_with(0, Algorithms::Fixed).unwrap();
+    for heads in [(4, 2, 64), (6, 2, 128), (2, 1, 192)] {
+        check(&cuda, &cases::attention(vec![0, 17, 83], heads), DType::BF16);
+        check(&cuda, &cases::attention_backward(vec![0, 17, 83], heads), DType::BF16);
+        check(&cuda, &cases::attention_cached(&[(0, 280, 20), (0, 5, 1)], heads), DType::BF16);
+    }
+    for how in [Gemm::NT, Gemm::NN, Gemm::TN] {
+        check(&cuda, &cases::gemm_in_pairs(how, (61, 47, 101), Kind::Float, 2), DType::BF16);
+        check(&cuda, &cases::gemm(how, (61, 47, 101), Kind::Float), DType::BF16);
+        check(&cuda, &cases::gemm(how.accumulate(), (61, 47, 101), Kind::F32), DType::BF16);
+    }
+    check(&cuda, &cases::gemm_in_turn(Gemm::TN.accumulate(), (61, 47, 101), 3), DType::BF16);
+    for order in [Mode::Fast, Mode::Reproducible] {
+        decode_cases::check(&cuda, How { dtype: DType::BF16, order, ..How::PLAIN }, |_| {});
+    }
+    assert_eq!(cuda.memory().live_bytes, 0);
+}
+
+/// What the driver is given is what kernels need: arguments, shared memory, matrices for the copy engine as it encodes them, products of
+/// bf16, and steps recorded as a graph whose kernels may begin early, all run with the results of the formulas.
+#[test]
+fn kernels_run_below_the_driver() {
+    if is_inside() {
+        return run_kernels();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(()) = stand_ins(folder.path()) else { return };
+    let Some(emulated) = emulated_kernels(folder.path()) else { return };
+    let log = inside(folder.path(), "driver::kernels_run_below_the_driver", &[("STAND_IN_KERNELS", emulated.to_str().unwrap())]);
+    let n_dependent = |line: &str| line.strip_prefix("graph of ")?.strip_suffix(" dependent")?.rsplit(' ').next()?.parse::<usize>().ok();
+    assert!(log.iter().filter_map(|line| n_dependent(line)).any(|n| n > 10), "{log:?}");
+    assert!(log.iter().any(|line| line == "graph launched") && log.iter().any(|line| line.starts_with("matrix of ")), "{log:?}");
 }
 
 /// On stand-ins of 256 MiB.

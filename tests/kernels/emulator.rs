@@ -6,7 +6,7 @@
 //! kernel that follows a kernel does what it does before its wait (kernels/common.cuh) while some of those before it have not begun.
 
 #[path = "library.rs"]
-mod library;
+pub mod library;
 
 use library::{Argument, Launch, Library, Wrapped};
 use std::collections::{BTreeMap, HashMap};

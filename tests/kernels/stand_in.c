@@ -306,6 +306,7 @@ typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); cha
 typedef struct { void (*run)(const Packed* how); Packed how; } Emulated;
 static void emulated(void* data) { Emulated* e = data; e->run(&e->how); }
 int cuModuleLoadData(void** module, const void* code) {
+    if (n_captures) return UNSUPPORTED;
     TELL("loaded %s\n", (const char*)code);
     const char* folder = getenv("STAND_IN_KERNELS");
     char path[1024];
@@ -315,7 +316,22 @@ int cuModuleLoadData(void** module, const void* code) {
     return folder && !*module ? INVALID : 0;
 }
 int cuModuleUnload(void* module) { return 0; }
+// One kernel stands for all of a module: what is not loaded with it would be loaded at its first use, in a capture too late.
+static void* loaded_whole[32];
+static int n_loaded_whole;
+static int is_loaded_whole(void* module) {
+    for (int i = 0; i < n_loaded_whole; i++) if (loaded_whole[i] == module) return 1;
+    return 0;
+}
+int cuModuleGetFunctionCount(unsigned* n, void* module) { *n = 1; return 0; }
+int cuModuleEnumerateFunctions(void** functions, unsigned n, void* module) { return n == 1 ? *functions = module, 0 : INVALID; }
+int cuFuncLoad(void* function) {
+    if (n_captures || n_loaded_whole == 32) return UNSUPPORTED;
+    loaded_whole[n_loaded_whole++] = function;
+    return 0;
+}
 int cuModuleGetFunction(Function** function, void* module, const char* name) {
+    if (n_captures && !is_loaded_whole(module)) return UNSUPPORTED;
     *function = calloc(1, sizeof(Function));
     snprintf((*function)->name, sizeof (*function)->name, "%s", name);
     char of[100];
@@ -335,16 +351,20 @@ static int is_accepted(const Function* of, unsigned x, unsigned y, unsigned z, u
     unsigned most = of->shared_bytes > 48 << 10 ? of->shared_bytes : 48 << 10;
     return x && y && z && x < 1u << 31 && y < 1 << 16 && z < 1 << 16 && threads && threads <= 1024 && shared <= most;
 }
-// A matrix for the copy engine: all that was asked; in its place the tokens of a box.
+// A matrix for the copy engine: all that was asked; in its place what emulate_hopper.h reads, the tokens of a box where no kernel runs.
+typedef struct { Address at, sizes[3], strides[2]; unsigned box[3]; } Map;
 int cuTensorMapEncodeTiled(Address* map, int type, unsigned rank, void* at, const Address* sizes, const Address* strides,
                            const unsigned* box, const unsigned* steps, int interleave, int swizzle, int promotion, int fill) {
     if (rank != 3 || (Address)at % 16 || (Address)map % 64 || steps[0] * steps[1] * steps[2] != 1) return INVALID;
     for (int i = 0; i < 3; i++) if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256) return INVALID;
-    for (int i = 0; i < 2; i++) if (strides[i] % 16 || strides[i] >= 1ull << 40 || strides[i] < 2 * sizes[0]) return INVALID;
-    if (2 * box[0] > 128) return INVALID; // wider than the swizzle
+    for (int i = 0; i < 2; i++) if (strides[i] % 16 || strides[i] >= 1ull << 40) return INVALID;
+    if (strides[0] < 2 * sizes[0] || strides[1] % strides[0] || strides[1] < sizes[1] * strides[0]) return INVALID;
+    if (type != 9 || interleave || swizzle != 3 || fill || 2 * box[0] > 128) return INVALID; // bf16, no wider than the swizzle
     TELL("matrix of type %d, %llu x %llu x %llu, strides %llu and %llu, boxes %u x %u x %u, %d %d %d %d\n", type, sizes[0], sizes[1],
          sizes[2], strides[0], strides[1], box[0], box[1], box[2], interleave, swizzle, promotion, fill);
     map[0] = box[2];
+    if (getenv("STAND_IN_KERNELS"))
+        *(Map*)map = (Map){(Address)at, {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1]}, {box[0], box[1], box[2]}};
     return 0;
 }
 typedef struct { float* x; long long n; float factor; } Scale;
@@ -357,6 +377,12 @@ static float widened(const void* at, long long i, int is_bf16) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+static void store(void* at, long long i, float x, int is_bf16) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    if (is_bf16) ((unsigned short*)at)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    else ((float*)at)[i] = x;
 }
 static float piece(Combine* c, int r, long long i) {
     return widened(r == c->rank ? c->own : c->pieces + r * c->stride * (c->is_bf16 ? 2 : 4), i, c->is_bf16);
@@ -373,10 +399,7 @@ static void combine(void* data) {
             sum = r == 0 ? x : c->is_max ? (x > sum ? x : sum) : sum + x;
         }
         if (c->in_pairs) sum = pairs(c, 0, c->n_pieces, i);
-        unsigned bits;
-        memcpy(&bits, &sum, 4);
-        if (c->is_bf16) ((unsigned short*)c->out)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        else ((float*)c->out)[i] = sum;
+        store(c->out, i, sum, c->is_bf16);
     }
 }
 // Without emulated libraries two kernels of elementwise.cu and those of ordered.cu are run. Of the others arguments 2.. are shown as two
@@ -442,7 +465,8 @@ int nvrtcGetCUBINSize(void* program, size_t* bytes) { *bytes = strlen(made) + 1;
 int nvrtcGetCUBIN(void* program, char* code) { strcpy(code, made); return 0; }
 int nvrtcDestroyProgram(void** program) { return 0; }
 
-// The products.
+// The products: of f32 (type 0), bf16 and E4M3 (28).
+enum { BF16 = 14 };
 typedef struct { int type; Address rows, columns; long long stride; } Layout;
 typedef struct { int first_transposed, second_transposed;  int first_by_rows, second_by_rows; float *first_scale, *second_scale; } Product;
 int cublasLtCreate(void** handle) { *handle = &live; return 0; }
@@ -495,16 +519,12 @@ int cublasLtMatmulAlgoCheck(void* handle, Product* product, Layout* a, Layout* b
 }
 static float element(const void* matrix, const Layout* layout, int transposed, size_t i, size_t j) {
     size_t at = transposed ? j + i * layout->stride : i + j * layout->stride;
-    if (layout->type == 0) return ((const float*)matrix)[at];
     if (layout->type == 28) { // E4M3
         int code = ((const unsigned char*)matrix)[at], exponent = code >> 3 & 15, mantissa = code & 7;
         double size = exponent ? (8 + mantissa) * (double)(1 << exponent) / 1024 : mantissa / 512.0;
         return code & 128 ? -size : size;
     }
-    unsigned bits = (unsigned)((const unsigned short*)matrix)[at] << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
+    return widened(matrix, at, layout->type == BF16);
 }
 typedef struct {
     Product product;
@@ -519,14 +539,15 @@ static void gemm(void* data) {
     Gemm* g = data;
     clock_ms += takes_ms[g->algorithm];
     size_t k = g->product.first_transposed ? g->la.rows : g->la.columns;
+    int is_bf16 = g->ld.type == BF16;
     for (size_t i = 0; i < g->ld.rows; i++)
         for (size_t j = 0; j < g->ld.columns; j++) {
-            float sum = 0, *to = (float*)g->d + i + j * g->ld.stride, from = ((float*)g->c)[i + j * g->ld.stride];
+            float sum = 0, from = widened(g->c, i + j * g->ld.stride, is_bf16);
             for (size_t l = 0; l < k; l++)
                 sum += element(g->a, &g->la, g->product.first_transposed, i, l) * element(g->b, &g->lb, g->product.second_transposed, l, j);
             if (g->product.first_scale) sum *= g->product.first_scale[g->product.first_by_rows ? i : 0];
             if (g->product.second_scale) sum *= g->product.second_scale[g->product.second_by_rows ? j : 0];
-            *to = g->alpha * sum + (g->beta == 0 ? 0 : g->beta * from);
+            store(g->d, i + j * g->ld.stride, g->alpha * sum + (g->beta == 0 ? 0 : g->beta * from), is_bf16);
         }
 }
 int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
@@ -535,7 +556,7 @@ int cublasLtMatmul(void* handle, Product* product, const float* alpha, const voi
     int is_fp8 = la->type == 28; // whose operands have one form, sizes and scales
     if (is_fp8 && (lb->type != 28 || !product->first_transposed || product->second_transposed || la->rows % 16 || la->columns % 16 ||
                    !product->first_scale || !product->second_scale || product->first_by_rows != product->second_by_rows)) return 7;
-    if (ld->type != 0 || lc != ld || !workspace || (Address)workspace % 256) return 7;
+    if (ld->type != 0 && (ld->type != BF16 || la->type == 0) || lc != ld || !workspace || (Address)workspace % 256) return 7;
     Gemm g = {*product, *la, *lb, *ld, a, b, d, c, *alpha, *beta, *algorithm};
     ask(stream, gemm, &g, sizeof g);
     return 0;

@@ -5,6 +5,7 @@
 mod copies;
 mod graphs;
 mod launch;
+mod modules;
 mod queues;
 
 use super::arena::Arena;
@@ -207,7 +208,7 @@ impl Driver {
             let mut module = std::ptr::null_mut();
             self.call(&|| format!("loading kernels/{file}.cu"), || {
                 // SAFETY: machine code of NVRTC, whole (its seal was right), alive during the call.
-                module = unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) }?;
+                module = unsafe { modules::load(&code) }?;
                 Ok(())
             });
             module
