@@ -8,7 +8,7 @@
 //!
 //! With `fp8` the linear layers of the blocks multiply E4M3 (`numerics.linear = "fp8"`); the ceiling and PyTorch stay in bf16. On a GPU
 //! a step after those that are measured is taken down call by call: what ran on the device, how long, and how long it waited. `alone`
-//! leaves PyTorch out.
+//! leaves PyTorch out; TRIREME_HOPPER_KERNELS=0 leaves out the kernels that only a Hopper GPU has.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -124,10 +124,12 @@ fn ours((device, profile): &Opened, size: &Size, numbers: (Precision, Linear)) -
     }
 }
 
-/// How numbers are stored, and what is multiplied where that is another thing.
+/// How numbers are stored, what is multiplied where that is another thing, and whether a GPU has to do without kernels of its own.
 fn name_of((precision, linear): (Precision, Linear)) -> String {
     let storage = if precision == Precision::F32 { "f32" } else { "bf16" };
-    if linear == Linear::Fp8 { format!("{storage}, products in E4M3") } else { storage.into() }
+    let products = if linear == Linear::Fp8 { ", products in E4M3" } else { "" };
+    let is_portable = std::env::var_os("TRIREME_HOPPER_KERNELS").is_some_and(|value| value == "0");
+    format!("{storage}{products}{}", if is_portable { ", kernels for every GPU" } else { "" })
 }
 
 /// A device, and what takes down where its time goes.

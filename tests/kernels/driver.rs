@@ -114,6 +114,10 @@ fn calls_are_those_a_gpu_needs() {
     };
     assert_eq!(logs[0], expected(&["compiled attention_hopper_forward.cu"]));
     assert_eq!(logs[1], expected(&[]));
+    // Where Hopper's own are not wanted, those that run on every GPU do.
+    let log = inside(folder.path(), "driver::calls_are_those_a_gpu_needs", &[("TRIREME_HOPPER_KERNELS", "0")]);
+    assert!(log.iter().any(|line| line.starts_with("attention_d128_bf16 on 3 x 2 x 1 of 128 ")), "{log:?}");
+    assert!(!log.iter().any(|line| line.contains("hopper") || line.contains("matrix of")), "{log:?}");
 }
 
 /// A folder with the emulated kernels of every file under its name, for STAND_IN_KERNELS. None where there is no compiler.

@@ -148,7 +148,7 @@ pub trait Backend: Send + Sync {
     fn name(&self) -> String;
     /// Multiprocessors: how many blocks fill the device once.
     fn processors(&self) -> usize;
-    /// Whether it has the instructions of Hopper alone (sm_90a): kernels over hopper.cuh run.
+    /// Whether it has the instructions of Hopper alone (sm_90a), and may use them: kernels over hopper.cuh run.
     fn is_hopper(&self) -> bool;
     /// Compute capability, major and minor.
     fn capability(&self) -> (i32, i32);

@@ -29,6 +29,8 @@ const CUDA_VERSION: c_int = 13_000;
 const SHARED_BYTES_UNASKED: u32 = 48 * 1024;
 /// Set to 0, recorded kernels begin when the one before them has ended: to compare with.
 const DEPENDENT_LAUNCH: &str = "TRIREME_DEPENDENT_LAUNCH";
+/// Set to 0, a Hopper GPU runs the kernels that run on every GPU: to compare with.
+const HOPPER_KERNELS: &str = "TRIREME_HOPPER_KERNELS";
 const WITHOUT_GPU: &str = "run with --device cpu, or on a node with GPUs";
 
 /// A loaded kernel.
@@ -54,6 +56,8 @@ pub struct Driver {
     capability: (i32, i32),
     processors: usize,
     architecture: String,
+    /// Kernels over hopper.cuh run.
+    is_hopper: bool,
     /// Recorded kernels may come onto the device before the one before them has ended.
     overlaps_kernels: bool,
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
@@ -105,9 +109,9 @@ fn architecture((major, minor): (i32, i32)) -> String {
     if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") }
 }
 
-/// Whether the device can (from Hopper on) and may.
-fn overlaps_kernels((major, _): (i32, i32)) -> bool {
-    major >= 9 && std::env::var_os(DEPENDENT_LAUNCH).is_none_or(|value| value != "0")
+/// Whether the environment leaves it on.
+fn is_allowed(name: &str) -> bool {
+    std::env::var_os(name).is_none_or(|value| value != "0")
 }
 
 impl Driver {
@@ -145,8 +149,10 @@ impl Driver {
             identity,
             capability,
             processors,
+            is_hopper: capability == (9, 0) && is_allowed(HOPPER_KERNELS),
             architecture,
-            overlaps_kernels: overlaps_kernels(capability),
+            // From Hopper on it can.
+            overlaps_kernels: capability.0 >= 9 && is_allowed(DEPENDENT_LAUNCH),
             modules: Mutex::default(),
             functions: Mutex::default(),
             maps: TensorMaps::default(),
@@ -296,7 +302,7 @@ impl Backend for Driver {
     }
 
     fn is_hopper(&self) -> bool {
-        self.architecture == "sm_90a"
+        self.is_hopper
     }
 
     fn alloc(&self, bytes: usize) -> Option<u64> {
