@@ -64,6 +64,8 @@ fn products(model: &Model) -> Vec<Case> {
         list.push(cases::gemm(Gemm::TN.accumulate(), (out, inner, T), Kind::F32));
         list.push(cases::gemm_in_turn(Gemm::TN.accumulate(), (out, inner, T), 1));
     }
+    list.push(cases::gemm_activated((T, f, h)));
+    list.push(cases::gemm_activation_backward((T, f, h)));
     for starts in [vec![0, T], (0..=8).map(|i| i * T / 8).collect()] {
         list.push(cases::attention(starts.clone(), model.heads));
         list.push(cases::attention_backward(starts.clone(), model.heads));

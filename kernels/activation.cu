@@ -19,7 +19,7 @@ template <class T> __device__ __forceinline__ void squared_relu_backward(T* dx, 
         float value[CHUNK], d[CHUNK];
         load_chunk(value, x + at, left);
         load_chunk(d, dout + at, left);
-        for (int i = 0; i < CHUNK; i++) value[i] = 2.0f * relu(value[i]) * d[i];
+        for (int i = 0; i < CHUNK; i++) value[i] = squared_relu_backward_of(value[i], d[i]);
         store_chunk(dx + at, value, left);
     });
 }

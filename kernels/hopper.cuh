@@ -260,6 +260,21 @@ __device__ __forceinline__ void tile_load(bf16* to, const TensorMap* map, int ro
     for (int dim = 0; dim < D; dim += 64) tensor_load(to + dim * rows, map, dim, head, token, barrier);
 }
 
+// Four lanes exchange words: what lane q had as word j, lane j has as word q.
+__device__ __forceinline__ void exchange_words(unsigned (&word)[4]) {
+    int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j & step) continue;
+            bool upper = lane & step;
+            unsigned other = __shfl_xor_sync(0xffffffffu, upper ? word[j] : word[j + step], step);
+            word[j] = upper ? other : word[j];
+            word[j + step] = upper ? word[j + step] : other;
+        }
+}
+
 // Row `lane / 4` of a warp's sums (HALF 0) or row 8 further (1) to `to`, D elements aligned to 16 bytes, times `factor`. The four
 // lanes of a row exchange words so that each writes 16 bytes at once. Whole warps; rows that are not `here` are not written.
 template <int D, int HALF>
@@ -270,16 +285,21 @@ __device__ __forceinline__ void store_row(bf16* to, const float (&sums)[D / 2], 
         unsigned word[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) word[j] = pack_bf16(sums[4 * (n + j) + 2 * HALF] * factor, sums[4 * (n + j) + 2 * HALF + 1] * factor);
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (j & step) continue;
-                bool upper = lane & step;
-                unsigned other = __shfl_xor_sync(0xffffffffu, upper ? word[j] : word[j + step], step);
-                word[j] = upper ? other : word[j];
-                word[j + step] = upper ? word[j + step] : other;
-            }
+        exchange_words(word);
         if (here) *(uint4*)(to + (n + lane) * 8) = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+// The same row of stored elements: work(x, y, i) with the two that belong to sums i and i + 1. Rows that are not `here` are zeros.
+template <int D, int HALF, class Work> __device__ __forceinline__ void load_row(const bf16* from, bool here, Work work) {
+    int lane = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 4) {
+        uint4 all = here ? *(const uint4*)(from + (n + lane) * 8) : make_uint4(0, 0, 0, 0);
+        unsigned word[4] = {all.x, all.y, all.z, all.w};
+        exchange_words(word);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            work(__uint_as_float(word[j] << 16), __uint_as_float(word[j] & 0xffff0000u), 4 * (n + j) + 2 * HALF);
     }
 }

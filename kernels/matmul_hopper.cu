@@ -30,11 +30,14 @@
 // each 65536 clocks at 4096 terms, 3300 clocks of memory, while the next tile is copied. In turn 256 KB of f32 are read and written,
 // 13000 clocks, of which reading is waited for. Wide, for sums over a dim that tp divides, would be limited by L2 to three quarters of
 // the tensor cores if each block fetched all of b for itself; as it is nothing is left over, neither of L2 nor of what an SM can take.
+// Whole sums may end in squared ReLU (End), which saves the passes over memory that would read them again: of a layer with F = 4 H that is
+// 3 of 5 times T F, for 64 KB more that a tile writes (forward) or reads (backward), which the consumers wait for.
 // Few rows are limited by reading b: a step brings 8 KB of it, 400 clocks of memory, three times what the tensor cores take for 64 rows,
 // empty ones among them; 96 KB are under way on each SM, where 30 KB hide memory's latency. So few rows are rows here too, and not
 // columns of a product with its operands exchanged.
 #include "hopper.cuh"
 #include "matmul.cuh"
+#include "activation.cuh"
 
 // Terms of a step.
 constexpr int DEPTH = 64;
@@ -50,6 +53,8 @@ using Wide = Form<2, 128, 4, 2>;
 using Small = Form<1, 64, 12, 1>;
 
 enum Together { WHOLE, IN_PAIRS, IN_TURN };
+// What becomes of whole sums: they are stored; they and their activation are; only their product with the slope of the activation is.
+enum End { STORED, ACTIVATED, ACTIVATED_BACK };
 
 template <class F> struct Stages {
     bf16 a[F::STAGES][F::ROWS * DEPTH];
@@ -64,6 +69,7 @@ struct Product {
     int m, n;
     Pieces pieces;
     int pieces_of_part;
+    bf16* other; // [m, n], of ends with an activation: where it goes, or what was activated; n is then a multiple of COLUMNS
 };
 
 // A tile's part of the pieces, by turns of the clusters: their blocks have tiles below each other.
@@ -241,7 +247,37 @@ __device__ __forceinline__ void put_sums(const Product& p, const Place& place, i
     }
 }
 
-template <class F, Together HOW, bool TRANS_A, bool TRANS_B> __device__ __forceinline__ void consume(Stages<F>& stages, const Product& p) {
+// The sums rounded, and what squared ReLU makes of them: the bits of its own pass over stored sums (activation.cu).
+template <class F> __device__ __forceinline__ void put_activated(const Product& p, const Place& place, float (&sum)[F::SUMS]) {
+    int row = place.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    size_t at = (size_t)row * p.n + place.column, below = (size_t)8 * p.n;
+    bf16* to = (bf16*)p.out + at;
+#pragma unroll
+    for (int i = 0; i < F::SUMS; i++) sum[i] = rounded<bf16>(sum[i]);
+    store_row<F::COLUMNS, 0>(to, sum, 1.0f, row < p.m);
+    store_row<F::COLUMNS, 1>(to + below, sum, 1.0f, row + 8 < p.m);
+#pragma unroll
+    for (int i = 0; i < F::SUMS; i++) sum[i] = squared_relu_of(sum[i]);
+    store_row<F::COLUMNS, 0>(p.other + at, sum, 1.0f, row < p.m);
+    store_row<F::COLUMNS, 1>(p.other + at + below, sum, 1.0f, row + 8 < p.m);
+}
+// The gradient of what was activated from the sums, which are that of the activation.
+template <class F> __device__ __forceinline__ void put_activated_back(const Product& p, const Place& place, float (&sum)[F::SUMS]) {
+    int row = place.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    size_t at = (size_t)row * p.n + place.column, below = (size_t)8 * p.n;
+    auto turn = [&](float x, float y, int i) {
+        sum[i] = squared_relu_backward_of(x, rounded<bf16>(sum[i]));
+        sum[i + 1] = squared_relu_backward_of(y, rounded<bf16>(sum[i + 1]));
+    };
+    load_row<F::COLUMNS, 0>(p.other + at, row < p.m, turn);
+    load_row<F::COLUMNS, 1>(p.other + at + below, row + 8 < p.m, turn);
+    bf16* to = (bf16*)p.out + at;
+    store_row<F::COLUMNS, 0>(to, sum, 1.0f, row < p.m);
+    store_row<F::COLUMNS, 1>(to + below, sum, 1.0f, row + 8 < p.m);
+}
+
+template <class F, Together HOW, bool TRANS_A, bool TRANS_B, End END>
+__device__ __forceinline__ void consume(Stages<F>& stages, const Product& p) {
     float sum[F::SUMS];
     Waiting<F> waiting((float*)(&stages + 1));
     Turn<F> turn;
@@ -255,7 +291,9 @@ template <class F, Together HOW, bool TRANS_A, bool TRANS_B> __device__ __forcei
             if (HOW == IN_PAIRS) waiting.add(sum, i);
             if (HOW == IN_TURN) put_sums<F>(p, place, 0, sum, p.accumulate || i > 0);
         }
-        if (HOW != IN_TURN) put_sums<F>(p, place, work.part(), sum, false);
+        if (END == ACTIVATED) put_activated<F>(p, place, sum);
+        if (END == ACTIVATED_BACK) put_activated_back<F>(p, place, sum);
+        if (END == STORED && HOW != IN_TURN) put_sums<F>(p, place, work.part(), sum, false);
     }
 }
 
@@ -266,7 +304,7 @@ template <class F> __device__ __forceinline__ void hint_at_weights(const Product
     for (int i = 0; i < F::STAGES && at < end; i++, at += DEPTH) tensor_hint(&b, at, 0, work.place(p).column);
 }
 
-template <class F, Together HOW, bool TRANS_A, bool TRANS_B>
+template <class F, Together HOW, bool TRANS_A, bool TRANS_B, End END = STORED>
 __device__ __forceinline__ void multiply_all(const Product& p, const TensorMap& a, const TensorMap& b) {
     DYNAMIC_SHARED(memory);
     auto& stages = *(Stages<F>*)aligned_shared(memory);
@@ -290,7 +328,7 @@ __device__ __forceinline__ void multiply_all(const Product& p, const TensorMap& 
         if (threadIdx.x == F::CONSUMER_THREADS) produce<F, TRANS_A, TRANS_B>(stages, p, &a, &b);
     } else {
         if constexpr (F::CONSUMERS > 1) registers_more<232>();
-        consume<F, HOW, TRANS_A, TRANS_B>(stages, p);
+        consume<F, HOW, TRANS_A, TRANS_B, END>(stages, p);
     }
     // What the other blocks send must find this one's shared memory.
     if constexpr (F::CLUSTER > 1) cluster_wait<F::CLUSTER>();
@@ -303,10 +341,21 @@ __device__ __forceinline__ void multiply_all(const Product& p, const TensorMap& 
                                     const __grid_constant__ TensorMap b, int m, int n, const int* starts, int k, int n_pieces,       \
                                     int pieces_of_part) {                                                                            \
         static_assert(form::THREADS == threads, "");                                                                                 \
-        multiply_all<form, how, trans_a, trans_b>({out, out_is_bf16, accumulate, m, n, {starts, k, n_pieces}, pieces_of_part}, a, b); \
+        multiply_all<form, how, trans_a, trans_b>(                                                                                   \
+            {out, out_is_bf16, accumulate, m, n, {starts, k, n_pieces}, pieces_of_part, nullptr}, a, b);                             \
+    }
+// Whole sums of bf16 that end in squared ReLU.
+#define MATMUL_ACTIVATED(name, trans_b, end)                                                                                         \
+    extern "C" __cluster_dims__(2, 1, 1) __global__ void __launch_bounds__(384, 1)                                                   \
+        matmul_hopper_whole_##name##_bf16(void* out, bf16* other, const __grid_constant__ TensorMap a,                               \
+                                          const __grid_constant__ TensorMap b, int m, int n, int k) {                                \
+        static_assert(Large::THREADS == 384 && Large::CLUSTER == 2, "");                                                             \
+        multiply_all<Large, WHOLE, false, trans_b, end>({out, 1, 0, m, n, {nullptr, k, 1}, 1, other}, a, b);                         \
     }
 MATMUL(whole_nt, 384, Large, WHOLE, false, true)
 MATMUL(whole_nn, 384, Large, WHOLE, false, false)
+MATMUL_ACTIVATED(nt_squared_relu, true, ACTIVATED)
+MATMUL_ACTIVATED(nn_squared_relu_backward, false, ACTIVATED_BACK)
 MATMUL(pairs_nt, 384, Wide, IN_PAIRS, false, true)
 MATMUL(pairs_nn, 384, Wide, IN_PAIRS, false, false)
 MATMUL(pairs_tn, 384, Wide, IN_PAIRS, true, false)

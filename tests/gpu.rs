@@ -160,6 +160,15 @@ mod operations {
         }
     }
 
+    /// What ends a product in canonical order has the bits of the pass that it stands for.
+    #[test]
+    fn products_that_end_in_an_activation_have_the_bits_of_both() {
+        if let Some(cuda) = gpu_with(Algorithms::Fixed) {
+            // One tile a processor, where there are 128 to 147 of them.
+            decode_cases::fused::check_canonical_activation(&cuda, &[((2047, 2048, 264), cuda.has_hopper_kernels())]);
+        }
+    }
+
     /// As above, for everything that works on rows, and rows of every form of the norms' kernels.
     #[test]
     fn row_operations_match_the_oracle() {

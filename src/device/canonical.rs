@@ -2,7 +2,7 @@
 //! (`numerics.mode = "reproducible"`). Every sum that a layout could cut somewhere else is cut here in pieces that no layout moves;
 //! a piece is summed over its terms in order, and how the pieces are added is part of the operation.
 
-use super::Gemm;
+use super::{Activation, Gemm};
 use crate::exact::ExactSum;
 use crate::tensor::Tensor;
 
@@ -12,6 +12,16 @@ pub trait CanonicalSums: Send + Sync {
     /// out[m,n] = op(a)[m,k] op(b)[k,n] as `Device::gemm`, k in `n_pieces` equal pieces that are added in pairs, rounded once to
     /// out's type. 1, 2, 4 or 8 pieces.
     fn gemm_in_pairs(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, n_pieces: usize);
+    /// raised = x w^T as `gemm_in_pairs` of one piece, and activated = its activation, with the bits of the two: in one pass. False, and
+    /// nothing is done, where the device has none for these sizes.
+    fn gemm_activated(&self, _activated: &mut Tensor, _raised: &mut Tensor, _x: &Tensor, _w: &Tensor, _kind: Activation) -> bool {
+        false
+    }
+    /// draised = `activation_backward` of dy w, as `gemm_in_pairs` of one piece, at raised, with the bits of the two: in one pass. False, and
+    /// nothing is done, where the device has none for these sizes.
+    fn gemm_activation_backward(&self, _draised: &mut Tensor, _dy: &Tensor, _w: &Tensor, _raised: &Tensor, _kind: Activation) -> bool {
+        false
+    }
     /// out[m,n] f32 = or += op(a)[m,k] op(b)[k,n], k in the pieces `starts[i]..starts[i + 1]`, added in turn.
     fn gemm_in_turn(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, starts: &[usize]);
     /// As `Device::cross_entropy_sum`, the columns in `n_pieces` equal pieces (cut at n_valid) that are added in pairs.

@@ -150,7 +150,7 @@ impl Block {
                 let (mixed, attention) = self.attention.forward(ctx, &normed1, batch);
                 let (normed2, norm2) = self.mlp_norm.forward(ctx, Residual::Sum { x: &norm1.x, delta: mixed });
                 // The down projection's output is not needed: the backward has its gradient.
-                let mlp = self.mlp.activate(ctx, self.mlp.up.forward(ctx, &normed2));
+                let mlp = self.mlp.raise(ctx, &normed2);
                 BlockSaved { norm1, normed1, attention, norm2, normed2, mlp }
             }
         }

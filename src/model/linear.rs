@@ -39,16 +39,26 @@ impl ColumnParallelLinear {
     pub fn forward_activated(&self, ctx: &Ctx, x: &Tensor, kind: Activation) -> ScratchTensor {
         let (x, weight) = (ctx.gather_rows(x), &self.weight); // tp: [T', I] -> [T, I]
         let [mut raised, mut y] = [1, kind.inputs_per_output()].map(|n| ctx.take(&[x.n_rows(), weight.slice.shape[0] / n], x.dtype()));
-        match (&weight.packed, &weight.scale, &weight.rounded, ctx.numerics) {
-            (None, None, None, Numerics::Fast) if weight.streamed.is_none() => {
-                ctx.device.gemm_activation(&mut y, &mut raised, &x, &weight.weight(), kind)
-            }
+        match ctx.numerics {
+            Numerics::Fast if is_plain(weight) => ctx.device.gemm_activation(&mut y, &mut raised, &x, &weight.weight(), kind),
+            _ if activated_in_one_pass(ctx, (&mut y, &mut raised), &x, weight, kind) => {}
             _ => {
                 multiply(ctx, &mut raised, &x, weight, Inner::Whole);
                 ctx.device.activation(&mut y, &raised, kind);
             }
         }
         y
+    }
+
+    /// What `forward` gives and its activation, which the backward needs both: x[T', I] -> [T, O/tp], [T, F/tp].
+    pub fn forward_and_activated(&self, ctx: &Ctx, x: &Tensor, kind: Activation) -> [ScratchTensor; 2] {
+        let (x, weight) = (ctx.gather_rows(x), &self.weight); // tp: [T', I] -> [T, I]
+        let [mut raised, mut y] = [1, kind.inputs_per_output()].map(|n| ctx.take(&[x.n_rows(), weight.slice.shape[0] / n], x.dtype()));
+        if !activated_in_one_pass(ctx, (&mut y, &mut raised), &x, weight, kind) {
+            multiply(ctx, &mut raised, &x, weight, Inner::Whole);
+            ctx.device.activation(&mut y, &raised, kind);
+        }
+        [raised, y]
     }
 
     /// dx[T', I] assigned; the weight gradient accumulated. `x` is the input of the forward.
@@ -73,6 +83,19 @@ pub fn column_forward(ctx: &Ctx, weight: &Param, x: &Tensor) -> ScratchTensor {
     let mut y = ctx.take(&[x.n_rows(), weight.slice.shape[0]], x.dtype());
     multiply(ctx, &mut y, &x, weight, Inner::Whole); // y = x W^T
     y
+}
+
+/// Whether the weight is multiplied as it lies there.
+fn is_plain(weight: &Param) -> bool {
+    weight.packed.is_none() && weight.scale.is_none() && weight.rounded.is_none() && weight.streamed.is_none()
+}
+
+/// raised[T, out] = x[T, in] W^T and y, its activation, where the device makes both at once; else false.
+fn activated_in_one_pass(ctx: &Ctx, (y, raised): (&mut Tensor, &mut Tensor), x: &Tensor, weight: &Param, kind: Activation) -> bool {
+    match ctx.numerics {
+        Numerics::Reproducible(canonical) if is_plain(weight) => canonical.sums.gemm_activated(y, raised, x, &weight.weight(), kind),
+        _ => false,
+    }
 }
 
 /// y[T, out] = x[T, in] W^T by the form that the weight is in; `inner` is in.
@@ -146,10 +169,30 @@ impl RowParallelLinear {
         dx
     }
 
+    /// `backward` of a layer whose input is an activation, through that: draised, as large as raised, the activation's input.
+    pub fn backward_activated(
+        &mut self,
+        ctx: &Ctx,
+        (raised, activated): (&Tensor, &Tensor),
+        dy: &Tensor,
+        kind: Activation,
+    ) -> ScratchTensor {
+        let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O]
+        let draised = activated_input_gradient(ctx, &self.weight, &dy, raised, kind);
+        weight_gradient(ctx, &mut self.weight, activated, &dy);
+        draised
+    }
+
     /// The first half of `backward`: dx[T, I/tp] assigned from dy[T', O].
     pub fn backward_input(&self, ctx: &Ctx, dy: &Tensor) -> ScratchTensor {
         let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O]
         input_gradient(ctx, &self.weight, &dy)
+    }
+
+    /// The first half of `backward_activated`.
+    pub fn backward_activated_input(&self, ctx: &Ctx, raised: &Tensor, dy: &Tensor, kind: Activation) -> ScratchTensor {
+        let dy = ctx.gather_rows(dy); // tp: [T', O] -> [T, O]
+        activated_input_gradient(ctx, &self.weight, &dy, raised, kind)
     }
 
     /// The second half: the weight gradient accumulated.
@@ -164,6 +207,22 @@ fn input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
     let mut dx = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
     multiply_transposed(ctx, &mut dx, dy, weight, Inner::Whole);
     dx
+}
+
+/// draised, as large as raised: the gradient of dx[T, in] = dy[T, out] W through the activation.
+fn activated_input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor, raised: &Tensor, kind: Activation) -> ScratchTensor {
+    let mut draised = ctx.take(raised.dims(), raised.dtype());
+    let at_once = match ctx.numerics {
+        Numerics::Reproducible(canonical) if is_plain(weight) => {
+            canonical.sums.gemm_activation_backward(&mut draised, dy, &weight.weight(), raised, kind)
+        }
+        _ => false,
+    };
+    if !at_once {
+        let dactivated = input_gradient(ctx, weight, dy);
+        ctx.device.activation_backward(&mut draised, &dactivated, raised, kind);
+    }
+    draised
 }
 
 /// This rank's part of dx[T, in] = dy[T, out/tp] W, to be summed over tp.

@@ -34,7 +34,7 @@ pub struct MlpDeferred {
 impl Mlp {
     /// x[T', H] -> y[T', H].
     pub fn forward(&self, ctx: &Ctx, x: &Tensor) -> (ScratchTensor, MlpSaved) {
-        let saved = self.activate(ctx, self.up.forward(ctx, x));
+        let saved = self.raise(ctx, x);
         let y = self.down.forward(ctx, &saved.activated);
         (y, saved)
     }
@@ -42,6 +42,12 @@ impl Mlp {
     /// The same, of which nothing is kept: x[T', H] -> y[T', H].
     pub fn forward_only(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
         self.down.forward(ctx, &self.up.forward_activated(ctx, x, self.activation))
+    }
+
+    /// Up projection and activation: all that the backward needs, from x[T', H].
+    pub fn raise(&self, ctx: &Ctx, x: &Tensor) -> MlpSaved {
+        let [raised, activated] = self.up.forward_and_activated(ctx, x, self.activation);
+        MlpSaved { raised, activated }
     }
 
     /// The part without weights, from the up projection's output: all that the backward needs.
@@ -53,15 +59,13 @@ impl Mlp {
 
     /// dx[T', H] assigned from dy[T', H]; weight gradients accumulated.
     pub fn backward(&mut self, ctx: &Ctx, x: &Tensor, saved: &MlpSaved, dy: &Tensor) -> ScratchTensor {
-        let dactivated = self.down.backward(ctx, &saved.activated, dy);
-        let draised = self.activate_backward(ctx, saved, &dactivated);
+        let draised = self.down.backward_activated(ctx, (&saved.raised, &saved.activated), dy, self.activation);
         self.up.backward(ctx, x, &draised)
     }
 
     /// The first half of `backward`: dx[T', H] assigned from dy[T', H].
     pub fn backward_input(&self, ctx: &Ctx, saved: MlpSaved, dy: &Tensor) -> (ScratchTensor, MlpDeferred) {
-        let dactivated = self.down.backward_input(ctx, dy);
-        let draised = self.activate_backward(ctx, &saved, &dactivated);
+        let draised = self.down.backward_activated_input(ctx, &saved.raised, dy, self.activation);
         (self.up.backward_input(ctx, &draised), MlpDeferred { activated: saved.activated, draised })
     }
 
@@ -69,12 +73,5 @@ impl Mlp {
     pub fn backward_weights(&mut self, ctx: &Ctx, x: &Tensor, deferred: &MlpDeferred, dy: &Tensor) {
         self.down.backward_weight(ctx, &deferred.activated, dy);
         self.up.backward_weight(ctx, x, &deferred.draised);
-    }
-
-    /// draised assigned from dactivated[T, F/tp].
-    fn activate_backward(&self, ctx: &Ctx, saved: &MlpSaved, dactivated: &Tensor) -> ScratchTensor {
-        let mut draised = ctx.take(saved.raised.dims(), saved.raised.dtype());
-        ctx.device.activation_backward(&mut draised, dactivated, &saved.raised, self.activation);
-        draised
     }
 }

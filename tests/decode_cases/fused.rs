@@ -107,6 +107,33 @@ pub fn check_gemm_activation(device: &dyn Device, kind: Activation, (m, f, k): (
     assert_same(&format!("{kind:?} [{m}, {f}, {k}] {dtype:?}"), &out, &want);
 }
 
+/// Products in canonical order that end in squared ReLU, forward and backward, of these sizes (rows, outputs, terms) and whether the device
+/// has such ones. Where not, the outputs must be left alone.
+pub fn check_canonical_activation(device: &dyn Device, list: &[((usize, usize, usize), bool)]) {
+    let (sums, kind) = (device.canonical().expect("sums in canonical order"), Activation::SquaredRelu);
+    for &((m, f, k), is_made) in list {
+        let bf16 = |dims: [usize; 2], which| noise(device, &dims, DType::BF16, which);
+        let (x, w, dy, w_down) = (bf16([m, k], 1), bf16([f, k], 2), bf16([m, k], 3), bf16([k, f], 4));
+        let [mut raised, mut want_raised, mut activated, mut want] = [5, 5, 6, 6].map(|which| bf16([m, f], which));
+        let what = format!("[{m}, {f}] over {k}");
+        assert_eq!(sums.gemm_activated(&mut activated, &mut raised, &x, &w, kind), is_made, "{what}");
+        if is_made {
+            sums.gemm_in_pairs(&mut want_raised, &x, &w, Gemm::NT, 1);
+            device.activation(&mut want, &want_raised, kind);
+        }
+        assert_same(&what, &raised, &want_raised);
+        assert_same(&what, &activated, &want);
+
+        let [mut draised, mut want, mut dactivated] = [7, 7, 8].map(|which| bf16([m, f], which));
+        assert_eq!(sums.gemm_activation_backward(&mut draised, &dy, &w_down, &raised, kind), is_made, "{what}");
+        if is_made {
+            sums.gemm_in_pairs(&mut dactivated, &dy, &w_down, Gemm::NN, 1);
+            device.activation_backward(&mut want, &dactivated, &raised, kind);
+        }
+        assert_same(&what, &draised, &want);
+    }
+}
+
 /// All of it.
 pub fn check(device: &dyn Device) {
     for dtype in [DType::F32, DType::BF16] {

@@ -4,6 +4,7 @@
 use crate::canonical_cases as cases;
 use crate::canonical_cases::{product_nt, values, written_down};
 use crate::check;
+use crate::decode_cases::fused;
 use crate::emulator::{emulator, hopper};
 use trireme::device::canonical::CanonicalSums;
 use trireme::device::cuda::Cuda;
@@ -92,6 +93,19 @@ fn products_in_turn_are_one_call_a_piece() {
                 cases::products_in_turn_are_one_call_a_piece(cuda, dtype, (130, 520), starts);
             }
         }
+    });
+}
+
+/// What ends a product has the bits of the pass that it stands for.
+#[test]
+fn products_that_end_in_an_activation_have_the_bits_of_both() {
+    // Rows that do not fill the last tile, terms that do not fill the last step, several tiles a block; then columns that do not fill a
+    // tile, and rows too few for it.
+    let (whole, other) = ([(130, 512, 264), (700, 256, 64)], [(130, 264, 64), (3, 256, 64)]);
+    with_each(|cuda| {
+        let is_made = cuda.has_hopper_kernels();
+        fused::check_canonical_activation(cuda, &whole.map(|shape| (shape, is_made)));
+        fused::check_canonical_activation(cuda, &other.map(|shape| (shape, false)));
     });
 }
 

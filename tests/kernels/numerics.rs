@@ -97,6 +97,23 @@ fn the_other_family_and_wide_heads() {
     check(&reward, list(&reward));
 }
 
+/// Micro-batches so large that products of Hopper end in the activation, forward and backward: the bits of those of every GPU, which do
+/// not, whatever is recomputed, and in the two halves of a backward.
+#[test]
+fn activations_at_the_end_of_products_change_no_bits() {
+    if emulator().is_none() {
+        return;
+    }
+    let alone = Run { global: 16, ..reference(ModelConfig { ffn_hidden: 512, ..model() }, DType::BF16) };
+    let expected = train(&alone, N_STEPS);
+    let large = Run { micro: 16, open: Some(cuda_of_hopper), ..alone };
+    let halves = Run { layout: layout(1, 2, 1), schedule: ScheduleKind::ZeroBubbleH1, ..large.clone() };
+    let runs = RECOMPUTES.map(|recompute| Run { recompute, ..large.clone() }).into_iter().chain([halves]);
+    for run in runs {
+        assert_eq!(train(&run, N_STEPS).first_difference(&expected), None, "{run:?}");
+    }
+}
+
 /// Two steps of four ranks and two of another four are four steps of one.
 #[test]
 fn a_resume_under_another_layout_goes_on_exactly() {

@@ -7,7 +7,7 @@ use super::grid::{CHUNK, int, long};
 use super::matmul::{self, Terms, Together};
 use super::{Cuda, assert_rows};
 use crate::device::canonical::CanonicalSums;
-use crate::device::{Gemm, Store};
+use crate::device::{Activation, Gemm, Store};
 use crate::exact::ExactSum;
 use crate::tensor::{DType, Tensor};
 
@@ -20,6 +20,11 @@ fn assert_pieces(what: &str, n_pieces: usize) {
     assert!(n_pieces.is_power_of_two() && n_pieces <= matmul::MOST_IN_PAIRS, "{what}: {n_pieces} pieces in pairs");
 }
 
+fn assert_same_size(what: &str, activated: &Tensor, raised: &Tensor, kind: Activation) {
+    let fits = activated.n_elements() * kind.inputs_per_output() == raised.n_elements() && activated.dtype() == raised.dtype();
+    assert!(fits, "{what}: {activated:?} from {raised:?}");
+}
+
 impl CanonicalSums for Cuda {
     fn gemm_in_pairs(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, n_pieces: usize) {
         assert_pieces("gemm_in_pairs", n_pieces);
@@ -29,6 +34,19 @@ impl CanonicalSums for Cuda {
 
     fn gemm_in_turn(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm, starts: &[usize]) {
         self.multiply_pieces(out, (a, b), how, Terms::From(starts), Together::InTurn);
+    }
+
+    fn gemm_activated(&self, activated: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) -> bool {
+        assert_same_size("gemm_activated", activated, raised, kind);
+        let to = Cuda::address(activated);
+        activated.assert_not_lent();
+        self.multiply_activated((raised, to), (x, w), Gemm::NT, (kind, ""))
+    }
+
+    fn gemm_activation_backward(&self, draised: &mut Tensor, dy: &Tensor, w: &Tensor, raised: &Tensor, kind: Activation) -> bool {
+        let fits = draised.dims() == raised.dims() && draised.dtype() == raised.dtype();
+        assert!(fits, "gemm_activation_backward of {raised:?} to {draised:?}");
+        kind.inputs_per_output() == 1 && self.multiply_activated((draised, Cuda::address(raised)), (dy, w), Gemm::NN, (kind, "_backward"))
     }
 
     fn cross_entropy_sum_in_pairs(

@@ -191,6 +191,22 @@ fn layout_name(how: Gemm) -> &'static str {
 }
 
 impl Cuda {
+    /// A product in canonical order of one piece that ends in an activation, forward (its input to `out`, itself to `other`) or backward
+    /// (`other` was its input); see `CanonicalSums::gemm_activated` and `gemm_activation_backward`.
+    pub(super) fn multiply_activated(
+        &self,
+        (out, other): (&mut Tensor, u64),
+        (a, b): (&Tensor, &Tensor),
+        how: Gemm,
+        (kind, suffix): (Activation, &str),
+    ) -> bool {
+        let (c, a, b) = (matrix(out), matrix(a), matrix(b));
+        let (m, n, k) = sizes_of((&c, &a, &b), how);
+        let is_made = self.hopper && c.dtype == DType::BF16 && kind == Activation::SquaredRelu && m > 0 && n > 0 && k > 0;
+        let name = format!("{}{suffix}", activation::name(kind));
+        is_made && self.multiply_activated_on_hopper(Product { c, a, b, how, m, n, k }, &name, other)
+    }
+
     /// out = (or, in turn, +=) the pieces of op(a) op(b) added as `together` says; see `CanonicalSums`.
     pub(super) fn multiply_pieces(&self, out: &mut Tensor, (a, b): (&Tensor, &Tensor), how: Gemm, terms: Terms, together: Together) {
         let (c, a, b) = (matrix(out), matrix(a), matrix(b));
