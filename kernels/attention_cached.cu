@@ -1,12 +1,12 @@
-// Attention over a KV cache (Device::attention_cached), three launches: the new keys and values go to the cache; each item
-// attends over its share of the keys (split-K, so that a decode fills the machine); shares are combined in order. Where shares end
+// Attention over a KV cache (Device::attention_cached), two launches: the new keys and values go to the cache; each item attends over its
+// share of the keys (split-K, so that a decode fills the machine), and the last of a row's shares to be done combines them. Where shares end
 // depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
 // bits whatever rows it was computed with.
 // append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads; "deep" with four stages of keys in the place of two,
-// where blocks are so few that each has a processor for itself. combine: grid (n_rows, G), 128 threads.
-// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu: d64 151, d128 186, d192 226,
-// fma 96; deep d64 151, 82944 bytes; d128 186, 156672; d192 225, 230400; append 40, combine 32, no shared memory. A decode fills only
-// per_kv of the 64 rows of a tile.
+// where blocks are so few that each has a processor for itself.
+// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu and a word: d64 153, d128 194, d192 229,
+// fma 120; deep d64 152, 82944 bytes; d128 195, 156672; d192 230, 230400; append 40, no shared memory. A decode fills only per_kv of the
+// 64 rows of a tile.
 #include "attention_tile.cuh"
 
 // tokens[n, 2]: the row of qkv and the row of the cache. keys and values: [n_pages * PAGE_TOKENS, G*D].
@@ -31,43 +31,66 @@ __device__ __forceinline__ void append(T* keys, T* values, const T* qkv, const i
     }
 }
 
-// A row and its shares.
-struct Combined {
-    int first_token;
-    int row;         // (token, head) of the item
-    int partial_row; // of the first share
-    int step;        // rows from a share to the next
-    int n_shares;
+// How the keys of a block of rows are shared out, for each item.
+struct Shares {
+    int n;
+    int partial_row; // of the first share and the first row; n_rows further are those of the next share
+    int counter;     // of its groups: shares that are done; 0 before and after a launch
 };
 
-// out = sum_i exp(lse_i - max) o_i / sum_i exp(lse_i - max): the upper sum with i ascending, the lower by lanes, lane l with those of
-// i % 32 = l. What nothing was seen in adds 0 to either, which changes no bit.
+// A row of a group: out = sum_i exp(lse_i - max) o_i / sum_i exp(lse_i - max), i over its shares from row `first` of the partial results
+// on, `step` rows apart: the upper sum with i ascending, the lower by lanes, lane l with those of i % 32 = l. What nothing was seen in
+// adds 0 to either, which changes no bit. By one warp.
 template <class T>
-__device__ __forceinline__ void combine(T* out, const float* partial, const float* partial_lse, const Combined* rows, int n_partial,
-                                        int per_kv, int n_groups, int dim) {
-    Combined c = rows[blockIdx.x];
-    size_t first = (size_t)blockIdx.y * n_partial + c.partial_row;
+__device__ __forceinline__ void combine(T* out, const float* partial, const float* partial_lse, size_t first, int step, int n_shares,
+                                        int dim) {
+    constexpr int MOST = 8; // dims of a lane
     int lane = threadIdx.x % 32;
-    float top = MINUS_INFINITY, total = 0.0f, sum[2] = {}; // of two dims: there are at most 256
-    for (int i = lane; i < c.n_shares; i += 32) top = fmaxf(top, partial_lse[first + (size_t)i * c.step]);
+    float top = MINUS_INFINITY, total = 0.0f, sum[MOST] = {};
+    for (int i = lane; i < n_shares; i += 32) top = fmaxf(top, load_published(partial_lse + first + (size_t)i * step));
     top = warp_max(top);
-    for (int begin = 0; begin < c.n_shares; begin += 32) {
-        float mine = begin + lane < c.n_shares ? expf(partial_lse[first + (size_t)(begin + lane) * c.step] - top) : 0.0f;
-        int n = min(32, c.n_shares - begin);
+    for (int begin = 0; begin < n_shares; begin += 32) {
+        float mine = begin + lane < n_shares ? expf(load_published(partial_lse + first + (size_t)(begin + lane) * step) - top) : 0.0f;
+        int n = min(32, n_shares - begin);
         total += mine;
 #pragma unroll 4
         for (int i = 0; i < n; i++) {
             float weight = __shfl_sync(0xffffffffu, mine, i);
-            const float* from = partial + (first + (size_t)(begin + i) * c.step) * dim;
-            for (int h = 0; h < 2; h++)
-                if (threadIdx.x + 128 * h < dim) sum[h] = fmaf(weight, from[threadIdx.x + 128 * h], sum[h]);
+            const float* from = partial + (first + (size_t)(begin + i) * step) * dim;
+#pragma unroll
+            for (int h = 0; h < MOST; h++)
+                if (lane + 32 * h < dim) sum[h] = fmaf(weight, load_published(from + lane + 32 * h), sum[h]);
         }
     }
     total = warp_sum(total);
-    size_t head = blockIdx.y * per_kv + c.row % per_kv, token = c.first_token + c.row / per_kv;
-    for (int h = 0; h < 2; h++) {
-        int d = threadIdx.x + 128 * h;
-        if (d < dim) store(out + (token * n_groups * per_kv + head) * dim + d, sum[h] / total);
+#pragma unroll
+    for (int h = 0; h < MOST; h++)
+        if (lane + 32 * h < dim) store(out + lane + 32 * h, sum[h] / total);
+}
+
+// After a block's share: the block whose share is the last to be done combines those of all of its rows, in their order, so that no bit
+// depends on which it is. `tile` is the most rows of an item.
+template <class T>
+__device__ __forceinline__ void combine_by_the_last(const Attend<T>& how, const Item& item, const Shares& shares, unsigned* counters, int dim,
+                                                    int tile) {
+    __shared__ bool is_last;
+    if (shares.n == 1) return;
+    device_fence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned* counter = counters + shares.counter * gridDim.y + blockIdx.y;
+        is_last = count_published(counter) == shares.n - 1;
+        if (is_last) *counter = 0; // for the next launch
+    }
+    __syncthreads();
+    if (!is_last) return;
+    device_fence();
+    int n_rows = min(tile, item.n_tokens * how.per_kv - item.first_row);
+    for (int i = threadIdx.x / 32; i < n_rows; i += blockDim.x / 32) {
+        int row = item.first_row + i;
+        size_t head = blockIdx.y * how.per_kv + row % how.per_kv, token = item.first_token + row / how.per_kv;
+        T* out = how.out + (token * how.n_groups * how.per_kv + head) * dim;
+        combine(out, how.partial, how.partial_lse, (size_t)blockIdx.y * how.n_partial + shares.partial_row + i, n_rows, shares.n, dim);
     }
 }
 
@@ -91,14 +114,16 @@ template <int D> __device__ __forceinline__ void hint_at_keys(const Attend<bf16>
 #define CACHED_MMA(name, D, STAGES)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, STAGES == 2 ? 2 : 1)                                                           \
         attention_##name##_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, const bf16* keys,             \
-                                     const bf16* values, const int* pages, const Item* items, int n_partial, int per_kv,             \
-                                     int n_groups, float scale) {                                                                    \
+                                     const bf16* values, const int* pages, const Item* items, const Shares* shares,                  \
+                                     unsigned* counters, int n_partial, int per_kv, int n_groups, float scale) {                     \
         let_successor_come();                                                                                                        \
         Item item = items[blockIdx.x];                                                                                               \
         auto how = over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D);                  \
         hint_at_keys<D>(how, item);                                                                                                  \
         wait_for_predecessors();                                                                                                     \
-        attend_mma<D, STAGES>(how, item, scale);                                                                                     \
+        if (item.n_tokens * per_kv - item.first_row <= 16) attend_mma<D, STAGES, true>(how, item, scale);                            \
+        else attend_mma<D, STAGES, false>(how, item, scale);                                                                         \
+        combine_by_the_last(how, item, shares[blockIdx.x], counters, D, 64);                                                         \
     }
 CACHED_MMA(cached, 64, 2)
 CACHED_MMA(cached, 128, 2)
@@ -108,24 +133,20 @@ CACHED_MMA(cached_deep, 128, 4)
 CACHED_MMA(cached_deep, 192, 4)
 
 #define CACHED(suffix, T)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128)                                                                                \
+    extern "C" __global__ void __launch_bounds__(128, 4)                                                                             \
         attention_cached_##suffix(T* out, float* partial, float* partial_lse, const T* qkv, const T* keys, const T* values,          \
-                                  const int* pages, const Item* items, int n_partial, int per_kv, int n_groups, int dim,             \
-                                  float scale) {                                                                                     \
+                                  const int* pages, const Item* items, const Shares* shares, unsigned* counters, int n_partial,      \
+                                  int per_kv, int n_groups, int dim, float scale) {                                                  \
         after_predecessors();                                                                                                        \
-        attend_fma<T>(over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, dim),             \
-                      items[blockIdx.x], dim, scale);                                                                                \
+        Item item = items[blockIdx.x];                                                                                               \
+        auto how = over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, dim);                \
+        attend_fma<T>(how, item, dim, scale);                                                                                        \
+        combine_by_the_last(how, item, shares[blockIdx.x], counters, dim, 16);                                                       \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                                \
         attention_append_##suffix(T* keys, T* values, const T* qkv, const int* tokens, int per_kv, int n_groups, int dim) {          \
         after_predecessors();                                                                                                        \
         append<T>(keys, values, qkv, tokens, per_kv, n_groups, dim);                                                                 \
-    }                                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(128)                                                                                \
-        attention_combine_##suffix(T* out, const float* partial, const float* partial_lse, const Combined* rows, int n_partial,      \
-                                   int per_kv, int n_groups, int dim) {                                                              \
-        after_predecessors();                                                                                                        \
-        combine<T>(out, partial, partial_lse, rows, n_partial, per_kv, n_groups, dim);                                               \
     }
 CACHED(f32, float)
 CACHED(bf16, bf16)

@@ -16,7 +16,7 @@ __device__ __forceinline__ Attend<T> over_qkv(T* out, float* lse, const T* qkv, 
         attention_d##D##_bf16(bf16* out, float* lse, const bf16* qkv, const Item* items, int n_tokens, int per_kv, int n_groups,      \
                               float scale) {                                                                                         \
         after_predecessors();                                                                                                           \
-        attend_mma<D, 2>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, D), items[blockIdx.x], scale);                             \
+        attend_mma<D, 2, false>(over_qkv(out, lse, qkv, n_tokens, per_kv, n_groups, D), items[blockIdx.x], scale);                      \
     }
 ATTENTION_MMA(64)
 ATTENTION_MMA(128)

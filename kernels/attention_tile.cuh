@@ -39,10 +39,11 @@ template <class T> struct Attend {
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
-// Rows [0, 64) of a tile [64, D] in shared memory, rows of D + 8 so that ldmatrix meets no bank twice; zeros past n_rows.
+// Rows [0, ROWS) of a tile [64, D] in shared memory, rows of D + 8 so that ldmatrix meets no bank twice; zeros past n_rows.
 // `row_at(i)` is the address of row i.
-template <int D, int THREADS, class RowAt> __device__ __forceinline__ void load_tile(bf16* tile, int n_rows, RowAt row_at) {
-    for (int i = threadIdx.x; i < 64 * (D / 8); i += THREADS) {
+template <int D, int THREADS, int ROWS = 64, class RowAt>
+__device__ __forceinline__ void load_tile(bf16* tile, int n_rows, RowAt row_at) {
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
         int row = i / (D / 8), column = i % (D / 8) * 8;
         bf16* to = tile + row * (D + 8) + column;
         if (row < n_rows)
@@ -70,23 +71,29 @@ template <class T> __device__ __forceinline__ void put(const Attend<T>& how, con
     if (item.partial_row < 0)
         store(how.out + (token * how.n_groups * how.per_kv + head) * dim + i, x + 0.0f); // no -0, as where shares are combined
     else
-        how.partial[((size_t)blockIdx.y * how.n_partial + item.partial_row + row - item.first_row) * dim + i] = x;
+        publish(how.partial + ((size_t)blockIdx.y * how.n_partial + item.partial_row + row - item.first_row) * dim + i, x);
 }
 template <class T> __device__ __forceinline__ void put_lse(const Attend<T>& how, const Item& item, int row, float lse) {
     size_t head = blockIdx.y * how.per_kv + row % how.per_kv;
     if (item.partial_row >= 0)
-        how.partial_lse[(size_t)blockIdx.y * how.n_partial + item.partial_row + row - item.first_row] = lse;
+        publish(how.partial_lse + (size_t)blockIdx.y * how.n_partial + item.partial_row + row - item.first_row, lse);
     else if (how.lse)
         how.lse[head * how.n_tokens + item.first_token + row / how.per_kv] = lse;
 }
 
 // 64 rows by 4 warps of 16, over tiles of 64 keys of which all but one stage are under way. Shared: Q, then the stages of K and V:
 // (1 + 2 STAGES) * 64 * (D + 8) * 2 bytes. The bits do not depend on how many stages there are.
-template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
+// FEW: at most 16 rows, as in decode steps, which one warp would work on while three have none. Each warp scores 16 of a tile's keys,
+// hands its scores to the others through shared memory (in the place of Q's other rows), weighs all keys as the others do, and sums up a
+// quarter of the dims: the same sums in the same order, so the same bits.
+template <int D, int STAGES, bool FEW> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
     constexpr int ROW = D + 8, TILE = 64 * ROW;
+    constexpr int OWN_KEYS = FEW ? 16 : 64, OWN_DIMS = FEW ? D / 4 : D;
     DYNAMIC_SHARED(memory);
     bf16* q = (bf16*)memory;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int warp_row = FEW ? 0 : warp * 16, first_key = FEW ? warp * OWN_KEYS : 0, first_dim = FEW ? warp * OWN_DIMS : 0;
+    float4* scores = (float4*)(q + 16 * ROW); // of 8 keys each, lane by lane
     int n_rows = min(64, item.n_tokens * how.per_kv - item.first_row);
     int last = item.past + (item.first_row + n_rows - 1) / how.per_kv + 1;
     int key_end = min(item.key_end, last);
@@ -99,16 +106,16 @@ template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const At
         load_tile<D, 128>(k, key_end - first, at(how.keys));
         load_tile<D, 128>(k + TILE, key_end - first, at(how.values));
     };
-    load_tile<D, 128>(q, n_rows, [&](int i) { return query_row(how, item, item.first_row + i, D); });
+    load_tile<D, 128, FEW ? 16 : 64>(q, n_rows, [&](int i) { return query_row(how, item, item.first_row + i, D); });
     for (int i = 0; i < STAGES - 1; i++) {
         if (item.key_begin + i * 64 < key_end) fetch(item.key_begin + i * 64);
         cp_async_commit();
     }
 
-    float o[D / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
+    float o[OWN_DIMS / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
     int row[2], visible[2];
     for (int h = 0; h < 2; h++) {
-        row[h] = item.first_row + warp * 16 + lane / 4 + 8 * h;
+        row[h] = item.first_row + warp_row + lane / 4 + 8 * h;
         visible[h] = item.past + row[h] / how.per_kv + 1;
     }
     float factor = scale * LOG2_E;
@@ -122,12 +129,21 @@ template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const At
 #pragma unroll
         for (int c = 0; c < D; c += 16) {
             unsigned a[4], b[4];
-            ldmatrix_x4(a, q + (warp * 16 + lane % 16) * ROW + c + lane / 16 * 8);
+            ldmatrix_x4(a, q + (warp_row + lane % 16) * ROW + c + lane / 16 * 8);
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                ldmatrix_x4(b, k + (n * 16 + lane % 8 + lane / 16 * 8) * ROW + c + lane / 8 % 2 * 8);
+            for (int n = 0; n < OWN_KEYS / 16; n++) {
+                ldmatrix_x4(b, k + (first_key + n * 16 + lane % 8 + lane / 16 * 8) * ROW + c + lane / 8 % 2 * 8);
                 mma_m16n8k16_bf16(s[2 * n], a, b);
                 mma_m16n8k16_bf16(s[2 * n + 1], a, b + 2);
+            }
+        }
+        if (FEW) {
+            for (int n = 0; n < 2; n++) scores[(2 * warp + n) * 32 + lane] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+            __syncthreads(); // read before the next tile is here for all
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                float4 of = scores[n * 32 + lane];
+                s[n][0] = of.x, s[n][1] = of.y, s[n][2] = of.z, s[n][3] = of.w;
             }
         }
 #pragma unroll
@@ -156,7 +172,7 @@ template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const At
                     sum[h] += s[n][2 * h + e];
                 }
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
+            for (int n = 0; n < OWN_DIMS / 8; n++) {
                 o[n][2 * h] *= keep;
                 o[n][2 * h + 1] *= keep;
             }
@@ -166,9 +182,9 @@ template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const At
             unsigned a[4] = {pack_bf16(s[2 * c][0], s[2 * c][1]), pack_bf16(s[2 * c][2], s[2 * c][3]),
                              pack_bf16(s[2 * c + 1][0], s[2 * c + 1][1]), pack_bf16(s[2 * c + 1][2], s[2 * c + 1][3])};
 #pragma unroll
-            for (int n = 0; n < D / 16; n++) {
+            for (int n = 0; n < OWN_DIMS / 16; n++) {
                 unsigned b[4];
-                ldmatrix_x4_trans(b, k + TILE + (c * 16 + lane % 16) * ROW + n * 16 + lane / 16 * 8);
+                ldmatrix_x4_trans(b, k + TILE + (c * 16 + lane % 16) * ROW + first_dim + n * 16 + lane / 16 * 8);
                 mma_m16n8k16_bf16(o[2 * n], a, b);
                 mma_m16n8k16_bf16(o[2 * n + 1], a, b + 2);
             }
@@ -181,10 +197,10 @@ template <int D, int STAGES> __device__ __forceinline__ void attend_mma(const At
         if (row[h] - item.first_row >= n_rows) continue;
         float inverse = total > 0.0f ? 1.0f / total : 0.0f;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
+        for (int n = 0; n < OWN_DIMS / 8; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) put(how, item, row[h], D, n * 8 + lane % 4 * 2 + e, o[n][2 * h + e] * inverse);
-        if (lane % 4 == 0) put_lse(how, item, row[h], most[h] * scale + logf(total));
+            for (int e = 0; e < 2; e++) put(how, item, row[h], D, first_dim + n * 8 + lane % 4 * 2 + e, o[n][2 * h + e] * inverse);
+        if (lane % 4 == 0 && (!FEW || warp == 0)) put_lse(how, item, row[h], most[h] * scale + logf(total));
     }
 }
 

@@ -56,6 +56,13 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
                  : "l"(from));
     return all;
 }
+// What another block of this launch reads, which must know that the writers are past their device_fence(): one thread of a block counts
+// it after that and a __syncthreads. The reader, who is told how many were counted before, passes a device_fence() too, and loads past
+// its L1 cache.
+__device__ __forceinline__ void publish(float* to, float x) { *to = x; }
+__device__ __forceinline__ void device_fence() { __threadfence(); }
+__device__ __forceinline__ unsigned count_published(unsigned* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ float load_published(const float* from) { return __ldcg(from); }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the groups this thread committed are under way.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

@@ -2,7 +2,8 @@
 // instructions exchange through a buffer of their warp. All 32 lanes of a warp must reach a warp instruction together, as on
 // the device with a full mask. Included by common.cuh under TRIREME_EMULATE.
 // So that a missing barrier or wait shows as a wrong result, blocks differ in their order: threads from the first or from the last;
-// warps side by side or any one as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for.
+// warps side by side or any one as far ahead of the others as the barriers let it; cp.async at once or not before it is waited for. What
+// a block publishes for others is not seen before its fence.
 // A launch can be made in two parts, `begin` and `finish`: what its threads do before they wait for the work before it, and the rest. So
 // what is read too early, and a wait that is missing, show too. The blocks of a cluster take turns whenever no thread of one can go on.
 // Threads that wait for what nobody does end the program with a line.
@@ -46,6 +47,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulate {
@@ -137,8 +139,24 @@ inline void wait(Barrier& barrier, int n_threads) {
     block_on({passed, &barrier, generation});
 }
 inline void warp() { wait(warp_barriers[threadIdx.x / 32], 32); }
+// What a thread publishes is not seen before its fence, or its end; nothing may come after the block was counted.
+inline std::vector<std::vector<std::pair<float*, float>>> published;
+inline bool is_counted;
+inline std::vector<std::pair<float*, float>>& published_by_me() {
+    if (published.size() <= threadIdx.x) published.resize(threadIdx.x + 1);
+    return published[threadIdx.x];
+}
+inline void show_published() {
+    if (is_counted && !published_by_me().empty()) {
+        fprintf(stderr, "emulate: block %d %d, thread %d publishes what was counted already\n", blockIdx.x, blockIdx.y, threadIdx.x);
+        abort();
+    }
+    for (auto [to, x] : published_by_me()) *to = x;
+    published_by_me().clear();
+}
 inline void entry() {
     body();
+    show_published();
     ended[threadIdx.x] = true;
     change(fibers[threadIdx.x], scheduler);
 }
@@ -287,6 +305,7 @@ inline void check_end(const Block& block) {
 // blocks belong to them; then all have ended. What at_start sets up is as new, for nothing of it is used before the work before has ended.
 inline bool go_on(const Launched& launch, Block* blocks, int n) {
     if (n == 1) cluster_barrier = {};
+    is_counted = false;
     inside(blocks, n - 1, [&] {
         if (at_start) at_start(launch.threads);
     });
@@ -399,6 +418,13 @@ inline void cp_async_16(void* to, const void* from) {
     if (emulate::order.copies_late) emulate::copies[threadIdx.x].open.push_back({to, from});
     else memcpy(to, from, 16);
 }
+inline void publish(float* to, float x) { emulate::published_by_me().push_back({to, x}); }
+inline void device_fence() { emulate::show_published(); }
+inline unsigned count_published(unsigned* counter) {
+    emulate::is_counted = true;
+    return (*counter)++;
+}
+inline float load_published(const float* from) { return *from; }
 inline uint4 load_once(const void* from) {
     if ((size_t)from % 16) abort();
     uint4 all;

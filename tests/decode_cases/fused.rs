@@ -1,4 +1,4 @@
-//! Operations that are fewer launches than the operations they stand for: the same bits.
+//! Operations that are fewer launches than the operations they stand for, and rows alone against rows among others: the same bits.
 
 use crate::cases;
 use crate::oracle::HeadCounts;
@@ -95,6 +95,23 @@ pub fn check_attention_rope_backward(device: &dyn Device, heads: HeadCounts, rot
     }
 }
 
+/// Rows fed together and one by one, past the end of a share of keys: the same bits, though one row is worked on in another way.
+pub fn check_rows_alone(device: &dyn Device, heads: HeadCounts, dtype: DType) {
+    let (how, n_pages, past, new) = (cases::heads_of(heads), 9, 500, 24);
+    let (columns, width) = (how.qkv_columns(), how.query * how.dim);
+    let dims = [n_pages, PAGE_TOKENS, heads.1 * how.dim];
+    let cache = || KvCache { keys: noise(device, &dims, dtype, 8), values: noise(device, &dims, dtype, 9) };
+    let (qkv, mut together, mut alone) =
+        (noise(device, &[new, columns], dtype, 10), noise(device, &[new, width], dtype, 11), noise(device, &[new, width], dtype, 12));
+    let span = |rows: usize, past: usize| CacheSpan { rows: 0..rows, past, pages: (0..n_pages as u32).rev().collect() };
+    device.attention_cached(&mut together, &qkv, &mut cache(), &[span(new, past)], how);
+    let mut cache = cache();
+    for i in 0..new {
+        device.attention_cached(&mut alone.rows_mut(i..i + 1), &qkv.rows(i..i + 1), &mut cache, &[span(1, past + i)], how);
+    }
+    assert_same(&format!("rows alone, heads {heads:?}, {dtype:?}"), &alone, &together);
+}
+
 /// A product and its activation as one call.
 pub fn check_gemm_activation(device: &dyn Device, kind: Activation, (m, f, k): (usize, usize, usize), dtype: DType) {
     let n = f * kind.inputs_per_output();
@@ -142,6 +159,7 @@ pub fn check(device: &dyn Device) {
         {
             check_rope_attention(device, heads, rotary_dims, dtype);
             check_attention_rope_backward(device, heads, rotary_dims, dtype);
+            check_rows_alone(device, heads, dtype);
         }
         check_rope_attention(device, (2, 1, 64), 0, dtype);
         for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 4096), (4, 21, 8200), (7, 12, 64)] {

@@ -25,9 +25,9 @@ const MAX_TOKENS: usize = 600;
 /// Of the caches: fewer than sequences in them could need.
 const PAGES: usize = 30;
 
-fn model() -> ModelConfig {
+fn model(head_dim: usize) -> ModelConfig {
     let rope_scaling = Some(models::yarn(32));
-    ModelConfig { vocab_divisor: 8, rope_scaling, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, 16, 48, 61], MAX_TOKENS) }
+    ModelConfig { vocab_divisor: 8, rope_scaling, init_std: 0.1, ..models::nemotron([2, 32, 4, 2, head_dim, 48, 61], MAX_TOKENS) }
 }
 
 /// What steps are made with.
@@ -39,16 +39,18 @@ pub struct How {
     pub weights: Option<Fp8Scales>,
     /// Order of sums.
     pub order: Mode,
+    /// With 64, 128 and 192 attention is on tensor cores in bf16.
+    pub head_dim: usize,
 }
 
 impl How {
-    pub const PLAIN: How = How { dtype: DType::F32, weights: None, order: Mode::Fast };
+    pub const PLAIN: How = How { dtype: DType::F32, weights: None, order: Mode::Fast, head_dim: 16 };
 }
 
 /// A model with caches whose every row holds something.
 fn model_and_caches(device: &dyn Device, how: How) -> (Chunk, Vec<KvCache>) {
     let (layout, at) = (ParallelLayout::SINGLE, Coords { tp: 0, pp: 0, dp: 0 });
-    let mut chunk = Chunk::new(device, &model(), &layout, at, 0, how.dtype, Purpose::Inference).unwrap();
+    let mut chunk = Chunk::new(device, &model(how.head_dim), &layout, at, 0, how.dtype, Purpose::Inference).unwrap();
     chunk.initialise(device, 3);
     how.weights.iter().for_each(|scales| chunk.pack(device, &Solo::new(), WeightFormat::Fp8(*scales)).unwrap());
     let mut caches = chunk.new_caches(device, PAGES).unwrap();

@@ -80,7 +80,8 @@ template <class T> static void run(const Case& c) {
     auto row_of = [&](int s, int i) { return pages[first_page[s] + i / PAGE_TOKENS] * PAGE_TOKENS + i % PAGE_TOKENS; };
     std::vector<int> tokens, old;
     std::vector<Item> cached_items;
-    std::vector<Combined> rows;
+    std::vector<Shares> shares_of;
+    int n_counters = 0;
     for (int s = 0; s < sequences; s++) {
         int len = tokens_of(s), past = s % 2 ? len - 1 : len / 2, fresh = len - past;
         for (int i = 0; i < len; i++) {
@@ -90,12 +91,14 @@ template <class T> static void run(const Case& c) {
         }
         for (int row = 0; row < fresh * c.per_kv; row += block) {
             int n_rows = min(block, fresh * c.per_kv - row), shares = (len + share - 1) / share;
-            for (int i = 0; i < n_rows && shares > 1; i++) rows.push_back({c.starts[s] + past, row + i, n_partial + i, n_rows, shares});
+            int first_partial = n_partial;
             for (int i = 0; i < shares; i++) {
                 int end = min(len, (i + 1) * share);
+                shares_of.push_back({shares, first_partial, n_counters});
                 cached_items.push_back({c.starts[s] + past, fresh, past, row, i * share, end, first_page[s], shares > 1 ? n_partial : -1});
                 if (shares > 1) n_partial += n_rows;
             }
+            n_counters += shares > 1;
         }
     }
     for (auto* list : {&old, &tokens})
@@ -104,20 +107,36 @@ template <class T> static void run(const Case& c) {
             else attention_append_f32(keys.data(), values.data(), qkv_t.data(), list->data(), c.per_kv, g, d);
         });
     std::vector<float> partial((size_t)g * n_partial * d + 1), partial_lse((size_t)g * n_partial + 1);
-#define CACHE cached.data(), partial.data(), partial_lse.data(), qkv_t.data(), keys.data(), values.data(), pages.data(), cached_items.data(), n_partial, c.per_kv, g
-    emulate::launch({(int)cached_items.size(), g, 1}, 128, mma ? mma_bytes(5, d) : fma_bytes, [&] {
-        if constexpr (is_bf16<T>) {
-            if (d == 64) attention_cached_d64_bf16(CACHE, scale);
-            else if (d == 128) attention_cached_d128_bf16(CACHE, scale);
-            else if (d == 192) attention_cached_d192_bf16(CACHE, scale);
-            else attention_cached_bf16(CACHE, d, scale);
-        } else
-            attention_cached_f32(CACHE, d, scale);
-    });
-    emulate::launch({(int)rows.size(), g, 1}, 128, 16, [&] {
-        if constexpr (is_bf16<T>) attention_combine_bf16(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
-        else attention_combine_f32(cached.data(), partial.data(), partial_lse.data(), rows.data(), n_partial, c.per_kv, g, d);
-    });
+    std::vector<unsigned> counters(n_counters * g + 1);
+#define CACHE cached.data(), partial.data(), partial_lse.data(), qkv_t.data(), keys.data(), values.data(), pages.data(), cached_items.data(), shares_of.data(), counters.data(), n_partial, c.per_kv, g
+    // Twice, with the blocks in another order: whose share is the last to be done changes no bit.
+    auto attend = [&] {
+        emulate::launch({(int)cached_items.size(), g, 1}, 128, mma ? mma_bytes(5, d) : fma_bytes, [&] {
+            if constexpr (is_bf16<T>) {
+                if (d == 64) attention_cached_d64_bf16(CACHE, scale);
+                else if (d == 128) attention_cached_d128_bf16(CACHE, scale);
+                else if (d == 192) attention_cached_d192_bf16(CACHE, scale);
+                else attention_cached_bf16(CACHE, d, scale);
+            } else
+                attention_cached_f32(CACHE, d, scale);
+        });
+    };
+    attend();
+    auto first_time = cached;
+    std::vector<int> order(cached_items.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = i;
+    std::shuffle(order.begin(), order.end(), noise);
+    auto in_order = cached_items;
+    auto in_order_too = shares_of;
+    for (size_t i = 0; i < order.size(); i++) cached_items[i] = in_order[order[i]], shares_of[i] = in_order_too[order[i]];
+    for (auto* of : {&partial, &partial_lse}) std::fill(of->begin(), of->end(), NAN);
+    std::fill(cached.begin(), cached.end(), narrow(NAN, (T*)0));
+    attend();
+    for (size_t r = 0; r < tokens.size(); r += 2)
+        if (memcmp(&cached[(size_t)tokens[r] * a * d], &first_time[(size_t)tokens[r] * a * d], a * d * sizeof(T))) {
+            printf("FAILED %s: token %d has other bits when its shares are done in another order\n", name.c_str(), tokens[r]);
+            failures++;
+        }
     Check from_cache{"cached out"};
     for (size_t r = 0; r < tokens.size(); r += 2)
         for (size_t i = (size_t)tokens[r] * a * d; i < (size_t)(tokens[r] + 1) * a * d; i++)

@@ -36,14 +36,16 @@ fn recorded_steps_see_new_values_with_fp8() {
 }
 
 /// The same in bf16, where a step is kernels from end to end: each does what it does ahead, up to three kernels before its turn, on what
-/// memory holds then (kernels/emulate.h). In the shortest order and in the canonical one, also with Hopper's own instructions.
+/// memory holds then (kernels/emulate.h). In the shortest order and in the canonical one, also with Hopper's own instructions; attention by
+/// FMA, and on tensor cores, where it hints at keys.
 #[test]
 fn recorded_kernels_may_come_early() {
     let (Some(backend), Some(hopper)) = (emulator(), hopper()) else { return };
-    for (backend, order) in [(&backend, Mode::Fast), (&backend, Mode::Reproducible), (&hopper, Mode::Reproducible)] {
+    let of_dim_16 = [(&backend, Mode::Fast, 16), (&backend, Mode::Reproducible, 16), (&hopper, Mode::Reproducible, 16)];
+    for (backend, order, head_dim) in of_dim_16.into_iter().chain([(&backend, Mode::Fast, 64)]) {
         let device = Cuda::with_backend(Arc::clone(backend) as Arc<dyn Backend>);
         let begun = backend.n_begun();
-        decode_cases::check(&device, How { dtype: DType::BF16, order, ..How::PLAIN }, |_| {});
+        decode_cases::check(&device, How { dtype: DType::BF16, order, head_dim, ..How::PLAIN }, |_| {});
         assert!(backend.n_begun() - begun > 100, "{} kernels began ahead", backend.n_begun() - begun);
     }
 }

@@ -15,15 +15,13 @@ const SHARE: usize = 8 * PAGE_TOKENS;
 /// Where each table begins.
 const ALIGNMENT: usize = 256;
 
-/// `Combined` of kernels/attention_cached.cu: a row whose keys were shared out.
+/// `Shares` of kernels/attention_cached.cu: how the keys of an item's rows are shared out.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Combined {
-    first_token: i32,
-    row: i32,
+struct SharesOf {
+    n: i32,
     partial_row: i32,
-    step: i32,
-    n_shares: i32,
+    counter: i32,
 }
 
 /// All that the tables of a call follow from.
@@ -45,8 +43,10 @@ struct Work {
     items: Vec<Item>,
     /// The pages of each sequence, one after another.
     pages: Vec<u32>,
-    /// Rows whose keys were shared out.
-    combined: Vec<Combined>,
+    /// One for each item.
+    shares: Vec<SharesOf>,
+    /// For each block of rows whose keys were shared out, so many of a group's: shares that are done.
+    n_counters: usize,
     /// Rows of partial results of a group.
     n_partial: usize,
 }
@@ -97,8 +97,9 @@ impl Work {
             Shares::Exactly(n) => n,
         };
         let first_token = int(span.rows.start);
+        let is_shared = n_shares > 1;
         for i in 0..n_shares {
-            let partial_row = if n_shares > 1 { int(self.n_partial + i * n_rows) } else { -1 };
+            let partial_row = if is_shared { int(self.n_partial + i * n_rows) } else { -1 };
             self.items.push(Item {
                 first_token,
                 n_tokens: int(span.rows.len()),
@@ -109,32 +110,28 @@ impl Work {
                 key_row: int(first_page),
                 partial_row,
             });
+            self.shares.push(SharesOf { n: int(n_shares), partial_row: int(self.n_partial), counter: int(self.n_counters) });
         }
-        if n_shares > 1 {
-            let partial = self.n_partial;
-            self.combined.extend((0..n_rows).map(|i| Combined {
-                first_token,
-                row: int(first_row + i),
-                partial_row: int(partial + i),
-                step: int(n_rows),
-                n_shares: int(n_shares),
-            }));
+        if is_shared {
             self.n_partial += n_shares * n_rows;
+            self.n_counters += 1;
         }
     }
 
     /// Sizes of the launches.
     fn sizes(&self) -> [usize; 4] {
-        [self.tokens.len(), self.items.len(), self.combined.len(), self.n_partial]
+        [self.tokens.len(), self.items.len(), self.n_counters, self.n_partial]
     }
 
-    /// The tables, each at a multiple of ALIGNMENT; that of the pages, whose size is not one of `sizes`, last.
-    fn bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let tables: [&[u8]; 4] = [
+    /// The tables and the counters of `kv` groups, each at a multiple of ALIGNMENT; the table of the pages, whose size is not one of
+    /// `sizes`, last.
+    fn bytes(&self, kv: usize) -> Vec<u8> {
+        let (mut bytes, counters) = (Vec::new(), vec![0u32; self.n_counters * kv]);
+        let tables: [&[u8]; 5] = [
             bytemuck::cast_slice(&self.tokens),
             bytemuck::cast_slice(&self.items),
-            bytemuck::cast_slice(&self.combined),
+            bytemuck::cast_slice(&self.shares),
+            bytemuck::cast_slice(&counters),
             bytemuck::cast_slice(&self.pages),
         ];
         for table in tables {
@@ -154,7 +151,7 @@ fn partial_bytes(heads: Heads, n_partial: usize) -> [usize; 2] {
 /// Tables of a call in device memory, and room for its partial results.
 pub(super) struct Tables {
     call: Call,
-    /// The partial results, their log-sum-exps; then tokens, items, rows to combine, pages.
+    /// The partial results, their log-sum-exps; then tokens, items, their shares, counters, pages.
     memory: Workspace,
     sizes: [usize; 4],
 }
@@ -164,7 +161,8 @@ impl Tables {
     fn new(cuda: &Cuda, call: Call, n_more_pages: usize) -> Tables {
         let work = Work::of(&call);
         let to_grow = n_more_pages * size_of::<u32>();
-        let memory = cuda.own_memory(partial_bytes(call.heads, work.n_partial).iter().sum::<usize>() + work.bytes().len() + to_grow);
+        let memory =
+            cuda.own_memory(partial_bytes(call.heads, work.n_partial).iter().sum::<usize>() + work.bytes(call.heads.kv).len() + to_grow);
         Tables { memory, sizes: work.sizes(), call }
     }
 
@@ -181,13 +179,14 @@ impl Tables {
         assert!(same_rows && work.sizes() == self.sizes, "a pass recorded for {:?} is asked for with {spans:?}", self.call.spans);
         assert!(work.pages.len() <= spans.len() * self.call.n_pages, "{spans:?} in {} pages", self.call.n_pages);
         assert!(work.pages.iter().all(|page| (*page as usize) < self.call.n_pages), "{spans:?} in {} pages", self.call.n_pages);
-        cuda.backend
-            .upload(&work.bytes(), self.memory.address() + partial_bytes(self.call.heads, work.n_partial).iter().sum::<usize>() as u64);
+        let heads = self.call.heads;
+        let at = partial_bytes(heads, work.n_partial).iter().sum::<usize>() as u64;
+        cuda.backend.upload(&work.bytes(heads.kv), self.memory.address() + at);
     }
 
-    /// Where the partial results, their log-sum-exps, and the tables of tokens, items, rows to combine and pages begin.
-    fn args(&self) -> [Arg; 6] {
-        let [n_tokens, n_items, n_combined, n_partial] = self.sizes;
+    /// Where the partial results, their log-sum-exps, the tables of tokens, items and shares, the counters and the table of pages begin.
+    fn args(&self) -> [Arg; 7] {
+        let [n_tokens, n_items, n_counters, n_partial] = self.sizes;
         let [results, log_sum_exps] = partial_bytes(self.call.heads, n_partial);
         let mut at = 0;
         let bytes = [
@@ -195,7 +194,8 @@ impl Tables {
             log_sum_exps,
             (n_tokens * size_of::<[i32; 2]>()).next_multiple_of(ALIGNMENT),
             (n_items * size_of::<Item>()).next_multiple_of(ALIGNMENT),
-            (n_combined * size_of::<Combined>()).next_multiple_of(ALIGNMENT),
+            (n_items * size_of::<SharesOf>()).next_multiple_of(ALIGNMENT),
+            (n_counters * self.call.heads.kv * size_of::<u32>()).next_multiple_of(ALIGNMENT),
             0,
         ];
         bytes.map(|bytes| {
@@ -274,15 +274,12 @@ impl Cuda {
     /// Attention over a cache that the new tokens are in.
     fn attend_to_cache(&self, out: &mut Tensor, qkv: &Tensor, cache: &KvCache, tables: &Tables) {
         let heads = tables.call.heads;
-        let [_, n_items, n_combined, n_partial] = tables.sizes;
+        let [_, n_items, _, n_partial] = tables.sizes;
         let (file, form) = ("attention_cached", Form::of(qkv.dtype(), heads));
-        let [partial, partial_lse, _, items, rows, pages] = tables.args();
-        let group_sizes = [heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n)));
-        let dim = Arg::Int(int(heads.dim));
+        let [partial, partial_lse, _, items, shares, counters, pages] = tables.args();
         let (keys, values) = (Cuda::arg(&cache.keys), Cuda::arg(&cache.values));
-        let n_partial = Arg::Int(int(n_partial));
-        let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, n_partial];
-        args.extend(group_sizes);
+        let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, shares, counters];
+        args.extend([n_partial, heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n))));
         args.extend(form.last_args());
         // Few blocks, each on a processor of its own, wait for memory less with more of it under way. The bits are the same.
         let (operation, stages) = match n_items * heads.kv <= self.backend.processors() && form.is_mma() {
@@ -292,12 +289,6 @@ impl Cuda {
         let shared_bytes = form.attend_bytes(stages) as u32;
         let grid = Grid { blocks: (blocks(n_items), blocks(heads.kv), 1), threads: THREADS, shared_bytes };
         self.backend.launch(&form.kernel(file, operation), grid, &args);
-        if n_combined == 0 {
-            return;
-        }
-        let args = [&[Cuda::arg_mut(out), partial, partial_lse, rows, n_partial], &group_sizes[..], &[dim]].concat();
-        let grid = Grid { blocks: (blocks(n_combined), blocks(heads.kv), 1), threads: THREADS, shared_bytes: 0 };
-        self.backend.launch(&Kernel::of(file, "attention_combine", form.dtype), grid, &args);
     }
 }
 
@@ -324,7 +315,7 @@ mod tests {
     }
 
     /// A recorded decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, each from a multiple
-    /// of its size on, a row's shares are all combined, and its pages are those of its sequence: else a recorded pass would miss keys of
+    /// of its size on, all of a row know how many they are and count together, and its pages are those of its sequence: else a recorded pass would miss keys of
     /// sequences that have grown, or have other bits than one that is not recorded.
     #[test]
     fn decode_tables_cover_every_key_at_every_length() {
@@ -349,7 +340,12 @@ mod tests {
                         end = item.key_end;
                     }
                     assert_eq!(end as usize, past + 1);
-                    assert!(items.len() == 1 || work.combined.iter().filter(|c| c.first_token == row as i32).count() == 4);
+                    let of_row = work.shares.iter().zip(&work.items).filter(|(_, item)| item.first_token == row as i32);
+                    for (i, (shares, item)) in of_row.enumerate() {
+                        // Four rows: the query heads of a group.
+                        let partial_row = shares.partial_row + 4 * i as i32;
+                        assert_eq!((shares.n, shares.counter, item.partial_row), (items.len() as i32, row as i32, partial_row));
+                    }
                 }
             }
         }
