@@ -207,6 +207,23 @@ fn free_memory_goes_back_when_there_is_none_left() {
     assert_eq!(log, expected);
 }
 
+/// What a GPU refuses the stand-in refuses (refusals.c): a launch, a copy, a matrix or a call in a capture that is wrong in one thing, of
+/// every kind; and not the same call where it is right.
+#[test]
+fn the_stand_in_refuses_what_a_gpu_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("refusals");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/refusals.c");
+    let Ok(made) = Command::new("gcc").args(["-w", "-o"]).arg(&program).arg(source).args(["-lpthread", "-ldl"]).output() else {
+        println!("skipped: gcc does not start");
+        return;
+    };
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let output = Command::new(&program).output().unwrap();
+    let answers = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && answers == "151 calls\n", "{answers}");
+}
+
 /// A library of an older CUDA, whose declarations are others, is refused before anything is asked of it, in one line that says what to do.
 #[test]
 fn an_older_library_is_refused() {

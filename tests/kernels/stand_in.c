@@ -247,15 +247,28 @@ int cuGraphLaunch(Capture* executable, Stream* stream) {
 }
 
 // Memory.
-// A TiB, or as many MiB as STAND_IN_MIB says. A piece's size stands before it.
+// A TiB, or as many MiB as STAND_IN_MIB says. Copies and zeros lie within a piece, and what is freed is one.
 static size_t used;
+typedef struct { Address at; size_t bytes; } Piece;
+static Piece* pieces;
+static int n_pieces;
+static int find(Address at, size_t bytes) {
+    for (int i = 0; i < n_pieces; i++)
+        if (at >= pieces[i].at && at + bytes <= pieces[i].at + pieces[i].bytes) return i;
+    return -1;
+}
+static int is_memory(Address at, size_t bytes) {
+    int found;
+    LOCKED(found = find(at, bytes));
+    return found >= 0;
+}
 static size_t most(void) { const char* mib = getenv("STAND_IN_MIB"); return mib ? (size_t)atoi(mib) << 20 : (size_t)1 << 40; }
 int cuMemAlloc_v2(Address* at, size_t bytes) {
     if (!current || !bytes) return INVALID;
     if (bytes + used > most()) return OUT_OF_MEMORY;
     char* all = aligned_alloc(512, (bytes + 1023) / 512 * 512);
-    *(size_t*)all = bytes;
     memset(all + 512, 0xff, bytes);
+    LOCKED(pieces = realloc(pieces, (n_pieces + 1) * sizeof(Piece)); pieces[n_pieces++] = (Piece){(Address)all + 512, bytes});
     *at = (Address)all + 512;
     __sync_fetch_and_add(&used, bytes);
     __sync_fetch_and_add(&live, 1);
@@ -264,8 +277,11 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
 }
 int cuMemFree_v2(Address at) {
     if (n_captures) return UNSUPPORTED;
-    LOCKED(run_all());
-    __sync_fetch_and_sub(&used, *(size_t*)(at - 512));
+    int i;
+    size_t bytes = 0;
+    LOCKED(run_all(); i = find(at, 0); if (i >= 0 && pieces[i].at == at) { bytes = pieces[i].bytes; pieces[i] = pieces[--n_pieces]; });
+    if (!bytes) return INVALID;
+    __sync_fetch_and_sub(&used, bytes);
     free((char*)at - 512);
     __sync_fetch_and_sub(&live, 1);
     return 0;
@@ -285,16 +301,21 @@ static int ask_copy(Address to, Address from, size_t bytes, Stream* stream) {
     return current ? 0 : INVALID;
 }
 int cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) {
+    if (!is_memory(to, bytes)) return INVALID;
     return stream->capture ? UNSUPPORTED : ask_copy(to, (Address)from, bytes, stream);
 }
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
+    if (!is_memory(from, bytes)) return INVALID;
     return stream->capture ? UNSUPPORTED : ask_copy((Address)to, from, bytes, stream);
 }
-int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) { return ask_copy(to, from, bytes, stream); }
+int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) {
+    return is_memory(to, bytes) && is_memory(from, bytes) ? ask_copy(to, from, bytes, stream) : INVALID;
+}
 typedef struct { Address at; size_t bytes; int value; } Fill;
 static void fill(void* data) { Fill* f = data; memset((void*)f->at, f->value, f->bytes); }
 int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* stream) {
     Fill f = {at, bytes, value};
+    if (!is_memory(at, bytes)) return INVALID;
     ask(stream, fill, &f, sizeof f);
     return 0;
 }
