@@ -3,7 +3,7 @@
 // columns at most); the variance is taken in a second pass over the registers. Backward: one block for a fixed number of rows, one
 // after another; each thread adds up the gradients of its columns' gains and biases over those rows; norm_sum adds the blocks in order.
 // Threads: whole warps, up to 512. Limited by memory; the second reading of a row in the backward pass comes from the L1 cache.
-#include "rows.cuh"
+#include "norm.cuh"
 
 // First column of a thread's chunk v.
 __device__ __forceinline__ int chunk_at(int v) { return (threadIdx.x + v * blockDim.x) * CHUNK; }
@@ -30,15 +30,15 @@ __device__ __forceinline__ void norm(T* x, const T* delta, T* out, float* stats,
 #pragma unroll
     for (int v = 0; v < V; v++)
         for (int i = 0; i < CHUNK; i++)
-            if (i < columns - chunk_at(v)) squares += (value[v][i] - mean) * (value[v][i] - mean);
-    float rstd = 1.0f / sqrtf(block_sum(squares) / columns + eps), plus = is_layer ? 1.0f : 0.0f;
+            if (i < columns - chunk_at(v)) squares = add_square(squares, value[v][i], mean);
+    float rstd = rstd_of(block_sum(squares), columns, eps), plus = is_layer ? 1.0f : 0.0f;
 #pragma unroll
     for (int v = 0; v < V; v++) {
         int at = chunk_at(v), left = columns - at;
         float g[CHUNK], b[CHUNK] = {};
         load_chunk(g, gain + at, left);
         if (bias != nullptr) load_chunk(b, bias + at, left);
-        for (int i = 0; i < CHUNK; i++) value[v][i] = (value[v][i] - mean) * rstd * (g[i] + plus) + b[i];
+        for (int i = 0; i < CHUNK; i++) value[v][i] = normed(value[v][i], mean, rstd, g[i] + plus, b[i]);
         store_chunk(out + first + at, value[v], left);
     }
     if (threadIdx.x == 0) {
@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(128) norm_sum_f32(float* dgain, flo
 }
 
 #define KERNELS(T, name, V)                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(512)                                                                                \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                                                             \
         norm_##V##_##name(T* out, float* stats, const T* x, const T* gain, const T* bias, int columns, int is_layer, float eps) {   \
         after_predecessors();                                                                                                        \
         norm<T, V>(const_cast<T*>(x), nullptr, out, stats, gain, bias, columns, is_layer, eps);                                      \

@@ -167,6 +167,17 @@ pub struct Norm {
     pub eps: f32,
 }
 
+/// A norm with its parameters.
+#[derive(Clone, Copy)]
+pub struct NormOf<'a> {
+    /// [H]
+    pub gain: &'a Tensor,
+    /// [H]; LayerNorm1P only.
+    pub bias: Option<&'a Tensor>,
+    /// Which, and its epsilon.
+    pub how: Norm,
+}
+
 /// The feed-forward activation family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -533,6 +544,30 @@ pub trait Device: Send + Sync {
     fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
         self.gemm(raised, x, w, Gemm::NT);
         self.activation(out, raised, kind);
+    }
+    /// Whether `add_norm_gemm` is less work than what it stands for, of so many rows x[T,H] and this w.
+    fn takes_norms(&self, _x: &Tensor, _w: &Tensor) -> bool {
+        false
+    }
+    /// sum = x + delta as rounded, out[T,N] = norm(sum[T,H]) w[N,H]^T, or its activation: the bits of `add_norm`, then `gemm` or
+    /// `gemm_activation`. x and delta stay as they were. Asked for where `takes_norms` says so.
+    fn add_norm_gemm(
+        &self,
+        out: &mut Tensor,
+        sum: &mut Tensor,
+        [x, delta]: [&Tensor; 2],
+        norm: NormOf,
+        w: &Tensor,
+        kind: Option<Activation>,
+    ) {
+        let take = |dims: &[usize], dtype| self.alloc(dims, dtype).unwrap_or_else(|error| panic!("add_norm_gemm: {error}"));
+        let (mut normed, mut stats) = (take(x.dims(), x.dtype()), take(&[x.n_rows(), 2], DType::F32));
+        self.copy(sum, x);
+        self.add_norm(sum, delta, &mut normed, &mut stats, norm.gain, norm.bias, norm.how);
+        match kind {
+            None => self.gemm(out, &normed, w, Gemm::NT),
+            Some(kind) => self.gemm_activation(out, &mut take(&[x.n_rows(), w.n_rows()], x.dtype()), &normed, w, kind),
+        }
     }
     /// dx assigned from dout[T,F]; x is the input of the activation.
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation);

@@ -3,6 +3,7 @@
 use super::batch::MicroBatch;
 use super::ctx::Ctx;
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
+use super::norm::{Norm, Residual};
 use super::shared;
 use crate::device::{CacheSpan, Direction, Heads, KvCache, Rope, ScratchTensor};
 use crate::tensor::{DType, Tensor};
@@ -91,12 +92,19 @@ impl Attention {
         dqkv
     }
 
-    /// As `forward`, for new tokens of sequences whose past is in the cache.
-    pub fn forward_cached(&self, ctx: &Ctx, x: &Tensor, positions: &Tensor, spans: &[CacheSpan], cache: &mut KvCache) -> ScratchTensor {
+    /// As `forward` of the norm of a residual, for new tokens of sequences whose past is in the cache: (y[T, H], residual[T, H] as a whole).
+    pub fn forward_cached(
+        &self,
+        ctx: &Ctx,
+        norm: &Norm,
+        residual: Residual,
+        (positions, spans): (&Tensor, &[CacheSpan]),
+        cache: &mut KvCache,
+    ) -> (ScratchTensor, ScratchTensor) {
         ctx.device.attention_comes(cache, spans);
-        let mut qkv = self.qkv.forward(ctx, x);
+        let (mut qkv, x) = self.qkv.forward_normed(ctx, norm, residual, None);
         let mut mixed = ctx.take(&[qkv.n_rows(), self.heads.query * self.heads.dim], qkv.dtype());
         ctx.device.rope_attention_cached(&mut mixed, &mut qkv, positions, cache, spans, self.heads, self.rope);
-        self.out.forward(ctx, &mixed)
+        (self.out.forward(ctx, &mixed), x)
     }
 }

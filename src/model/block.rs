@@ -193,11 +193,8 @@ impl Block {
         new: (&Tensor, &[CacheSpan]),
         cache: &mut KvCache,
     ) -> (ScratchTensor, ScratchTensor) {
-        let (positions, spans) = new;
-        let (normed1, norm1) = self.attention_norm.forward(ctx, residual);
-        let mixed = self.attention.forward_cached(ctx, &normed1, positions, spans, cache);
-        let (normed2, norm2) = self.mlp_norm.forward(ctx, Residual::Sum { x: &norm1.x, delta: mixed });
-        let delta = self.mlp.forward_only(ctx, &normed2);
-        (norm2.x, delta)
+        let (mixed, x) = self.attention.forward_cached(ctx, &self.attention_norm, residual, new, cache);
+        let (delta, stream) = self.mlp.forward_only(ctx, &self.mlp_norm, Residual::Sum { x: &x, delta: mixed });
+        (stream, delta)
     }
 }

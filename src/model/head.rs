@@ -3,7 +3,7 @@
 
 use super::batch::MicroBatch;
 use super::ctx::Ctx;
-use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward};
+use super::linear::{column_backward, column_backward_input, column_backward_weight, column_forward, normed_forward};
 use super::norm::{Norm, NormSaved, Residual};
 use super::numerics::{Canonical, Numerics};
 use super::param::Param;
@@ -160,10 +160,11 @@ impl OutputHead {
     /// Logits [n, V/tp] of some rows of the residual, for generation (rows replicated over tp).
     pub fn logits(&self, ctx: &Ctx, residual: Residual, rows: &[usize], tied: Option<&Param>) -> ScratchTensor {
         let weight = self.weight.as_ref().or(tied).expect("an output layer, its own or tied");
-        let (normed, _) = self.norm.forward(ctx, residual);
-        if rows.iter().copied().eq(0..normed.n_rows()) {
-            return column_forward(ctx, weight, &normed); // a decode step wants them all
+        if rows.iter().copied().eq(0..residual.n_rows()) {
+            // A decode step wants them all.
+            return normed_forward(ctx, weight, &self.norm, residual, None, |normed| column_forward(ctx, weight, normed)).0;
         }
+        let (normed, _) = self.norm.forward(ctx, residual);
         let mut wanted = ctx.take(&[rows.len(), normed.row_len()], normed.dtype());
         let mut to = 0;
         for run in rows.chunk_by(|a, b| a + 1 == *b) {

@@ -5,10 +5,11 @@
 use super::config::Split;
 use super::ctx::{Ctx, Inner};
 use super::fp8::Toward;
+use super::norm::{Norm, Residual};
 use super::numerics::Numerics;
 use super::param::Param;
 use super::{fp8, packed, streamed};
-use crate::device::{Activation, Gemm, ScratchTensor};
+use crate::device::{Activation, Gemm, NormOf, ScratchTensor};
 use crate::tensor::Tensor;
 
 /// y[T, O/tp] = x[T, I] W^T, W[O/tp, I]: each rank has a block of the outputs.
@@ -61,6 +62,15 @@ impl ColumnParallelLinear {
         [raised, y]
     }
 
+    /// Of the norm of a residual, and its activation where `kind` says so: (y[T, O/tp], residual[T', I] as a whole). For passes without a
+    /// backward.
+    pub fn forward_normed(&self, ctx: &Ctx, norm: &Norm, residual: Residual, kind: Option<Activation>) -> (ScratchTensor, ScratchTensor) {
+        normed_forward(ctx, &self.weight, norm, residual, kind, |normed| match kind {
+            None => self.forward(ctx, normed),
+            Some(kind) => self.forward_activated(ctx, normed, kind),
+        })
+    }
+
     /// dx[T', I] assigned; the weight gradient accumulated. `x` is the input of the forward.
     pub fn backward(&mut self, ctx: &Ctx, x: &Tensor, dy: &Tensor) -> ScratchTensor {
         column_backward(ctx, &mut self.weight, x, dy)
@@ -95,6 +105,33 @@ fn activated_in_one_pass(ctx: &Ctx, (y, raised): (&mut Tensor, &mut Tensor), x: 
     match ctx.numerics {
         Numerics::Reproducible(canonical) if is_plain(weight) => canonical.sums.gemm_activated(y, raised, x, &weight.weight(), kind),
         _ => false,
+    }
+}
+
+/// `ColumnParallelLinear::forward_normed` for a weight that lives elsewhere; `apart` is the product after the norm where the device has
+/// them apart.
+pub fn normed_forward(
+    ctx: &Ctx,
+    weight: &Param,
+    norm: &Norm,
+    residual: Residual,
+    kind: Option<Activation>,
+    apart: impl FnOnce(&Tensor) -> ScratchTensor,
+) -> (ScratchTensor, ScratchTensor) {
+    let may_be_within = matches!(ctx.numerics, Numerics::Fast) && is_plain(weight) && !ctx.is_sharded();
+    match residual {
+        Residual::Sum { x, delta } if may_be_within && ctx.device.takes_norms(x, &weight.weight()) => {
+            let n = weight.slice.shape[0] / kind.map_or(1, Activation::inputs_per_output);
+            let (mut sum, mut y) = (ctx.take(x.dims(), x.dtype()), ctx.take(&[x.n_rows(), n], x.dtype()));
+            let (gain, bias) = (norm.gain.weight(), norm.bias.as_ref().map(Param::weight));
+            let of = NormOf { gain: &gain, bias: bias.as_deref(), how: norm.how };
+            ctx.device.add_norm_gemm(&mut y, &mut sum, [x, &delta], of, &weight.weight(), kind);
+            (y, sum)
+        }
+        residual => {
+            let (normed, saved) = norm.forward(ctx, residual);
+            (apart(&normed), saved.x)
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::ctx::Ctx;
 use super::linear::{ColumnParallelLinear, RowParallelLinear};
+use super::norm::{Norm, Residual};
 use crate::device::{Activation, ScratchTensor};
 use crate::tensor::Tensor;
 
@@ -39,9 +40,10 @@ impl Mlp {
         (y, saved)
     }
 
-    /// The same, of which nothing is kept: x[T', H] -> y[T', H].
-    pub fn forward_only(&self, ctx: &Ctx, x: &Tensor) -> ScratchTensor {
-        self.down.forward(ctx, &self.up.forward_activated(ctx, x, self.activation))
+    /// Of the norm of a residual, and nothing is kept: (y[T', H], residual[T', H] as a whole).
+    pub fn forward_only(&self, ctx: &Ctx, norm: &Norm, residual: Residual) -> (ScratchTensor, ScratchTensor) {
+        let (activated, x) = self.up.forward_normed(ctx, norm, residual, Some(self.activation));
+        (self.down.forward(ctx, &activated), x)
     }
 
     /// Up projection and activation: all that the backward needs, from x[T', H].

@@ -20,6 +20,16 @@ pub enum Residual<'a> {
     },
 }
 
+impl Residual<'_> {
+    /// T'
+    pub fn n_rows(&self) -> usize {
+        match self {
+            Residual::Whole(x) => x.n_rows(),
+            Residual::Sum { x, .. } => x.n_rows(),
+        }
+    }
+}
+
 /// A norm over H.
 pub struct Norm {
     /// [H]

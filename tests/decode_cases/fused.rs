@@ -2,7 +2,9 @@
 
 use crate::cases;
 use crate::oracle::HeadCounts;
-use trireme::device::{Activation, CacheSpan, Device, Direction, Gemm, Heads, KvCache, PAGE_TOKENS, Rope, RopeScaling, YarnScaling};
+use trireme::device::{
+    Activation, CacheSpan, Device, Direction, Gemm, Heads, KvCache, Norm, NormKind, NormOf, PAGE_TOKENS, Rope, RopeScaling, YarnScaling,
+};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -151,6 +153,29 @@ pub fn check_canonical_activation(device: &dyn Device, list: &[((usize, usize, u
     }
 }
 
+/// The sum of a residual, its norm, a product and its activation as one call.
+pub fn check_add_norm_gemm(device: &dyn Device, kind: Option<Activation>, (m, n, k): (usize, usize, usize), norm: NormKind) {
+    let dtype = DType::BF16;
+    let (x, delta, w) = (noise(device, &[m, k], dtype, 13), noise(device, &[m, k], dtype, 14), noise(device, &[n, k], dtype, 15));
+    let (gain, bias) = (noise(device, &[k], dtype, 16), noise(device, &[k], dtype, 17));
+    let norm = NormOf { gain: &gain, bias: (norm == NormKind::LayerNorm1P).then_some(&bias), how: Norm { kind: norm, eps: 1e-5 } };
+    let room = |columns: usize| noise(device, &[m, columns], dtype, 18);
+    let f = n / kind.map_or(1, Activation::inputs_per_output);
+    let (mut want, mut want_sum, mut normed, mut stats) = (room(f), room(k), room(k), noise(device, &[m, 2], DType::F32, 19));
+    device.copy(&mut want_sum, &x);
+    device.add_norm(&mut want_sum, &delta, &mut normed, &mut stats, norm.gain, norm.bias, norm.how);
+    match kind {
+        None => device.gemm(&mut want, &normed, &w, Gemm::NT),
+        Some(kind) => device.gemm_activation(&mut want, &mut room(n), &normed, &w, kind),
+    }
+    assert!(device.takes_norms(&x, &w));
+    let (mut out, mut sum) = (room(f), room(k));
+    device.add_norm_gemm(&mut out, &mut sum, [&x, &delta], norm, &w, kind);
+    let what = format!("{:?}, {kind:?} [{m}, {n}, {k}]", norm.how);
+    assert_same(&what, &sum, &want_sum);
+    assert_same(&what, &out, &want);
+}
+
 /// All of it.
 pub fn check(device: &dyn Device) {
     for dtype in [DType::F32, DType::BF16] {
@@ -165,6 +190,14 @@ pub fn check(device: &dyn Device) {
         for shape in [(1, 37, 128), (2, 300, 1032), (3, 9, 4096), (4, 21, 8200), (7, 12, 64)] {
             for kind in [Activation::SquaredRelu, Activation::Swiglu] {
                 check_gemm_activation(device, kind, shape, dtype);
+            }
+        }
+    }
+    // Rows of one warp of a norm, of less than a block, of all it has, and of two and three turns of them.
+    for shape in [(1, 38, 32), (2, 20, 1032), (1, 10, 2048), (3, 6, 4096), (4, 8, 4104), (1, 6, 8200)] {
+        for norm in [NormKind::LayerNorm1P, NormKind::RmsNorm] {
+            for kind in [None, Some(Activation::SquaredRelu), Some(Activation::Swiglu)] {
+                check_add_norm_gemm(device, kind, shape, norm);
             }
         }
     }

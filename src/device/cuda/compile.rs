@@ -35,6 +35,7 @@ pub const SOURCES: &[(&str, &str)] = &[
 /// What they include.
 const HEADERS: &[(&str, &str)] = &[
     ("activation.cuh", include_str!("../../../kernels/activation.cuh")),
+    ("norm.cuh", include_str!("../../../kernels/norm.cuh")),
     ("rows.cuh", include_str!("../../../kernels/rows.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("attention_tile.cuh", include_str!("../../../kernels/attention_tile.cuh")),

@@ -1,7 +1,8 @@
 //! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`), but for few rows, whose time is that of
-//! reading the weights once (kernels/gemv.cu); in a canonical order of additions the kernels of kernels/matmul.cu do (`multiply_pieces`),
+//! reading the weights once (`few_rows`); in a canonical order of additions the kernels of kernels/matmul.cu do (`multiply_pieces`),
 //! on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
 
+mod few_rows;
 mod hopper;
 
 use super::backend::{Arg, Grid, Kernel, Matrix};
@@ -10,6 +11,7 @@ use super::{Cuda, Workspace, activation};
 use crate::device::{Activation, Gemm, Store};
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
+use few_rows::is_of_few_rows;
 
 /// A tensor as a matrix: its rows by all of its other dims.
 pub(super) fn matrix(x: &Tensor) -> Matrix {
@@ -27,50 +29,7 @@ fn sizes_of((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> (usize, usize,
     (m, n, k)
 }
 
-/// Most rows that kernels/gemv.cu multiplies: with more its arithmetic takes longer than its reads.
-const FEW_ROWS: usize = 4;
-/// Warps of one of its blocks.
-const GEMV_WARPS: usize = 8;
-/// Terms of a row that a warp has under way at one time.
-const GEMV_TERMS: usize = 2048;
-
-/// Warps among which the terms of a row are divided. Of k alone, so that an output has the same bits whatever else is computed.
-fn gemv_parts(k: usize) -> usize {
-    match k / GEMV_TERMS {
-        0 | 1 => 1,
-        2 | 3 => 2,
-        _ => 4,
-    }
-}
-
-/// Whether kernels/gemv.cu takes the product.
-fn is_of_few_rows((c, a, b): (&Matrix, &Matrix, &Matrix), how: Gemm) -> bool {
-    let aligned = |x: &Matrix| x.address % VECTOR_BYTES == 0 && x.columns % CHUNK == 0;
-    how == Gemm::NT && c.rows <= FEW_ROWS && a.columns > 0 && a.dtype == DType::BF16 && aligned(a) && aligned(b)
-}
-
 impl Cuda {
-    /// out[m, n] = a[m, k] b[n, k]^T of at most FEW_ROWS rows, by the kernel of this name.
-    fn multiply_few_rows(&self, name: &str, [out, a, b]: [Arg; 3], n: usize, k: usize) {
-        let parts = gemv_parts(k);
-        let grid = Grid::line(n.div_ceil(GEMV_WARPS / parts), 32 * GEMV_WARPS as u32);
-        self.backend.launch(&Kernel::of("gemv", name, DType::BF16), grid, &[out, a, b, int(n), int(k), int(parts)]);
-    }
-
-    /// See `Device::gemm_activation`: one launch for few rows.
-    pub(super) fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
-        let (c, a, b) = (matrix(raised), matrix(x), matrix(w));
-        let (m, n, k) = sizes_of((&c, &a, &b), Gemm::NT);
-        let fits = out.n_rows() == m && out.row_len() * kind.inputs_per_output() == n && out.dtype() == c.dtype;
-        assert!(fits, "gemm_activation to {out:?} over {raised:?}");
-        if m > 0 && n > 0 && c.dtype == DType::BF16 && is_of_few_rows((&c, &a, &b), Gemm::NT) {
-            let name = format!("gemv_{}_{m}", activation::name(kind));
-            return self.multiply_few_rows(&name, [Cuda::arg_mut(out), Cuda::arg(x), Cuda::arg(w)], n, k);
-        }
-        self.gemm(raised, x, w, Gemm::NT);
-        self.activation(out, raised, kind);
-    }
-
     /// See `Device::gemm`.
     pub(super) fn gemm(&self, out: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) {
         let (c, a, b) = (matrix(out), matrix(a), matrix(b));

@@ -4,8 +4,8 @@
 use super::{Cuda, Memory};
 use crate::device::canonical::CanonicalSums;
 use crate::device::{
-    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, Recording,
-    Rope,
+    Activation, Adamw, AdamwShard, CacheSpan, Device, Draw, Drawn, Fp8Axis, Fp8Scales, Gemm, Heads, KvCache, MemoryUse, Norm, NormOf,
+    Recording, Rope,
 };
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
@@ -222,6 +222,14 @@ impl Device for Cuda {
 
     fn gemm_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
         self.gemm_activation(out, raised, x, w, kind);
+    }
+
+    fn takes_norms(&self, x: &Tensor, w: &Tensor) -> bool {
+        self.takes_norms(x, w)
+    }
+
+    fn add_norm_gemm(&self, out: &mut Tensor, sum: &mut Tensor, of: [&Tensor; 2], norm: NormOf, w: &Tensor, kind: Option<Activation>) {
+        self.add_norm_gemm(out, sum, of, norm, w, kind);
     }
 
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation) {
