@@ -84,6 +84,8 @@ fn passes(model: &Model) -> Vec<Case> {
         cases::gemm_in_pairs(Gemm::NT, (1, f, h), Kind::Float, 1),
         cases::gemm_activation(Activation::SquaredRelu, (1, f, h)),
         cases::gemm_activation(Activation::Swiglu, (1, f / 2, h)),
+        cases::add_norm_gemm(true, Some(Activation::SquaredRelu), (1, f, h)),
+        cases::add_norm_gemm(true, None, (1, f, h)),
         cases::gemm(Gemm::NT, (1, h, f), Kind::Float),
         cases::gemm_in_pairs(Gemm::NT, (1, h, f), Kind::Float, 8),
         cases::gemm(Gemm::NT, (32, f, h), Kind::Float),

@@ -91,6 +91,8 @@ mod operations {
     #[test]
     fn matrix_products_match_the_oracle() {
         check_all(check::gemm_cases());
+        let Some(cuda) = gpu() else { return };
+        check_on(&cuda, &check::normed_gemm_cases(), &[DType::BF16]);
     }
 
     /// As above, with the algorithms that add whole sums in a fixed order; their bits come twice, also from another start of the library.

@@ -35,7 +35,7 @@ fn check_all(case: &Case) {
 /// that is not written fails, and inputs must come back unchanged.
 #[test]
 fn matrix_products_match_the_oracle() {
-    for case in check::gemm_cases() {
+    for case in check::gemm_cases().into_iter().chain(check::normed_gemm_cases()) {
         check_all(&case);
     }
 }

@@ -172,6 +172,15 @@ fn matrix_products_match_the_oracle() {
     check_all(list);
 }
 
+/// Norms within products of few rows, which there are in bf16.
+#[test]
+fn norms_within_products_match_the_oracle() {
+    let Some(emulator) = emulator() else { return };
+    let cuda = Cuda::with_backend(emulator);
+    check::normed_gemm_cases().iter().for_each(|case| check(&cuda, case, DType::BF16));
+    assert_eq!(cuda.memory().live_bytes, 0);
+}
+
 /// E4M3 on a Hopper GPU: kernels, scales at their operands, and sizes of 0.
 #[test]
 fn fp8_matches_the_oracle() {

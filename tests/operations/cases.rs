@@ -7,7 +7,7 @@ mod vocabulary;
 use crate::oracle::{self, HeadCounts, Near, Scaled, U, near};
 pub use attention::{attention, attention_backward, attention_cached};
 use trireme::device::{Activation, Adamw, AdamwShard, Device, Direction, Gemm, Heads, LinearScaling, Llama3Scaling};
-use trireme::device::{Norm, NormKind, Rope, RopeScaling, Store, YarnScaling};
+use trireme::device::{Norm, NormKind, NormOf, Rope, RopeScaling, Store, YarnScaling};
 use trireme::tensor::{DType, Tensor};
 pub use vocabulary::{Vocabulary, cross_entropy_forward, cross_entropy_gradient, cross_entropy_max, cross_entropy_sum};
 
@@ -380,6 +380,41 @@ pub fn add_norm(layer: bool, (t, h): (usize, usize)) -> Case {
             vec![exact(&sum), out, stats]
         }),
         flops: 0.0,
+    }
+}
+
+/// The norm of x + delta, a product and its activation; where the device has them apart this is what they are together.
+pub fn add_norm_gemm(layer: bool, kind: Option<Activation>, (m, f, k): (usize, usize, usize)) -> Case {
+    let n = f * kind.map_or(1, Activation::inputs_per_output);
+    Case {
+        operation: "add_norm_gemm",
+        shape: format!("{} {kind:?} [{m}, {f}, {k}]", if layer { "layernorm1p" } else { "rmsnorm" }),
+        args: vec![
+            assigned(&[m, f], Kind::Float),
+            assigned(&[m, k], Kind::Float),
+            input(&[m, k], 2.0),
+            input(&[m, k], 2.0),
+            input(&[k], 1.0),
+            input(&[k], 1.0),
+            input(&[n, k], 0.3),
+        ],
+        run: Box::new(move |device, tensors| {
+            let [out, sum, x, delta, gain, bias, w] = tensors else { unreachable!() };
+            let norm = NormOf { gain, bias: layer.then_some(&*bias), how: norm_of(layer) };
+            device.add_norm_gemm(out, sum, [x, delta], norm, w, kind);
+        }),
+        oracle: Box::new(move |v, round| {
+            let sum: Vec<f64> = v[2].iter().zip(&v[3]).map(|(x, d)| round(x + d)).collect();
+            let (normed, _) = oracle::norm(&sum, &v[4], layer.then_some(&v[5]), layer, f64::from(1e-5f32));
+            let unit = oracle::unit_of(round);
+            let product = oracle::gemm_of_rounded(&normed, &v[6], (m, n, k), unit);
+            let out = match kind {
+                Some(kind) => oracle::activation_of_rounded(&product, kind == Activation::Swiglu, unit),
+                None => product,
+            };
+            vec![out, exact(&sum)]
+        }),
+        flops: 2.0 * m as f64 * n as f64 * k as f64,
     }
 }
 

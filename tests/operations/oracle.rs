@@ -73,6 +73,17 @@ pub fn gemm(a: &[f64], b: &[f64], old: Option<&[f64]>, (m, n, k): (usize, usize,
     out
 }
 
+/// a[m, k] b[n, k]^T where a is rounded to a unit before.
+pub fn gemm_of_rounded(a: &[Near], b: &[f64], (m, n, k): (usize, usize, usize), unit: f64) -> Vec<Near> {
+    let values: Vec<f64> = a.iter().map(|x| x.value).collect();
+    let mut out = gemm(&values, b, None, (m, n, k), (false, true));
+    for (at, y) in out.iter_mut().enumerate() {
+        let off = |x: &Near| x.bound + unit * (x.value.abs() + x.bound);
+        y.bound += 1.01 * (0..k).map(|l| off(&a[at / n * k + l]) * b[at % n * k + l].abs()).sum::<f64>();
+    }
+    out
+}
+
 /// (out, stats) of a norm over rows of n.
 pub fn norm(x: &[f64], gain: &[f64], bias: Option<&[f64]>, layer: bool, eps: f64) -> (Vec<Near>, Vec<Near>) {
     let n = gain.len();
