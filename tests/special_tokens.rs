@@ -199,3 +199,19 @@ fn a_broken_template() {
     let said = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.code() == Some(3) && said.contains("line 1") && said.contains("a chat template that cannot be read"), "{said}");
 }
+
+/// Messages that go on, parts of a content, and tools, for which the model has another template.
+#[test]
+fn conversations_to_continue_and_with_tools() {
+    let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
+    let with_tools = "{% for t in tools %}{{ t.name }}{% endfor %}<|im_start|>{% for p in messages[0].content %}{{ p.text }}{% endfor %}";
+    let both = json!([{"name": "tool_use", "template": with_tools}, {"name": "default", "template": turns}]);
+    let config = config(json!({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": false, "chat_template": both}));
+    let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", config)]);
+    let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b "}]);
+    let continued = json!({"messages": messages, "continue_final_message": true});
+    place.assert_same("continued", continued, &ids("<|im_start|>user\nhi<|im_end|><|im_start|>assistant\na b "), &[]);
+    let parts = json!([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]);
+    let asked = json!({"messages": [{"role": "user", "content": parts}], "tools": [{"name": "a"}, {"name": "b"}]});
+    place.assert_same("tools", asked, &ids("ab<|im_start|>hi"), &[]);
+}

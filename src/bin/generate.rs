@@ -32,8 +32,12 @@ use trireme::text::chat::NEMOTRON_TURN;
 ///
 ///   id                  a text, of its own for every request
 ///   prompt              the prompt as text (see --bos), or in its place
-///   messages              [{"role": "user", "content": "Hello"}, ..], by the model's chat template, or Nemotron's
+///   messages              [{"role": "user", "content": "Hello"}, ..], by the model's chat template, or Nemotron's; a content may be a list
+///                         of {"type": "text", "text": "Hello"}, and what else a template reads comes along: "tool_calls", "tool_call_id",
+///                         "reasoning_content", ..
 ///   tokens                [1, 523, ..], its token ids
+///   tools                 beside messages: JSON schemas of functions, for templates that read them
+///   continue_final_message  beside messages: true goes on with the last of them, which is no turn of its own then
 ///   max_new_tokens      the longest response; it also ends where the model's longest sequence does
 ///   temperature         1    0 takes the most likely token
 ///   top_k               0    draw from this many most likely tokens; 0: all

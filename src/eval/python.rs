@@ -1,7 +1,7 @@
 //! What lm-evaluation-harness inherits from Python and its numbers depend on: `str.strip`, `str.capitalize`, and `random.Random` with
 //! its `sample` (MT19937, Matsumoto and Nishimura 1998; seeding and rejection as in CPython).
 
-use crate::infer::choices::is_python_space;
+use crate::text::is_python_space;
 
 /// `text.strip()`.
 pub fn strip(text: &str) -> &str {

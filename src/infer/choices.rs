@@ -7,7 +7,7 @@ use super::scorer::{Scorer, TokenScores, Wanted};
 use crate::checkpoint::{Stored, hf};
 use crate::error::{Error, Result};
 use crate::model::chunk::Chunk;
-use crate::text::Tokenizer;
+use crate::text::{Tokenizer, is_python_space};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -69,11 +69,6 @@ impl std::str::FromStr for BeginOfSequence {
             other => Err(format!("{other:?} is none of auto, empty and always")),
         }
     }
-}
-
-/// Whether Python's `str.isspace` holds for a character: Unicode's white space and the four separators of ASCII.
-pub fn is_python_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
 impl Pair {

@@ -268,7 +268,42 @@ mod tests {
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1"#.into(), &["column"]),
             ("[1]".into(), &["request"]),
             (r#"{"id":"a","prompt":"\ud800","max_new_tokens":1}"#.into(), &["column 27: a lone surrogate"]),
-            (r#"{"id":"a","messages":"x","max_new_tokens":1}"#.into(), &["messages are a list of", "sequence"]),
+            (r#"{"id":"a","messages":"x","max_new_tokens":1}"#.into(), &[r#"messages is "x""#, "list"]),
+            (r#"{"id":"a","messages":["x"],"max_new_tokens":1}"#.into(), &[r#"messages[0] is "x""#]),
+            (r#"{"id":"a","messages":[{"content":"x"}],"max_new_tokens":1}"#.into(), &["messages[0] misses the key role"]),
+            (r#"{"id":"a","messages":[{"role":1,"content":"x"}],"max_new_tokens":1}"#.into(), &["messages[0].role is 1", "text"]),
+            (
+                r#"{"id":"a","messages":[{"role":"user","content":null}],"max_new_tokens":1}"#.into(),
+                &["messages[0] misses the key content"],
+            ),
+            (r#"{"id":"a","messages":[{"role":"user","content":1}],"max_new_tokens":1}"#.into(), &["messages[0].content is 1", "list"]),
+            (r#"{"id":"a","messages":[{"role":"user","content":[]}],"max_new_tokens":1}"#.into(), &["messages[0].content is []"]),
+            (r#"{"id":"a","messages":[{"role":"user","content":["x"]}],"max_new_tokens":1}"#.into(), &[r#"messages[0].content[0] is "x""#]),
+            (
+                r#"{"id":"a","messages":[{"role":"user","content":[{"type":"text"}]}],"max_new_tokens":1}"#.into(),
+                &["messages[0].content[0] is", "text"],
+            ),
+            (
+                r#"{"id":"a","messages":[{"role":"user","content":[{"type":"image_url"}]}],"max_new_tokens":1}"#.into(),
+                &["image_url", "text alone"],
+            ),
+            (
+                r#"{"id":"a","messages":[{"role":"assistant","tool_calls":[]}],"max_new_tokens":1,"continue_final_message":true}"#.into(),
+                &["messages[0] has no content", "continue_final_message"],
+            ),
+            (
+                r#"{"id":"a","messages":[{"role":"user","content":"x"}],"max_new_tokens":1,"continue_final_message":"yes"}"#.into(),
+                &[r#"continue_final_message is "yes""#, "true or false"],
+            ),
+            (
+                r#"{"id":"a","messages":[{"role":"user","content":"x"}],"max_new_tokens":1,"tools":{"name":"f"}}"#.into(),
+                &["tools is", "list"],
+            ),
+            (r#"{"id":"a","tokens":[1],"max_new_tokens":1,"tools":[]}"#.into(), &["has tools, but no messages"]),
+            (
+                r#"{"id":"a","tokens":[1],"max_new_tokens":1,"continue_final_message":false}"#.into(),
+                &["has continue_final_message, but no messages"],
+            ),
         ];
         for (line, expected) in cases {
             let error = read(&format!("\n{{\"id\":\"first\",\"tokens\":[1],\"max_new_tokens\":1}}\n{line}\n"), OnBad::Refuse).unwrap_err();

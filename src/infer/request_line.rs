@@ -6,17 +6,19 @@ use super::request::{Limits, Request};
 use super::sampler::Sampling;
 use crate::error::wrong_json;
 use crate::recipe::nearest_key;
-use crate::text::chat::Message;
+use crate::text::chat::{Conversation, shown};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
 /// The keys of a request.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 16] = [
     "id",
     "prompt",
     "messages",
     "tokens",
+    "continue_final_message",
+    "tools",
     "max_new_tokens",
     "temperature",
     "top_p",
@@ -32,8 +34,6 @@ const KEYS: [&str; 14] = [
 const MOST_SAMPLES: u64 = 100_000;
 /// Most tokens whose log-probabilities stand beside a token.
 const MOST_LOGPROBS: u64 = 1024;
-/// Most characters of a value that an error shows.
-const SHOWN: usize = 60;
 
 /// A line that is no request.
 pub(super) struct Wrong {
@@ -94,6 +94,11 @@ fn request(mut fields: Fields, limits: Limits) -> Result<Request, String> {
 /// The prompt's tokens, however it is given.
 fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
     let tokenizer = || limits.tokenizer.ok_or("has text, but the checkpoint has no tokenizer: give its prompt as \"tokens\"");
+    let (tools, continues) = (fields.take("tools"), fields.truth("continue_final_message")?);
+    if !fields.has("messages") && (tools.is_some() || continues.is_some()) {
+        let key = if tools.is_some() { "tools" } else { "continue_final_message" };
+        return Err(format!("has {key}, but no messages, beside which it belongs"));
+    }
     let mut may_begin = None;
     let tokens = match (fields.take("prompt"), fields.take("messages"), fields.take("tokens")) {
         (None, None, Some(tokens)) => ids(tokens)?,
@@ -103,13 +108,9 @@ fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
         }
         (Some(other), None, None) => return Err(unfit("prompt", Some(other), "a text in quotes")),
         (None, Some(messages), None) => {
-            let messages: Vec<Message> = serde_json::from_value(messages)
-                .map_err(|error| format!("messages are a list of {{\"role\": a text, \"content\": a text}}, here: {error}"))?;
-            if messages.is_empty() {
-                return Err("messages is an empty list, it needs at least one message".into());
-            }
+            let conversation = Conversation::read(messages, tools, continues.unwrap_or(false))?;
             match limits.template {
-                Ok(template) => tokenizer()?.encode_named(&template.prompt(&messages)?),
+                Ok(template) => tokenizer()?.encode_named(&template.prompt(&conversation)?),
                 Err(why) => return Err(format!("has messages, but {why}: write them as a \"prompt\"")),
             }
         }
@@ -145,6 +146,15 @@ impl Fields {
     fn take(&mut self, key: &str) -> Option<Value> {
         let at = self.0.iter().position(|(name, _)| name == key)?;
         Some(self.0.swap_remove(at).1).filter(|value| !value.is_null())
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|(name, value)| name == key && !value.is_null())
+    }
+
+    fn truth(&mut self, key: &str) -> Result<Option<bool>, String> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| unfit(key, Some(value), "true or false"))
     }
 
     fn number(&mut self, key: &str, left_out: f64, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
@@ -184,15 +194,6 @@ fn unfit(key: &str, found: Option<Value>, expected: &str) -> String {
     match found {
         None => format!("misses the key {key}, expected {expected}"),
         Some(value) => format!("{key} is {}, expected {expected}", shown(&value)),
-    }
-}
-
-/// A value as JSON, cut when it is long.
-fn shown(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(SHOWN) {
-        Some((at, _)) => format!("{}..", &text[..at]),
-        None => text,
     }
 }
 

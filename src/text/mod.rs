@@ -46,6 +46,11 @@ pub fn file_name(bytes: &[u8]) -> &'static str {
     if bytes.first() == Some(&b'{') { JSON_FILE } else { MODEL_FILE }
 }
 
+/// Whether Python's `str.isspace` holds for a character: Unicode's white space and the four separators of ASCII.
+pub fn is_python_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
 /// A tokenizer, ready to encode and decode; threads share it.
 pub struct Tokenizer {
     file_bytes: Vec<u8>,

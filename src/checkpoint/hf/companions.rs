@@ -89,14 +89,18 @@ fn value(stored: &Stored, name: &str) -> Value {
 }
 
 /// The template as a file of its own, as transformers 5 writes it, or in tokenizer_config.json as earlier ones did: one, or several by
-/// name, of which "default" counts.
+/// name, of which "default" counts, and "tool_use" where there are tools.
 fn template_text(stored: &Stored) -> Option<String> {
     if let Some(own) = stored.meta().companions.get(chat::TEMPLATE_FILE) {
         return Some(String::from_utf8_lossy(own).into_owned());
     }
     let config = value(stored, TOKENIZER_CONFIG);
-    let named = config[CHAT_TEMPLATE].as_array().and_then(|all| all.iter().find(|one| one["name"] == "default"));
-    named.map_or(&config[CHAT_TEMPLATE], |one| &one["template"]).as_str().map(String::from)
+    named_template(&config, "default").unwrap_or(&config[CHAT_TEMPLATE]).as_str().map(String::from)
+}
+
+/// One of several templates in tokenizer_config.json.
+fn named_template<'c>(config: &'c Value, name: &str) -> Option<&'c Value> {
+    config[CHAT_TEMPLATE].as_array()?.iter().find(|one| one["name"] == name).map(|one| &one["template"])
 }
 
 /// The tokenizer of a model's text: as in transformers its tokenizer.json where it has one, also beside a SentencePiece model, since only
@@ -220,7 +224,13 @@ pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<Ch
         pad: token("pad_token", &ids.pad),
         unk: token("unk_token", &json!(tokenizer.unk_id())),
     };
-    ChatTemplate::new(&text, special, stored.dir()).map(Some)
+    let template = ChatTemplate::new(&text, special, stored.dir())?;
+    match named_template(&config, "tool_use").and_then(Value::as_str) {
+        Some(of_tools) if !stored.meta().companions.contains_key(chat::TEMPLATE_FILE) => {
+            template.with_tools(of_tools, stored.dir()).map(Some)
+        }
+        _ => Ok(Some(template)),
+    }
 }
 
 /// The files of an export besides config.json and weights: the tokenizer, and what came along; a generation_config.json is made when
