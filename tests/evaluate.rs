@@ -198,6 +198,15 @@ fn evaluations_are_compared_item_by_item() {
     let scores = |dir: &Path| golden_evaluations::json(&dir.join("scores.json"))["tasks"][0]["fingerprint"].as_str().unwrap().to_string();
     golden_evaluations::assert_refused(&golden_evaluations::compare(&a, &b), 3, &[&scores(&a), &scores(&b), "hellaswag"]);
     golden_evaluations::assert_refused(&golden_evaluations::compare(&a, &c), 3, &["hellaswag", "winogrande"]);
+    // Of the first items alone there are differences, and a line that says so of both.
+    let d = place.path("d");
+    let limited = ["--task", "hellaswag", "--limit", "2"].map(String::from);
+    assert_eq!(evaluate(&model, &place.path("data"), &d, &limited).status.code(), Some(1));
+    let partial = golden_evaluations::compare(&d, &d);
+    let table = String::from_utf8(partial.stdout).unwrap();
+    let last = table.lines().last().unwrap();
+    let named = last.matches(&*d.display().to_string()).count();
+    assert!(partial.status.success() && last.starts_with("partial: ") && named == 2 && last.contains("2 items"), "{table}");
     std::fs::write(b.join("hellaswag.jsonl"), text.replacen("\"gold\":0", "\"gold\":1", 1)).unwrap();
     golden_evaluations::assert_refused(&golden_evaluations::compare(&b, &b), 3, &["hellaswag.jsonl", "checksum"]);
 }

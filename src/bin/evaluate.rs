@@ -121,6 +121,7 @@ fn main() -> ExitCode {
         What::Compare(args) => {
             let bootstrap = Bootstrap { n_resamples: args.resamples as usize, seed: args.seed };
             println!("{}", compare::table(&compare::compare(&args.a, &args.b, bootstrap)?));
+            compare::partial(&args.a, &args.b)?.iter().for_each(|said| println!("{said}"));
             Ok(())
         }
         What::Run(args) => {

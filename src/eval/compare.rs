@@ -73,6 +73,16 @@ pub fn compare(a: &Path, b: &Path, bootstrap: Bootstrap) -> Result<Vec<Differenc
     Ok(all)
 }
 
+/// What a reader of the table must know: that not all items of the benchmarks were asked.
+pub fn partial(a: &Path, b: &Path) -> Result<Option<String>> {
+    let said = |(name, dir): (&str, &Path)| {
+        let limit = Scores::read(dir)?.limit;
+        Ok(limit.map(|limit| format!("{name} ({}) is of at most {limit} items of each task", dir.display())))
+    };
+    let said: Vec<String> = [("A", a), ("B", b)].into_iter().filter_map(|one| said(one).transpose()).collect::<Result<_>>()?;
+    Ok((!said.is_empty()).then(|| format!("partial: {}: no comparison of benchmark scores; leave out --limit", said.join(", "))))
+}
+
 fn difference(task: &TaskScores, [a, b]: [&Score; 2], items: &[Vec<Evidence>; 2], bootstrap: Bootstrap) -> Difference {
     let own = [a.task.clone()];
     let leaves: &[String] = task.groups.get(&a.task).map_or(&own, |leaves| leaves);
