@@ -13,6 +13,7 @@ mod shares;
 use super::lanes::{Element, Isa, each, kernel, load, prefetch, store};
 use super::parallel::{Pool, Shared, for_tasks};
 use super::product::{Product, To, product};
+use super::team::Reads;
 use super::terms::{Terms, along_dims};
 use crate::device::{CacheSpan, Heads, KvCache, PAGE_TOKENS};
 use half::bf16;
@@ -27,6 +28,8 @@ const ROWS: usize = 96;
 const FEW_ROWS: usize = 16;
 /// Columns of a panel of values: as many as one tile of a product is wide.
 const PANEL: usize = 64;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// From one row of scores to the next: off the powers of two that meet in one set of the first cache.
 const SCORES: usize = BLOCK + 16;
 
@@ -97,8 +100,8 @@ pub fn attention_cached<E: Element>(isa: Isa, pool: &Pool, out: &mut [E], qkv: &
     let strands = strands(spans, heads, n_threads);
     let shares = Shares::of(&strands, dim, n_threads);
     let call = Call { isa, pool, heads, terms: Terms::of::<E>(isa, dim), qkv, keys, values, out: Shared::new(out) };
-    let mut memory = pool.take(shares.parts_len);
-    let parts = Shared::new(&mut memory);
+    let mut memory = (shares.parts_len > 0).then(|| pool.take(shares.parts_len));
+    let parts = Shared::new(memory.as_deref_mut().unwrap_or_default());
     for_tasks(shares.tasks.len(), shares.tasks.len() * LEAST_COST, |task| {
         let pieces = &shares.pieces[shares.tasks[task].clone()];
         let most = pieces.iter().map(|piece| strands[piece.strand].n_rows()).max().unwrap_or(0);
@@ -136,6 +139,22 @@ pub fn fetch_places(cache: &KvCache, spans: &[CacheSpan]) {
             prefetch(&tensor.bytes()[row * size..][..size]);
         }
     }
+}
+
+/// What attention over the cache reads first, kv heads shared out: the first page of keys and of values, where one sequence has a few new
+/// tokens and so little past that its heads are shared out. It lies there since the last step, out of all caches, and to wait for it
+/// takes longer than to work on it.
+pub fn first_reads(cache: &KvCache, spans: &[CacheSpan]) -> Option<[Reads; 2]> {
+    let [span] = spans else { return None };
+    let are_few = span.past > 0 && span.rows.len() <= MOST_PLACES;
+    if !are_few || shares::are_shared_out(span.n_tokens().div_ceil(BLOCK), rayon::current_num_threads()) {
+        return None;
+    }
+    Some([&cache.keys, &cache.values].map(|tensor| {
+        let row_bytes = tensor.dims()[2] * tensor.dtype().bytes();
+        let at = tensor.bytes()[span.cache_row(0) * row_bytes..].as_ptr() as usize;
+        Reads { at, of_unit: LINE, n_units: row_bytes / LINE, n_rows: span.past.min(PAGE_TOKENS), row_bytes }
+    }))
 }
 
 /// Keys and values of the new tokens to their places.
@@ -176,6 +195,7 @@ impl<E: Element> Call<'_, E> {
     /// The parts of some blocks of a strand: kept, or joined into the strand's result where these are all of them.
     fn piece(&self, strand: &Strand, piece: &Piece, (room, memory): (&mut Room, &mut [&mut [f32]; 2]), parts: &Shared<f32>) {
         let (n_rows, dim, words) = (strand.n_rows(), self.heads.dim, self.terms.words(self.heads.dim));
+        self.fetch_keys(strand, piece.blocks.start * BLOCK);
         for (row, to) in (0..n_rows).zip(room.queries.chunks_exact_mut(words)) {
             let (token, head) = strand.place(row);
             let from = token * self.heads.qkv_columns() + self.heads.query_column(head);
@@ -199,10 +219,20 @@ impl<E: Element> Call<'_, E> {
         self.finish(strand, &joined);
     }
 
-    /// A page of keys or values: rows of all kv heads; none past the strand's last.
+    /// A page of keys or values: rows of all kv heads, of as many keys as the strand sees.
     fn page<'a>(&self, of: &'a [E], strand: &Strand, key: usize) -> &'a [E] {
-        let len = PAGE_TOKENS * self.heads.kv * self.heads.dim;
-        if key >= strand.n_keys() { &[] } else { &of[strand.span.pages[key / PAGE_TOKENS] as usize * len..][..len] }
+        let (n, width) = (strand.n_keys().saturating_sub(key).min(PAGE_TOKENS), self.heads.kv * self.heads.dim);
+        if n == 0 { &[] } else { &of[strand.span.pages[key / PAGE_TOKENS] as usize * PAGE_TOKENS * width..][..n * width] }
+    }
+
+    /// Has the strand's part of the page of keys fetched that a piece begins with, where nothing is packed and each waits for them.
+    fn fetch_keys(&self, strand: &Strand, first: usize) {
+        if strand.rows.len() <= few::MOST_ROWS {
+            let (d, width) = (self.heads.dim, self.heads.kv * self.heads.dim);
+            for row in self.page(self.keys, strand, first).chunks_exact(width) {
+                prefetch(&row[strand.groups.start * d..strand.groups.end * d]);
+            }
+        }
     }
 
     /// What of the page that is read next is fetched while the i-th kv head of a strand is at work: a share, where all of it is read.
@@ -210,8 +240,8 @@ impl<E: Element> Call<'_, E> {
         if strand.groups.len() == self.heads.kv { share(next, i, self.heads.kv) } else { &[] }
     }
 
-    /// A page with the one that is read next, where the strand has so few rows a kv head that nothing is packed; None where it has more.
-    fn few<'a>(&self, strand: &Strand, (rows, ahead): (&'a [E], &'a [E]), (m, n): (usize, usize)) -> Option<few::Page<'a, E>> {
+    /// A page with those that are read next, where the strand has so few rows a kv head that nothing is packed; None where it has more.
+    fn few<'a>(&self, strand: &Strand, (rows, ahead): (&'a [E], [&'a [E]; 2]), (m, n): (usize, usize)) -> Option<few::Page<'a, E>> {
         let (d, width) = (self.heads.dim, self.heads.kv * self.heads.dim);
         let (column, n_groups, of_group) = (strand.groups.start * d, strand.groups.len(), strand.rows.len());
         let is_few = (1..=few::MOST_ROWS).contains(&m) && d % few::DIMS == 0;
@@ -224,8 +254,10 @@ impl<E: Element> Call<'_, E> {
         let n = BLOCK.min(strand.n_keys() - first);
         for at in (0..n).step_by(PAGE_TOKENS) {
             let (page, is_last) = (self.page(self.keys, strand, first + at), at + PAGE_TOKENS >= n);
-            let ahead = if is_last { (self.values, first) } else { (self.keys, first + at + PAGE_TOKENS) };
-            self.scores(strand, (first, at, n), (page, self.page(ahead.0, strand, ahead.1)), room);
+            let next = if is_last { (self.values, first) } else { (self.keys, first + at + PAGE_TOKENS) };
+            // Of few rows the first values come beside the first keys: of a last page there may be too little to fetch them by.
+            let beside = if at == 0 && !is_last { self.page(self.values, strand, first) } else { &[] };
+            self.scores(strand, (first, at, n), (page, [self.page(next.0, strand, next.1), beside]), room);
         }
         let seen: Vec<usize> = strand.rows.clone().map(|row| strand.visible(row).saturating_sub(first).min(n)).collect();
         weigh(self.isa, self.terms, room.scores, part, &seen, (1.0 / (self.heads.dim as f32).sqrt(), n));
@@ -238,18 +270,18 @@ impl<E: Element> Call<'_, E> {
     }
 
     /// scores[row, at..] of the keys of a page, `at` in the block of n keys from `first`.
-    fn scores(&self, strand: &Strand, (first, at, n): (usize, usize, usize), (page, next): (&[E], &[E]), room: &mut Room) {
+    fn scores(&self, strand: &Strand, (first, at, n): (usize, usize, usize), (page, ahead): (&[E], [&[E]; 2]), room: &mut Room) {
         let (dim, words, width) = (self.heads.dim, self.terms.words(self.heads.dim), self.heads.kv * self.heads.dim);
         let n = PAGE_TOKENS.min(n - at);
         // Rows that see none of these keys come first.
         let skipped = strand.rows.clone().take_while(|row| strand.visible(*row) <= first + at).count();
         let m = strand.rows.len() - skipped;
-        if let Some(page) = self.few(strand, (page, next), (m, n)) {
+        if let Some(page) = self.few(strand, (page, ahead), (m, n)) {
             return few::scores(self.isa, self.terms, &mut room.scores[skipped * SCORES + at..], &room.queries[skipped * words..], page, m);
         }
         for (i, group) in strand.groups.clone().enumerate() {
             let row = i * strand.rows.len() + skipped;
-            pack_keys(self.isa, self.terms, room.tile, (page, self.ahead(next, strand, i)), (width, n, dim), group * dim);
+            pack_keys(self.isa, self.terms, room.tile, (page, self.ahead(ahead[0], strand, i)), (width, n, dim), group * dim);
             let scored = Product {
                 terms: self.terms,
                 m,
@@ -285,7 +317,7 @@ impl<E: Element> Call<'_, E> {
         let n = of_page(seen.len() - 1);
         let m = seen.len() - skipped;
         let is_finite = |group: usize| are_finite(self.isa, page, of_page(skipped)..n, (width, dim), group * dim);
-        if let Some(page) = self.few(strand, (page, next), (m, n)).filter(|_| strand.groups.clone().all(is_finite)) {
+        if let Some(page) = self.few(strand, (page, [next, &[]]), (m, n)).filter(|_| strand.groups.clone().all(is_finite)) {
             let weights = &room.scores[skipped * SCORES + self.terms.words(at)..];
             return few::values(self.isa, self.terms, &mut part.sums[skipped * dim..], weights, page, m);
         }

@@ -464,6 +464,7 @@ impl Device for Cpu {
 
     fn attention_comes(&self, cache: &KvCache, spans: &[CacheSpan]) {
         attention_cached::fetch_places(cache, spans);
+        self.passing.lock().expect("no panic under the lock").between = attention_cached::first_reads(cache, spans);
     }
 
     fn activation(&self, out: &mut Tensor, x: &Tensor, kind: Activation) {

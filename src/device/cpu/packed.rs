@@ -138,23 +138,27 @@ impl Stream {
     /// What the tasks of a product read.
     fn reads(self, m: usize) -> Reads {
         let (unit, n_units) = self.units(m);
-        Reads { at: self.at, of_unit: unit * self.panel_bytes, n_units }
+        Reads::row(self.at, unit * self.panel_bytes, n_units)
     }
 }
 
 /// The weights in the order in which they last passed: in a decode step the same as in the step before, so what passed longest ago
 /// comes next.
 #[derive(Default)]
-pub struct Passing(VecDeque<Stream>);
+pub struct Passing {
+    weights: VecDeque<Stream>,
+    /// What is read between the next weight and the one after it.
+    pub between: Option<[Reads; 2]>,
+}
 
 impl Passing {
     /// What comes after this one, which passes now, the next first. What stood before it has not come again.
     fn next_after(&mut self, now: Stream) -> impl Iterator<Item = Stream> {
-        if let Some(place) = self.0.iter().position(|stream| stream.at == now.at) {
-            self.0.drain(..=place);
+        if let Some(place) = self.weights.iter().position(|stream| stream.at == now.at) {
+            self.weights.drain(..=place);
         }
-        self.0.push_back(now);
-        self.0.iter().take(self.0.len() - 1).copied()
+        self.weights.push_back(now);
+        self.weights.iter().take(self.weights.len() - 1).copied()
     }
 }
 
@@ -232,9 +236,11 @@ impl PackedProducts for Cpu {
         let job = Job { word, x: packed, rows, weight: weight.words.f32(), order: &order, scales, size: (m, n), out };
         let n_panels = n.div_ceil(LANES);
         let stream = Stream { at: weight.words.f32().as_ptr() as usize, n_panels, panel_bytes: words * LANES * size_of::<f32>(), word };
+        let mut between = None;
         if streams(m) {
             let mut passing = self.passing.lock().expect("no panic under the lock");
-            team::read_next(passing.next_after(stream).map(|next| next.reads(m)));
+            between = passing.between.take();
+            team::read_next(between.into_iter().flatten().chain(passing.next_after(stream).map(|next| next.reads(m))));
         }
         let (unit, n_units) = stream.units(m);
         let n_tasks = stream.n_tasks(m);
@@ -244,6 +250,7 @@ impl PackedProducts for Cpu {
             let [first, end] = [task, task + 1].map(|task| (unit * (task * n_units / n_tasks)).min(n_panels));
             tiles::tiles(self.isa, &job, first..end);
         });
+        between.into_iter().flatten().for_each(team::fetch_own);
     }
 
     fn look_up(&self, out: &mut Tensor, tokens: &Tensor, table: &PackedWeight, first_row: usize) {

@@ -12,7 +12,7 @@
 //! processor amid a task is waited for; so where others want the processors too and that happens, the leader works alone for a while that
 //! is long beside what it lost. A helper spins for `SPIN` and then sleeps until the next operation.
 
-use super::lanes::prefetch_near;
+use super::lanes::{prefetch_line, prefetch_near};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -39,8 +39,10 @@ pub const MOST_TASKS: usize = 1 << 15;
 const MOST_FETCHED: usize = 128 * 1024;
 /// Later operations of which it is known what they read.
 pub const MOST_NEXT: usize = 4;
-/// Bytes that it fetches between two looks for an operation.
-const FETCHED: usize = 1024;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Lines that it fetches between two looks for an operation.
+const LINES: usize = 16;
 
 /// A task of the operation at hand, as its borrow is hidden from the helpers.
 type Work = *const (dyn Fn(usize) + Sync);
@@ -78,15 +80,32 @@ struct Member {
     processor: AtomicI32,
 }
 
-/// Memory that the tasks of an operation read in order, as many units each as equal shares allow.
+/// Memory that the tasks of an operation read in order, as many units of each row as equal shares allow.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reads {
     /// Address.
     pub at: usize,
     /// Bytes of a unit.
     pub of_unit: usize,
-    /// Units.
+    /// Units of a row, one behind the other.
     pub n_units: usize,
+    /// Rows.
+    pub n_rows: usize,
+    /// Bytes from one row to the next.
+    pub row_bytes: usize,
+}
+
+impl Reads {
+    /// Units in one row.
+    pub fn row(at: usize, of_unit: usize, n_units: usize) -> Reads {
+        Reads { at, of_unit, n_units, n_rows: 1, row_bytes: 0 }
+    }
+
+    /// What a member reads of each row: address in the first, and bytes.
+    fn share(&self, idx: usize, n_members: usize) -> (usize, usize) {
+        let [first, end] = [idx, idx + 1].map(|i| i * self.n_units / n_members * self.of_unit);
+        (self.at + first, end - first)
+    }
 }
 
 /// What the members share.
@@ -95,7 +114,7 @@ struct Crew {
     /// Number of the operation at hand; of the leader.
     operation: AtomicU32,
     /// What later operations read, the next first: a `Reads` each. Nothing depends on it, so it may be read half written.
-    next: [[AtomicUsize; 3]; MOST_NEXT],
+    next: [[AtomicUsize; 5]; MOST_NEXT],
     /// Tasks of the operation that are not done.
     n_left: AtomicUsize,
     /// When it was hired.
@@ -157,8 +176,19 @@ pub fn read_next(reads: impl Iterator<Item = Reads>) {
         // SAFETY: `lead` holds the crew for as long as it stands there.
         let next = unsafe { &(*crew).next };
         for (to, reads) in next.iter().zip(reads.chain(std::iter::repeat(Reads::default()))) {
-            to.iter().zip([reads.at, reads.of_unit, reads.n_units]).for_each(|(to, x)| to.store(x, Ordering::Relaxed));
+            let Reads { at, of_unit, n_units, n_rows, row_bytes } = reads;
+            to.iter().zip([at, of_unit, n_units, n_rows, row_bytes]).for_each(|(to, x)| to.store(x, Ordering::Relaxed));
         }
+    }
+}
+
+/// Has the leader's own share fetched, so that it comes while the leader gets the operation ready that reads it.
+pub fn fetch_own(reads: Reads) {
+    if let Some(crew) = LEADS.get() {
+        // SAFETY: `lead` holds the crew for as long as it stands there.
+        let (at, len) = reads.share(0, unsafe { &*crew }.members.len());
+        let lines = (0..reads.n_rows).flat_map(|row| (0..len).step_by(LINE).map(move |line| row * reads.row_bytes + line));
+        lines.for_each(|line| prefetch_line((at + line) as *const u8));
     }
 }
 
@@ -336,16 +366,14 @@ impl Crew {
         let before = std::mem::take(fetched);
         let mut room = MOST_FETCHED;
         for (next, fetched) in self.next.iter().zip(fetched) {
-            let [at, of_unit, n_units] = next.each_ref().map(|x| x.load(Ordering::Relaxed));
-            let reads = Reads { at, of_unit, n_units };
-            *fetched = before.iter().find(|before| before.of == reads).copied().unwrap_or(Fetched { of: reads, n_bytes: 0 });
-            let [first, end] = [idx, idx + 1].map(|i| i * n_units / self.members.len() * of_unit);
-            let n_bytes = (end - first).min(room);
+            let [at, of_unit, n_units, n_rows, row_bytes] = next.each_ref().map(|x| x.load(Ordering::Relaxed));
+            let reads = Reads { at, of_unit, n_units, n_rows, row_bytes };
+            *fetched = before.iter().find(|before| before.of == reads).copied().unwrap_or(Fetched { of: reads, ..Fetched::default() });
+            let (at, len) = reads.share(idx, self.members.len());
+            let n_bytes = (len * n_rows).min(room);
             room -= n_bytes;
             while fetched.n_bytes < n_bytes && self.members[idx].operation() == seen {
-                let from = at + first + fetched.n_bytes;
-                (0..FETCHED).step_by(64).for_each(|line| prefetch_near((from + line) as *const u8));
-                fetched.n_bytes += FETCHED;
+                (0..LINES).for_each(|_| prefetch_near(fetched.next_line(at, len)));
                 // Of more than memory brings meanwhile, a processor drops the rest.
                 std::hint::spin_loop();
             }
@@ -398,6 +426,22 @@ impl Crew {
 struct Fetched {
     of: Reads,
     n_bytes: usize,
+    /// The place of the next line: from the first row to its row, and in the row.
+    row: usize,
+    column: usize,
+}
+
+impl Fetched {
+    /// The next line of rows of `len` bytes, the first at `at`.
+    fn next_line(&mut self, at: usize, len: usize) -> *const u8 {
+        let line = at + self.row + self.column;
+        self.n_bytes += LINE.min(len - self.column);
+        self.column += LINE;
+        if self.column >= len {
+            (self.row, self.column) = (self.row + self.of.row_bytes, 0);
+        }
+        line as *const u8
+    }
 }
 
 /// Tasks first..end of an operation in one word.

@@ -19,8 +19,8 @@ const KEYS: usize = 16;
 pub struct Page<'a, E> {
     /// Rows of `width`.
     pub rows: &'a [E],
-    /// The page that is read next, or nothing.
-    pub ahead: &'a [E],
+    /// Pages that are read next, or nothing.
+    pub ahead: [&'a [E]; 2],
     /// Of all kv heads.
     pub width: usize,
     /// Where the first head's d elements of a row begin.
@@ -41,28 +41,26 @@ impl<'a, E: Element> Page<'a, E> {
         &self.rows[key * self.width + self.column + group * self.d..][..self.d]
     }
 
-    /// Has the cache line from element i of this head's part of a row of the next page fetched.
+    /// Has the cache line from element i of this head's part of a row of the next pages fetched.
     #[inline(always)]
     fn fetch_at(&self, group: usize, key: usize, i: usize) {
-        if !self.ahead.is_empty() {
-            prefetch_line(self.ahead.as_ptr().wrapping_add(key * self.width + self.column + group * self.d + i));
+        let at = key * self.width + self.column + group * self.d + i;
+        for ahead in self.ahead {
+            if at < ahead.len() {
+                prefetch_line(ahead.as_ptr().wrapping_add(at));
+            }
         }
     }
 
-    /// Has this head's part of n rows of the next page fetched.
+    /// Has this head's part of n rows of the next pages fetched.
     #[inline(always)]
     fn fetch(&self, group: usize, first: usize, n: usize) {
-        if self.ahead.is_empty() {
-            return;
-        }
-        let mut row = self.ahead.as_ptr().wrapping_add(first * self.width + self.column + group * self.d);
-        for _ in 0..n {
+        for key in first..first + n {
             let mut line = 0;
             while line < self.d {
-                prefetch_line(row.wrapping_add(line));
+                self.fetch_at(group, key, line);
                 line += 64 / size_of::<E>();
             }
-            row = row.wrapping_add(self.width);
         }
     }
 }
@@ -95,6 +93,7 @@ fn scores_of<V: Vector, E: Element, const M: usize, const PAIRS: bool>(to: &mut 
                 }
             } else {
                 for (row, key) in tile.iter_mut().zip(first..page.n) {
+                    page.fetch_at(group, key, if PAIRS { 2 * word } else { word });
                     *row = words_of::<V, E, PAIRS>(page.row(group, key), word, V::N);
                 }
             }

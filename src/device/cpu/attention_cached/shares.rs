@@ -95,9 +95,22 @@ impl Shares {
                 }
             }
         }
-        shares.tasks.push(open..shares.pieces.len());
+        if open < shares.pieces.len() {
+            shares.tasks.push(open..shares.pieces.len());
+        }
         shares
     }
+}
+
+/// Kv heads whose few rows attend together, so that what lies side by side is read at once: all of them where there are blocks of keys
+/// enough to share out, else as many as make a strand for each thread.
+fn groups_together(n_blocks: usize, n_kv: usize, n_threads: usize) -> usize {
+    if are_shared_out(n_blocks, n_threads) { n_kv } else { n_kv.div_ceil(n_threads) }
+}
+
+/// Whether threads share out blocks of keys, and not kv heads.
+pub(super) fn are_shared_out(n_blocks: usize, n_threads: usize) -> bool {
+    n_blocks >= 4 * n_threads
 }
 
 /// All rows of all spans.
@@ -107,11 +120,11 @@ pub(super) fn strands<'a>(spans: &'a [CacheSpan], heads: Heads, n_threads: usize
     let mut strands = Vec::new();
     for span in spans {
         let n_rows = span.rows.len() * per_kv;
-        let n_groups = if n_rows <= FEW_ROWS && n_blocks >= 4 * n_threads { heads.kv } else { 1 };
+        let n_groups = if n_rows <= FEW_ROWS { groups_together(n_blocks, heads.kv, n_threads) } else { 1 };
         // The longest first, so that the threads end together.
         for block in (0..n_rows.div_ceil(ROWS)).rev() {
             let rows = block * ROWS..((block + 1) * ROWS).min(n_rows);
-            let groups = (0..heads.kv).step_by(n_groups).map(|first| first..first + n_groups);
+            let groups = (0..heads.kv).step_by(n_groups).map(|first| first..(first + n_groups).min(heads.kv));
             strands.extend(groups.map(|groups| Strand { span, groups, rows: rows.clone(), per_kv }));
         }
     }
