@@ -5,8 +5,9 @@
 //!     cargo bench --bench cached_attention [-- decode|prompts]
 
 use std::time::Instant;
+use trireme::device::ceiling::Reading;
 use trireme::device::cpu::Cpu;
-use trireme::device::{CacheSpan, Device, Gemm, Heads, KvCache, PAGE_TOKENS, ceiling};
+use trireme::device::{CacheSpan, Device, Gemm, Heads, KvCache, PAGE_TOKENS};
 use trireme::rng::Random;
 use trireme::tensor::{DType, Tensor};
 
@@ -57,15 +58,15 @@ fn main() {
             let spans: Vec<CacheSpan> = (0..n).map(span).collect();
             let qkv = random(&device, &[n * new, heads.qkv_columns()], dtype);
             let mut out = random(&device, &[n * new, heads.query * heads.dim], dtype);
-            let (mut best_s, mut limit) = (f64::INFINITY, 0.0f64);
-            for repetition in 0..REPETITIONS {
+            let (mut best_s, mut limit, mut reading) = (f64::INFINITY, 0.0f64, Reading::new(&device));
+            for _ in 0..REPETITIONS {
                 let started = Instant::now();
                 let mut all = || layers.iter_mut().for_each(|cache| device.attention_cached(&mut out, &qkv, cache, &spans, heads));
                 device.run_together(&mut all);
-                best_s = best_s.min(started.elapsed().as_secs_f64() / n_layers as f64);
+                let seconds = started.elapsed().as_secs_f64();
+                best_s = best_s.min(seconds / n_layers as f64);
                 limit = limit.max(if is_decode {
-                    // It takes a second, so before and after.
-                    if [0, REPETITIONS - 1].contains(&repetition) { ceiling::read_bytes_per_s(&device) } else { limit }
+                    reading.bytes_per_s(seconds)
                 } else {
                     let started = Instant::now();
                     device.run_together(&mut || device.gemm(&mut product, &a, &b, Gemm::NT));

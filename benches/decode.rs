@@ -17,10 +17,11 @@ mod parts;
 
 use std::time::Instant;
 use trireme::comm::solo::Solo;
+use trireme::device::ceiling::{self, Reading};
 use trireme::device::cpu::Cpu;
 use trireme::device::cuda::Cuda;
 use trireme::device::cuda::profile::Profile;
-use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, PAGE_TOKENS, Scratch, ceiling};
+use trireme::device::{Activation, CacheSpan, Device, KvCache, NormKind, PAGE_TOKENS, Scratch};
 use trireme::infer::decode::{Decoder, NewTokens};
 use trireme::infer::sampler::{Drawing, Sampling};
 use trireme::infer::sampling;
@@ -37,7 +38,9 @@ use trireme::tensor::{DType, Tensor};
 
 /// Steps that are measured together, after as many that are not.
 const STEPS: usize = 48;
-/// Repetitions, of which the best counts.
+/// Repetitions of them, in turn with reading for as long, of which the best counts.
+const STEPS_REPETITIONS: usize = 12;
+/// Repetitions of prompts, of which the best counts.
 const REPETITIONS: usize = 3;
 /// Time of the steps of a profile.
 const PROFILE_S: f64 = 2.0;
@@ -350,11 +353,13 @@ fn kernels(subject: &mut Subject, size: &Size, profiler: &Profile) {
 
 /// One line of the table: decode steps.
 fn steps(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n: usize) {
-    subject.steps_s(n, size.past);
+    let mut reading = Reading::new(subject.device);
+    let mut seconds = subject.steps_s(n, size.past);
     let (mut best_s, mut read) = (f64::INFINITY, 0.0f64);
-    for repetition in 0..REPETITIONS {
-        read = read.max(ceiling::read_bytes_per_s(subject.device));
-        best_s = best_s.min(subject.steps_s(n, size.past + repetition * STEPS));
+    for _ in 0..STEPS_REPETITIONS {
+        read = read.max(reading.bytes_per_s(seconds * STEPS as f64));
+        seconds = subject.steps_s(n, size.past);
+        best_s = best_s.min(seconds);
     }
     let gemm = ceiling::measure(subject.device, dtype).gemm_flops_per_s;
     let rate = subject.bytes(n, size.past + STEPS) / best_s;

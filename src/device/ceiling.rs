@@ -49,16 +49,45 @@ pub fn measure(device: &dyn Device, dtype: DType) -> Ceiling {
     }
 }
 
-/// Bytes read per second of an array far larger than any cache, by the largest number of each row: what bounds a decode step, which
-/// reads every weight once. The best of several repetitions. Panics when the device has no memory for it.
-pub fn read_bytes_per_s(device: &dyn Device) -> f64 {
-    let alloc = |shape: &[usize]| device.alloc(shape, DType::F32).unwrap_or_else(|error| panic!("{error}"));
-    let (rows, columns) = (1 << 9, COPY_ELEMENTS >> 8);
-    let (mut from, mut to) = (alloc(&[rows, columns]), alloc(&[rows]));
-    // Pages that nobody wrote are one page of zeros.
-    device.copy(&mut from.rows_mut(0..rows / 2), &alloc(&[rows / 2, columns]));
-    device.copy(&mut from.rows_mut(rows / 2..rows), &alloc(&[rows / 2, columns]));
-    (rows * columns * DType::F32.bytes()) as f64 / best_s(device, &mut || device.cross_entropy_max(&mut to, &from, columns))
+/// An array far larger than any cache, read by the largest number of each row: what bounds a decode step, which reads every weight once.
+pub struct Reading<'a> {
+    device: &'a dyn Device,
+    /// [rows, columns] f32.
+    from: Tensor,
+    /// [rows] f32.
+    to: Tensor,
+}
+
+impl<'a> Reading<'a> {
+    /// Panics when the device has no memory for it.
+    pub fn new(device: &'a dyn Device) -> Reading<'a> {
+        let alloc = |shape: &[usize]| device.alloc(shape, DType::F32).unwrap_or_else(|error| panic!("{error}"));
+        let (rows, columns) = (1 << 9, COPY_ELEMENTS >> 8);
+        let (mut from, to) = (alloc(&[rows, columns]), alloc(&[rows]));
+        // Pages that nobody wrote are one page of zeros.
+        device.copy(&mut from.rows_mut(0..rows / 2), &alloc(&[rows / 2, columns]));
+        device.copy(&mut from.rows_mut(rows / 2..rows), &alloc(&[rows / 2, columns]));
+        Reading { device, from, to }
+    }
+
+    /// Bytes per second in the mean over so many seconds. Measure it in turn with what is compared with it, for as long: a machine that
+    /// others use too is as fast as its best for moments only.
+    pub fn bytes_per_s(&mut self, seconds: f64) -> f64 {
+        let Reading { device, from, to } = self;
+        let mut rate = 0.0;
+        device.run_together(&mut || {
+            let (begun, mut n, mut n_done) = (Instant::now(), 1, 0);
+            while n_done == 0 || begun.elapsed().as_secs_f64() < seconds {
+                let started = Instant::now();
+                (0..n).for_each(|_| device.cross_entropy_max(to, from, from.row_len()));
+                device.finish();
+                n_done += n;
+                n *= if started.elapsed().as_secs_f64() < TOGETHER_S { 2 } else { 1 };
+            }
+            rate = (n_done * from.n_bytes()) as f64 / begun.elapsed().as_secs_f64();
+        });
+        rate
+    }
 }
 
 /// Seconds of a product of two square matrices of random numbers.
@@ -107,7 +136,7 @@ mod tests {
             assert!(ceiling.gemm_flops_per_s.is_finite() && ceiling.gemm_flops_per_s > 1e6, "{ceiling:?}");
             assert!(ceiling.copy_bytes_per_s.is_finite() && ceiling.copy_bytes_per_s > 1e6, "{ceiling:?}");
         }
-        let read = read_bytes_per_s(&cpu);
+        let read = Reading::new(&cpu).bytes_per_s(0.01);
         assert!(read.is_finite() && read > 1e6, "{read}");
         assert_eq!(cpu.memory().live_bytes, 0);
         assert!(cpu.memory().peak_bytes >= 2 * 4 * COPY_ELEMENTS);
