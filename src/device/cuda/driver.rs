@@ -418,7 +418,7 @@ impl Backend for Driver {
         let compute = self.queues.of(Stream::Compute);
         self.call(&|| "recording".into(), || {
             let begun = self.capture.begin(compute);
-            Ok(begun.inspect_err(|error| log::debug!("work is not recorded: {}", described(*error))).is_ok())
+            Ok(begun.inspect_err(not_recorded).is_ok())
         })
     }
 
@@ -426,7 +426,7 @@ impl Backend for Driver {
         let compute = self.queues.of(Stream::Compute);
         self.call(&|| "ending a recording".into(), || {
             let ended = self.capture.end(compute);
-            Ok(ended.inspect_err(|error| log::debug!("work is not recorded: {}", described(*error))).ok())
+            Ok(ended.inspect_err(not_recorded).ok())
         })
         .map(|executable| Graph(executable as u64))
     }
@@ -444,6 +444,10 @@ impl Backend for Driver {
     fn identity(&self) -> [u8; 16] {
         self.identity
     }
+}
+
+fn not_recorded(error: &DriverError) {
+    log::warn!("work could not be recorded, so each of its calls is asked for anew, which is slower: {}", described(*error));
 }
 
 #[cfg(test)]
