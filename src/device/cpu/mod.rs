@@ -526,25 +526,7 @@ impl Device for Cpu {
         first_row: usize,
         n_valid: usize,
     ) {
-        let (t, columns) = (logits.n_rows(), logits.row_len());
-        assert!(
-            n_valid <= columns && max.n_elements() == t && targets.n_elements() == t,
-            "cross_entropy_sum of {logits:?}, {n_valid} valid"
-        );
-        let (sum, target_logit) = (Shared::new(sum.f32_mut()), Shared::new(target_logit.f32_mut()));
-        let (max, targets) = (max.f32(), targets.u32());
-        float!(logits.dtype(), E => {
-            let logits = elements::<E>(logits);
-            for_rows(t, columns, |rows| {
-                // SAFETY: the ranges are disjoint.
-                let (sum, target_logit) = unsafe { (sum.part(rows.clone()), target_logit.part(rows.clone())) };
-                for (i, t) in rows.enumerate() {
-                    let row = &logits[t * columns..][..n_valid];
-                    sum[i] = loss::row_sum(self.isa, row, max[t]);
-                    target_logit[i] = loss::target_of(row, targets[t], first_row, n_valid).1;
-                }
-            });
-        });
+        loss::sums(self.isa, [sum, target_logit], logits, max, targets, (first_row, n_valid));
     }
 
     fn cross_entropy_forward(
@@ -557,25 +539,7 @@ impl Device for Cpu {
         first_row: usize,
         n_valid: usize,
     ) {
-        let (t, columns) = (logits.n_rows(), logits.row_len());
-        let fits = n_valid <= columns && [&*max, &*sum, &*target_logit, targets].iter().all(|x| x.n_elements() == t);
-        assert!(fits, "cross_entropy_forward of {logits:?}, {n_valid} valid, with {max:?}, {sum:?}, {target_logit:?}, {targets:?}");
-        let [max, sum, target_logit] = [max, sum, target_logit].map(|x| Shared::new(x.f32_mut()));
-        let targets = targets.u32();
-        float!(logits.dtype(), E => {
-            let logits = elements::<E>(logits);
-            for_rows(t, columns, |rows| {
-                // SAFETY: the ranges are disjoint.
-                let [max, sum, target_logit] = [&max, &sum, &target_logit].map(|x| unsafe { x.part(rows.clone()) });
-                for (i, t) in rows.enumerate() {
-                    // Its second reading is from the cache.
-                    let row = &logits[t * columns..][..n_valid];
-                    max[i] = loss::row_max(self.isa, row);
-                    sum[i] = loss::row_sum(self.isa, row, max[i]);
-                    target_logit[i] = loss::target_of(row, targets[t], first_row, n_valid).1;
-                }
-            });
-        });
+        loss::forward(self.isa, [max, sum, target_logit], logits, targets, (first_row, n_valid));
     }
 
     fn cross_entropy_gradient(
@@ -588,24 +552,7 @@ impl Device for Cpu {
         first_row: usize,
         n_valid: usize,
     ) {
-        let (t, columns) = (logits.n_rows(), logits.row_len());
-        assert!(n_valid <= columns && weights.n_elements() == t, "cross_entropy_gradient of {logits:?}, {n_valid} valid, {weights:?}");
-        let (max, sum, targets, weights) = (max.f32(), sum.f32(), targets.u32(), weights.f32());
-        float!(logits.dtype(), E => {
-            let logits = Shared::new(elements_mut::<E>(logits));
-            for_rows(t, columns, |rows| {
-                for t in rows {
-                    // SAFETY: each row is one task's.
-                    let row = unsafe { logits.part(t * columns..(t + 1) * columns) };
-                    if weights[t] == 0.0 {
-                        row.fill(E::from_f32(0.0));
-                        continue;
-                    }
-                    let target = loss::target_of(row, targets[t], first_row, n_valid).0;
-                    loss::row_gradient(self.isa, row, max[t], sum[t], weights[t], target, n_valid);
-                }
-            });
-        });
+        loss::gradient(self.isa, logits, [max, sum, targets, weights], (first_row, n_valid));
     }
 
     fn adamw(&self, shard: AdamwShard<'_>, how: Adamw) {
