@@ -188,7 +188,8 @@ chain_again() {
 
 # Started first, looked at last: SLURM lets a requeued job wait for some seconds.
 requeue_begin() {
-  requeued=$(pretrain requeued --set train.samples=2400)
+  # Steps of a millisecond: enough of them that the signal comes before the last.
+  requeued=$(pretrain requeued --set train.samples=24000)
   wait_for 30 has_rows "$WORK/requeued/metrics.jsonl" 3 || true
   scancel --signal=USR1 "$requeued"
 }
@@ -199,7 +200,7 @@ requeue_end() {
   check "and finishes" ended_as "$requeued" "COMPLETED 0:0"
   check "having left with 75" contains "$WORK/requeued.log" "saved and requeued (restart 1)"
   check "and resumed from its checkpoint" contains "$WORK/requeued.log" "resumed from"
-  check "its metrics have each step once" steps_once_each "$WORK/requeued/metrics.jsonl" 300
+  check "its metrics have each step once" steps_once_each "$WORK/requeued/metrics.jsonl" 3000
 }
 
 wrong_input() {
@@ -229,7 +230,7 @@ rank_killed() {
   wait_for 30 has_rows "$WORK/killed/metrics.jsonl" 3 || true
   # The last rank's process: its environment says which.
   for pid in $(pgrep -x trireme-pretrai || true); do
-    if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "SLURM_JOB_ID=$job" && tr '\0' '\n' <"/proc/$pid/environ" | grep -qx SLURM_PROCID=1; then
+    if grep -qzx "SLURM_JOB_ID=$job" "/proc/$pid/environ" && grep -qzx SLURM_PROCID=1 "/proc/$pid/environ"; then
       kill -9 "$pid"
     fi
   done
