@@ -1,6 +1,6 @@
 // Attention over a KV cache (Device::attention_cached), two launches: the new keys and values go to the cache; each item attends over its
-// share of the keys (split-K, so that a decode fills the machine), and the last of a row's shares to be done combines them. Where shares end
-// depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
+// share of the keys (split-K, so that a decode fills the machine), and the last of a row's shares to be done combines them. Where shares
+// end depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
 // bits whatever rows it was computed with.
 // append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads; "deep" with four stages of keys in the place of two,
 // where blocks are so few that each has a processor for itself.

@@ -17,8 +17,8 @@ pub trait CanonicalSums: Send + Sync {
     fn gemm_activated(&self, _activated: &mut Tensor, _raised: &mut Tensor, _x: &Tensor, _w: &Tensor, _kind: Activation) -> bool {
         false
     }
-    /// draised = `activation_backward` of dy w, as `gemm_in_pairs` of one piece, at raised, with the bits of the two: in one pass. False, and
-    /// nothing is done, where the device has none for these sizes.
+    /// draised = `activation_backward` of dy w, as `gemm_in_pairs` of one piece, at raised, with the bits of the two: in one pass. False,
+    /// and nothing is done, where the device has none for these sizes.
     fn gemm_activation_backward(&self, _draised: &mut Tensor, _dy: &Tensor, _w: &Tensor, _raised: &Tensor, _kind: Activation) -> bool {
         false
     }

@@ -92,7 +92,8 @@ impl Attention {
         dqkv
     }
 
-    /// As `forward` of the norm of a residual, for new tokens of sequences whose past is in the cache: (y[T, H], residual[T, H] as a whole).
+    /// As `forward` of the norm of a residual, for new tokens of sequences whose past is in the cache: (y[T, H], residual[T, H] as a
+    /// whole).
     pub fn forward_cached(
         &self,
         ctx: &Ctx,

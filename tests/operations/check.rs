@@ -20,8 +20,8 @@ pub fn few_row_gemm_cases() -> Vec<Case> {
     shapes.into_iter().flat_map(|shape| [Kind::Float, Kind::F32].map(|out| cases::gemm(Gemm::NT, shape, out))).chain(activated).collect()
 }
 
-/// Norms within such products, which GPUs have in bf16: one block; rows of one warp of a norm, of less than a block, of all it has, and of two and
-/// three turns of them.
+/// Norms within such products, which GPUs have in bf16: one block; rows of one warp of a norm, of less than a block, of all it has, and
+/// of two and three turns of them.
 pub fn normed_gemm_cases() -> Vec<Case> {
     let shapes = [(2, 2, 64), (1, 37, 32), (2, 20, 1032), (1, 11, 2048), (3, 6, 4096), (4, 9, 4104), (1, 6, 8200)];
     let kinds = [None, Some(Activation::SquaredRelu), Some(Activation::Swiglu)];

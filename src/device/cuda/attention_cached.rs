@@ -315,8 +315,8 @@ mod tests {
     }
 
     /// A recorded decode's tables have the same sizes whatever the lengths, its shares cover each key once, in order, each from a multiple
-    /// of its size on, all of a row know how many they are and count together, and its pages are those of its sequence: else a recorded pass would miss keys of
-    /// sequences that have grown, or have other bits than one that is not recorded.
+    /// of its size on, all of a row know how many they are and count together, and its pages are those of its sequence: else a recorded
+    /// pass would miss keys of sequences that have grown, or have other bits than one that is not recorded.
     #[test]
     fn decode_tables_cover_every_key_at_every_length() {
         for n in [1, 3, 40] {

@@ -186,8 +186,8 @@ impl Cuda {
         }
     }
 
-    /// A product of bf16, not transposed on its first side, whose kernel ends in squared ReLU of this name, to or from `other` [m, n]. False,
-    /// and nothing is done, where that is not the fastest form, or its tiles do not fit the columns.
+    /// A product of bf16, not transposed on its first side, whose kernel ends in squared ReLU of this name, to or from `other` [m, n].
+    /// False, and nothing is done, where that is not the fastest form, or its tiles do not fit the columns.
     pub(super) fn multiply_activated_on_hopper(&self, product: Product, name: &str, other: u64) -> bool {
         let (Product { c, a, b, how, m, n, k }, processors) = (product, self.backend.processors());
         let form = Form::of(Together::InPairs, (m, n), how.trans_a, 1, processors);
