@@ -71,6 +71,22 @@ pub fn target_of<E: Element>(row: &[E], target: u32, first_row: usize, n_valid: 
     (column, column.map_or(0.0, |column| row[column].get()))
 }
 
+/// See `Device::cross_entropy_max`.
+pub fn maxima(isa: Isa, max: &mut Tensor, logits: &Tensor, n_valid: usize) {
+    let (t, columns) = (logits.n_rows(), logits.row_len());
+    assert!(n_valid <= columns && max.n_elements() == t, "cross_entropy_max {max:?} of {logits:?}, {n_valid} valid");
+    let max = Shared::new(max.f32_mut());
+    float!(logits.dtype(), E => {
+        let logits = elements::<E>(logits);
+        for_rows(t, columns, |rows| {
+            // SAFETY: the ranges are disjoint.
+            for (max, t) in unsafe { max.part(rows.clone()) }.iter_mut().zip(rows) {
+                *max = row_max(isa, &logits[t * columns..][..n_valid]);
+            }
+        });
+    });
+}
+
 /// See `Device::cross_entropy_sum`; columns as (first_row, n_valid).
 pub fn sums(
     isa: Isa,

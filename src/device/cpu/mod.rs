@@ -502,18 +502,7 @@ impl Device for Cpu {
     }
 
     fn cross_entropy_max(&self, max: &mut Tensor, logits: &Tensor, n_valid: usize) {
-        let (t, columns) = (logits.n_rows(), logits.row_len());
-        assert!(n_valid <= columns && max.n_elements() == t, "cross_entropy_max {max:?} of {logits:?}, {n_valid} valid");
-        let max = Shared::new(max.f32_mut());
-        float!(logits.dtype(), E => {
-            let logits = elements::<E>(logits);
-            for_rows(t, columns, |rows| {
-                // SAFETY: the ranges are disjoint.
-                for (max, t) in unsafe { max.part(rows.clone()) }.iter_mut().zip(rows) {
-                    *max = loss::row_max(self.isa, &logits[t * columns..][..n_valid]);
-                }
-            });
-        });
+        loss::maxima(self.isa, max, logits, n_valid);
     }
 
     fn cross_entropy_sum(
