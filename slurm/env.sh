@@ -4,6 +4,8 @@
 # TRIREME_HOME    the repository (default: where this file lies)
 # TRIREME_BIN     the binaries (default: TRIREME_HOME/target/release)
 # MAX_RESTARTS    how often a job may send itself back to the queue (default 100)
+# TRIREME_MACHINE_FAULTS   where ranks tell which machine has failed under them (a GPU whose memory has lost bits, ..), for the job to go on
+#                 without it; the nodes of a job must see it (default: beside the job's log)
 
 TRIREME_HOME=${TRIREME_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 TRIREME_BIN=${TRIREME_BIN:-${CARGO_TARGET_DIR:-$TRIREME_HOME/target}/release}
@@ -31,6 +33,13 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS
 # the job would end as killed.
 export SLURM_WAIT=${SLURM_WAIT:-60} SLURM_KILL_BAD_EXIT=0
 
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+  export TRIREME_MACHINE_FAULTS=${TRIREME_MACHINE_FAULTS:-$SLURM_SUBMIT_DIR/machine-faults-$SLURM_JOB_ID.log}
+fi
+# machine_faults: lines of "NODE what was wrong", of all lives of the job.
+machine_faults() { cat "${TRIREME_MACHINE_FAULTS:-/dev/null}" 2>/dev/null || true; }
+machine_faults_before=$(machine_faults | wc -l)
+
 # Finished artifacts in the marked directory.
 finished_in() { ls -d "$1"/*/manifest.json 2>/dev/null || true; }
 
@@ -40,11 +49,37 @@ mark_progress() {
   progress_before=$(finished_in "$1")
 }
 
-# requeue_or_fail CODE: for `srun ... || requeue_or_fail $?`. Code 75 means "saved, run me again": the job goes back to the
-# queue, unless it did so MAX_RESTARTS times already, or this life added nothing to the marked directory (then the next one
-# would not either). Every other code is the job's own.
+# requeue_elsewhere: the job goes back to the queue and stays away from the nodes that failed, and from those it stayed away from before.
+# That can be asked of a waiting job alone: so it is held until it was, and stays held where SLURM refuses.
+requeue_elsewhere() {
+  local excluded try restarts=${SLURM_RESTART_COUNT:-0}
+  if [ "$restarts" -ge "${MAX_RESTARTS:-100}" ]; then
+    echo "job $SLURM_JOB_ID: not requeued: restarted $restarts times already (MAX_RESTARTS)" >&2
+    exit 71
+  fi
+  excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2 | sed 's/^(null)$//' || true)
+  excluded=${excluded:+$excluded,}$(machine_faults | cut -d' ' -f1 | sort -u | paste -sd,)
+  trap '' TERM # with which SLURM ends this script
+  scontrol requeuehold "$SLURM_JOB_ID"
+  for try in 1 2 3 4 5; do
+    if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"; then
+      scontrol release "$SLURM_JOB_ID"
+      echo "job $SLURM_JOB_ID: requeued without $excluded, where a machine has failed: see $TRIREME_MACHINE_FAULTS" >&2
+      sleep 60
+      exit 71
+    fi
+    sleep "$try"
+  done
+  echo "job $SLURM_JOB_ID: held: SLURM does not keep it away from $excluded, where a machine has failed; scontrol release $SLURM_JOB_ID" >&2
+  exit 71
+}
+
+# requeue_or_fail CODE: for `srun ... || requeue_or_fail $?`. When a machine has failed under the job, it goes back to the queue and on
+# to others. Code 75 means "saved, run me again": it goes back too, unless this life added nothing to the marked directory (then the
+# next one would not either). Neither more than MAX_RESTARTS times. Every other code is the job's own.
 requeue_or_fail() {
   local code=$1 restarts=${SLURM_RESTART_COUNT:-0}
+  if [ "$(machine_faults | wc -l)" -gt "$machine_faults_before" ]; then requeue_elsewhere; fi
   if [ "$code" != 75 ]; then exit "$code"; fi
   if [ "$restarts" -ge "${MAX_RESTARTS:-100}" ]; then
     echo "job $SLURM_JOB_ID: not requeued: restarted $restarts times already (MAX_RESTARTS)" >&2

@@ -9,7 +9,7 @@ use std::path::Path;
 /// The result type of everything that the world can make fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What kind of thing went wrong; decides the exit code (sysexits has no better match than these five).
+/// What kind of thing went wrong; decides the exit code (sysexits has no better match than these six).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     /// Command line or recipe: exit code 2.
@@ -20,6 +20,8 @@ pub enum Kind {
     Numeric,
     /// Checkpointed on a signal or before the walltime; requeue me: exit code 75 (EX_TEMPFAIL).
     Requeue,
+    /// The machine has failed, not the program: run me elsewhere: exit code 71 (EX_OSERR). Made by `machine::failed`.
+    Machine,
     /// Anything else (out of memory, missing library): exit code 1.
     Other,
 }
@@ -89,13 +91,14 @@ impl Error {
         self.kind
     }
 
-    /// The process exit code: 2 recipe, 3 file, 4 numeric, 75 requeue, 1 other.
+    /// The process exit code: 2 recipe, 3 file, 4 numeric, 71 machine, 75 requeue, 1 other.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Recipe => 2,
             Kind::File => 3,
             Kind::Numeric => 4,
             Kind::Requeue => 75,
+            Kind::Machine => 71,
             Kind::Other => 1,
         }
     }

@@ -4,6 +4,7 @@
 //! TRIREME_FAULT="ACTION at=PLACE [n=N] [rank=R]"      several are separated by ;
 //!
 //! ACTION  kill (SIGKILL)  abort  stop (SIGSTOP)  term (SIGTERM)  usr1 (SIGUSR1)  hup (SIGHUP)  panic
+//!         machine                 as when the rank's machine has failed (`machine::failed`)
 //!         enospc  eio  edquot     a step of writing fails so, and all after it (removing still works)
 //!         short                   a write takes half of its bytes, and so do all after it
 //!         eintr                   one step of writing is interrupted
@@ -18,6 +19,7 @@
 //!
 //! Without the variable a place costs one load of a number that is always in the cache.
 
+use crate::machine;
 use rustix::process::{Signal, getpid, kill_process};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -45,6 +47,7 @@ enum Action {
     Signal(Signal),
     Abort,
     Panic,
+    Machine,
     Errno(i32),
     Short,
     Interrupt,
@@ -144,6 +147,7 @@ fn pass(place: &str) -> io::Result<Fate> {
             Action::Signal(signal) => signal_myself(signal),
             Action::Abort => std::process::abort(),
             Action::Panic => panic!("planned at {place}"),
+            Action::Machine => std::panic::panic_any(machine::failed(format!("a fault of the machine, planned at {place}"))),
             Action::Errno(code) if is_io => return Err(io::Error::from_raw_os_error(code)),
             Action::Interrupt if is_io => return Err(io::ErrorKind::Interrupted.into()),
             Action::Crash => {
@@ -212,6 +216,7 @@ fn parse_one(text: &str) -> Result<Plan, String> {
         "usr1" => Action::Signal(Signal::USR1),
         "abort" => Action::Abort,
         "panic" => Action::Panic,
+        "machine" => Action::Machine,
         "enospc" => Action::Errno(libc::ENOSPC),
         "edquot" => Action::Errno(libc::EDQUOT),
         "eio" => Action::Errno(libc::EIO),

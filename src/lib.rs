@@ -22,6 +22,7 @@ pub mod exact;
 pub mod fault;
 pub mod flight;
 pub mod infer;
+pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod parallel;

@@ -340,14 +340,19 @@ fn set_panic_hook() {
             // The reader has seen enough (`| head`): nothing is wrong here.
             end_job(BROKEN_PIPE_CODE);
         }
-        let place = info.location().map_or(String::new(), |at| format!(" ({}:{})", at.file(), at.line()));
+        // An error that is thrown has its own exit code, and its place in the program helps nobody.
+        let error = payload.downcast_ref::<Error>();
+        let (text, code) = match error {
+            Some(error) => (error.to_string(), i32::from(error.exit_code())),
+            None => (info.location().map_or(text.into(), |at| format!("{text} ({}:{})", at.file(), at.line())), PANIC_CODE),
+        };
         let coordinates = coordinates();
         let prefix = if coordinates.is_empty() { String::new() } else { format!("[{coordinates}] ") };
-        let _ = writeln!(std::io::stderr(), "{prefix}error: {}{place}", text.replace('\n', "; "));
-        if std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
+        let _ = writeln!(std::io::stderr(), "{prefix}error: {}", text.replace('\n', "; "));
+        if error.is_none() && std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0") {
             let _ = writeln!(std::io::stderr(), "{}", std::backtrace::Backtrace::force_capture());
         }
-        end_job(PANIC_CODE)
+        end_job(code)
     }));
 }
 

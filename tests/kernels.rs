@@ -23,6 +23,8 @@ mod dependent;
 mod driver;
 #[path = "kernels/emulator.rs"]
 mod emulator;
+#[path = "kernels/faults.rs"]
+mod faults;
 #[path = "kernels/fp8.rs"]
 mod fp8;
 #[path = "kernels/generation.rs"]

@@ -1,13 +1,13 @@
 //! The architecture, held by reading the source: who may name whom, which files may name MPI and HDF5, and where `unsafe`
 //! may stand. The layers, lowest first; a module uses its own layer and those below:
-//! L0 error, exact, fault, rng, metrics, artifact, progress - L1 tensor, recipe, parallel, flight - L2 device, comm - L3 model, data, text,
+//! L0 error, exact, fault, rng, metrics, artifact, progress, machine - L1 tensor, recipe, parallel, flight - L2 device, comm - L3 model, data, text,
 //! checkpoint - L4 train, infer, eval - L5 runtime, cli, prove - L6 the binaries.
 
 use std::path::{Path, PathBuf};
 
 /// Top-level modules of each layer.
 const LAYERS: [&[&str]; 6] = [
-    &["error", "exact", "fault", "rng", "metrics", "artifact", "progress"],
+    &["error", "exact", "fault", "rng", "metrics", "artifact", "progress", "machine"],
     &["tensor", "recipe", "parallel", "flight"],
     &["device", "comm"],
     &["model", "data", "text", "checkpoint"],

@@ -62,6 +62,7 @@ const SET: &[(&str, (&str, &str))] = &[
     ("recorded-tp-pp", SENT_AT_ONCE),
     ("recorded-pp-mpi", ("STAND_IN_EAGER", "1")),
     ("failure", ("STAND_IN_FAIL", "1:5")),
+    ("gpu-failure", ("STAND_IN_FAIL", "1:5:214")),
     ("hang", ("STAND_IN_HANG", "0:3")),
 ];
 
@@ -116,6 +117,17 @@ const CASES: &[Case] = &[
                 1,
             ),
             ("stand-in: aborted", 1),
+        ],
+    },
+    // Where it was the rank's GPU that failed, the driver says so, and the exit code.
+    Case {
+        name: "gpu-failure",
+        n_ranks: 3,
+        run: endless,
+        code: Some(71),
+        lines: &[
+            ("[r001 tp1 pp0 dp0 ", 1),
+            ("has failed: CUDA_ERROR_ECC_UNCORRECTABLE (an error); run the same command on other machines", 1),
         ],
     },
     // A rank that never comes would keep the others for ever.

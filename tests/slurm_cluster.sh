@@ -6,6 +6,7 @@
 # - a job that gets USR1 saves, leaves with 75, is requeued, goes on where it was and counts every step exactly once;
 # - a wrong recipe ends a job with 2, a damaged shard with 3, and the job that depends on it never runs;
 # - when one rank of two is killed, the job ends instead of waiting for ever;
+# - when the machine of a rank fails, the job is requeued, stays away from it, and goes on on the other node;
 # - a job whose environment does not say when its time is up asks squeue, and leaves with 75 before;
 # - a proof of the recipe on both nodes against one rank ends well;
 # - scores of given text are made on both nodes; an evaluation that gets USR1 leaves with 75, is requeued, goes on with what it had and
@@ -138,12 +139,13 @@ every_steps = 1000000
 TOML
 }
 
+# All jobs have 20 minutes: ten before their end the scripts ask for USR1, which a test of a minute must not meet by itself.
 # Two nodes, one rank each: what they say to one another goes over the network.
 SPREAD="--nodes=2 --ntasks-per-node=1 --cpus-per-task=1"
 
 submit_chain() {
   INPUT="src slurm" VOCAB_SIZE=512 RECIPE=$WORK/recipe.toml REQUESTS=$WORK/requests.jsonl OUT=$WORK/chain \
-    OPTIONS_ALL="--cpus-per-task=1 --time=10" OPTIONS_TOKENIZE="$SPREAD" OPTIONS_PRETRAIN="$SPREAD" OPTIONS_GENERATE="$SPREAD" \
+    OPTIONS_ALL="--cpus-per-task=1 --time=20" OPTIONS_TOKENIZE="$SPREAD" OPTIONS_PRETRAIN="$SPREAD" OPTIONS_GENERATE="$SPREAD" \
     ARGS_TOKENIZE="--validation-share 0.1" bash slurm/pipeline.sh
 }
 
@@ -151,7 +153,7 @@ submit_chain() {
 pretrain() {
   local name=$1
   shift
-  RECIPE=$WORK/recipe.toml OUT=$WORK/$name ARGS="$*" sbatch --parsable $SPREAD --time=10 --output="$WORK/$name.log" slurm/pretrain.sbatch
+  RECIPE=$WORK/recipe.toml OUT=$WORK/$name ARGS="$*" sbatch --parsable $SPREAD --time=20 --output="$WORK/$name.log" slurm/pretrain.sbatch
 }
 
 # ---- The tests
@@ -212,7 +214,7 @@ wrong_input() {
     printf '\x02' | dd of="$WORK/damaged/train.bin" bs=1 seek=1000 count=1 conv=notrunc status=none
   recipe=$(pretrain wrong-recipe --set model.n_layer=3)
   shards=$(pretrain wrong-shards --set data.train.0.shards="$WORK/damaged")
-  behind=$(CHECKPOINT=$WORK/wrong-shards REQUESTS=$WORK/requests.jsonl OUT=$WORK/never sbatch --parsable $SPREAD --time=10 \
+  behind=$(CHECKPOINT=$WORK/wrong-shards REQUESTS=$WORK/requests.jsonl OUT=$WORK/never sbatch --parsable $SPREAD --time=20 \
     --output="$WORK/never.log" --dependency="afterok:$shards" --kill-on-invalid-dep=yes slurm/generate.sbatch)
   wait_for 60 is_over "$recipe" || true
   wait_for 60 is_over "$shards" || true
@@ -238,6 +240,29 @@ rank_killed() {
   check "a job one of whose ranks is killed ends as killed, in seconds" ended_as "$job" "FAILED 137:0"
 }
 
+# Both ranks on one node, the first time alone on a machine that fails at the third save.
+machine_begin() {
+  printf '%s\n' '#!/usr/bin/env bash' '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export TRIREME_FAULT="machine at=save.begin n=3 rank=1"' \
+    'source slurm/pretrain.sbatch' >"$WORK/failing.sbatch"
+  failing=$(RECIPE=$WORK/recipe.toml OUT=$WORK/failing ARGS="--set checkpoint.every_steps=2" TRIREME_MACHINE_FAULTS=$WORK/faults.log \
+    sbatch --parsable --requeue --open-mode=append --nodes=1 --ntasks-per-node=2 --cpus-per-task=1 --time=20 \
+    --output="$WORK/failing.log" "$WORK/failing.sbatch")
+}
+
+machine_end() {
+  local node other
+  check "a job whose machine fails is requeued and starts again" wait_for 60 restarted "$failing"
+  wait_for 60 is_over "$failing" || scancel "$failing"
+  check "and finishes" ended_as "$failing" "COMPLETED 0:0"
+  node=$(cut -d' ' -f1 "$WORK/faults.log" | sort -u)
+  case $node in n0) other=n1 ;; *) other=n0 ;; esac
+  check "it was told which one" contains "$WORK/failing.log" "requeued without $node, where a machine has failed"
+  check "and went on on the other" is "$(field "$failing" NodeList) $(field "$failing" ExcNodeList)" "$other $node"
+  check "from what was saved" contains "$WORK/failing.log" "resumed from .*step"
+  check "what it did again gave the same" is "$(grep -o '"step":[0-9]*,"consumed_tokens":[0-9]*,"loss":[^,]*' \
+    "$WORK/failing/metrics.jsonl" | sort -u | wc -l)" 12
+}
+
 # An older SLURM tells a job's end to squeue only. Started early, looked at late: the job has a minute and leaves 45 s before its end.
 squeue_begin() {
   local command="source slurm/env.sh; unset SLURM_JOB_END_TIME; srun \$TRIREME_BIN/trireme-pretrain --recipe $WORK/recipe.toml"
@@ -255,7 +280,7 @@ squeue_end() {
 
 prove_begin() {
   # shellcheck disable=SC2086
-  prove=$(RECIPE=$WORK/recipe.toml ARGS="--set numerics.mode=reproducible" sbatch --parsable $SPREAD --time=10 --output="$WORK/prove.log" \
+  prove=$(RECIPE=$WORK/recipe.toml ARGS="--set numerics.mode=reproducible" sbatch --parsable $SPREAD --time=20 --output="$WORK/prove.log" \
     slurm/prove.sbatch)
 }
 
@@ -268,7 +293,7 @@ prove_end() {
 score_begin() {
   printf '{"id": "%s", "text": "fn main() { return %s; }"}\n' 1 1 2 22 3 333 >"$WORK/texts.jsonl"
   # shellcheck disable=SC2086
-  scored=$(CHECKPOINT=$WORK/chain/run INPUT=$WORK/texts.jsonl OUT=$WORK/scores sbatch --parsable $SPREAD --time=10 \
+  scored=$(CHECKPOINT=$WORK/chain/run INPUT=$WORK/texts.jsonl OUT=$WORK/scores sbatch --parsable $SPREAD --time=20 \
     --output="$WORK/scores.log" slurm/score.sbatch)
 }
 
@@ -286,7 +311,7 @@ evaluate_begin() {
     >"$WORK/benchmarks/winogrande/dev.jsonl"
   # shellcheck disable=SC2086
   evaluated=$(CHECKPOINT=$WORK/chain/run DATA=$WORK/benchmarks TASKS=winogrande OUT=$WORK/evaluated ARGS="--batch-tokens 1" \
-    sbatch --parsable $SPREAD --time=10 --output="$WORK/evaluated.log" slurm/evaluate.sbatch)
+    sbatch --parsable $SPREAD --time=20 --output="$WORK/evaluated.log" slurm/evaluate.sbatch)
   wait_for 30 has_answers 200 || true
   scancel --signal=USR1 "$evaluated"
 }
@@ -316,6 +341,7 @@ printf '%s\n' '{"id": "a", "prompt": "fn ", "max_new_tokens": 8}' '{"id": "b", "
 chain
 squeue_begin
 requeue_begin
+machine_begin
 evaluate_begin
 score_begin
 wrong_input
@@ -324,6 +350,7 @@ rank_killed
 prove_end
 score_end
 requeue_end
+machine_end
 evaluate_end
 chain_again
 squeue_end

@@ -155,7 +155,7 @@ impl Nccl {
         // SAFETY: writes the communicator; the options live during the call.
         let begun = unsafe { (library.init)(&mut comm, host.size() as c_int, id, host.rank() as c_int, &mut config) };
         assert!(!comm.is_null(), "{operation}: {}", library.text_of(begun, comm));
-        let group = Arc::new(Group::new(library, comm));
+        let group = Arc::new(Group::new(library, comm, stream.clone()));
         let nccl = Nccl { group, stream, cuda, watch, host, options };
         nccl.settle(&operation, begun);
         nccl

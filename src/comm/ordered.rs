@@ -125,7 +125,7 @@ pub(super) fn agree<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
     Err(decode(&bytes))
 }
 
-const KINDS: [Kind; 5] = [Kind::Recipe, Kind::File, Kind::Numeric, Kind::Requeue, Kind::Other];
+const KINDS: [Kind; 6] = [Kind::Recipe, Kind::File, Kind::Numeric, Kind::Requeue, Kind::Machine, Kind::Other];
 
 /// Kind and text; never empty.
 fn encode(error: &Error) -> Vec<u8> {

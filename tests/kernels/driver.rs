@@ -121,7 +121,7 @@ fn calls_are_those_a_gpu_needs() {
 }
 
 /// A folder with the emulated kernels of every file under its name, for STAND_IN_KERNELS. None where there is no compiler.
-fn emulated_kernels(folder: &Path) -> Option<PathBuf> {
+pub fn emulated_kernels(folder: &Path) -> Option<PathBuf> {
     emulator()?;
     let emulated = folder.join("emulated");
     std::fs::create_dir(&emulated).unwrap();

@@ -17,6 +17,7 @@ typedef unsigned long long Address;
 #define TELL(...) fprintf(stderr, "stand-in: " __VA_ARGS__)
 enum { OUT_OF_MEMORY = 2, INVALID = 1, NOT_READY = 600, NOT_SUPPORTED = 801, UNSUPPORTED = 900, UNJOINED = 904, ISOLATION = 905, CAPTURED = 907 };
 enum { MOST_STREAMS = 64 };
+#include "faults.h"
 
 // The driver: two GPUs.
 static __thread void* current;
@@ -28,7 +29,7 @@ int cuDeviceGet(int* device, int ordinal) { TELL("GPU %d\n", ordinal); *device =
 int cuDevicePrimaryCtxRetain(void** context, int device) { *context = &live, is_used = 1; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 __attribute__((destructor)) static void at_the_end(void) {
-    if (is_used) TELL("end with %d pieces of memory\n", live);
+    if (is_used) TELL("end with %d pieces of memory\n", live), tell_calls();
 }
 // Processors, and compute capability 9.0; any other property is there.
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
@@ -44,7 +45,7 @@ int cuDeviceGetUuid_v2(char* uuid, int device) {
 int cuDeviceGetName(char* name, int size, int device) { strcpy(name, "stand-in"); return 0; }
 int cuCtxGetCurrent(void** context) { *context = current; return 0; }
 int cuCtxSetCurrent(void* context) { current = context; return 0; }
-int cuGetErrorName(int error, const char** text) { *text = "CUDA_ERROR"; return 0; }
+int cuGetErrorName(int error, const char** text) { *text = error == 214 ? "CUDA_ERROR_ECC_UNCORRECTABLE" : "CUDA_ERROR"; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error"; return 0; }
 
 // Streams: work in the order asked, done up to `n_done`. Several threads may ask; one at a time has the lock, which work that waits for
@@ -148,12 +149,13 @@ int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     *stream = &streams[n_streams++];
     return flags == 1 ? 0 : INVALID;
 }
-int cuStreamSynchronize(Stream* stream) { LOCKED(run_to(stream, stream->list.n)); return stream->capture ? UNSUPPORTED : 0; }
+int cuStreamSynchronize(Stream* stream) { FAULT; LOCKED(run_to(stream, stream->list.n)); return stream->capture ? UNSUPPORTED : 0; }
 int cuStreamDestroy_v2(Stream* stream) { return stream->list.n_done == stream->list.n ? 0 : INVALID; }
 int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Event)); (*event)->tells_time = !flags; return 0; }
 int cuEventDestroy_v2(Event* event) { free(event); return 0; }
 static void stamp(void* event) { (*(Event**)event)->time_ms = clock_ms; }
 int cuEventRecord(Event* event, Stream* stream) {
+    FAULT;
     if (event->tells_time) ask(stream, stamp, &event, sizeof event);
     event->of = stream->capture;
     LOCKED(event->stream = stream; event->at = stream->list.n);
@@ -165,6 +167,7 @@ static void wait_for(void* data) { Event* event = data; run_to(event->stream, ev
 typedef struct { Stream* stream; long at; } Point;
 static void wait_for_point(void* data) { Point* point = data; run_to(point->stream, point->at); }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
+    FAULT;
     if (!event->of) {
         if (stream->capture) return ISOLATION;
         Point point = {event->stream, event->at};
@@ -179,9 +182,10 @@ int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
     for (int i = 0; i < MOST_STREAMS; i++) if (i != stream->number && event->seen[i] > seen[i]) seen[i] = event->seen[i];
     return 0;
 }
-int cuEventSynchronize(Event* event) { if (event->of) return CAPTURED; LOCKED(wait_for(event)); return 0; }
+int cuEventSynchronize(Event* event) { FAULT; if (event->of) return CAPTURED; LOCKED(wait_for(event)); return 0; }
 // Done the next time it is asked, unless that might block.
 int cuEventQuery(Event* event) {
+    FAULT;
     int ready;
     if (event->of) return CAPTURED;
     LOCKED(ready = event->stream->list.n_done >= event->at; if (!n_blocked && !event->stream->may_block) wait_for(event));
@@ -224,6 +228,7 @@ int cuGraphExecDestroy(Capture* executable) {
     return 0; // launches under way still look at its streams
 }
 int cuGraphLaunch(Capture* executable, Stream* stream) {
+    FAULT;
     TELL("graph launched\n");
     n_launched++;
     long begin[MOST_STREAMS];
@@ -264,8 +269,9 @@ static int is_memory(Address at, size_t bytes) {
 }
 static size_t most(void) { const char* mib = getenv("STAND_IN_MIB"); return mib ? (size_t)atoi(mib) << 20 : (size_t)1 << 40; }
 int cuMemAlloc_v2(Address* at, size_t bytes) {
+    FAULT;
     if (!current || !bytes) return INVALID;
-    if (bytes + used > most()) return OUT_OF_MEMORY;
+    if (bytes + used > most() || has_no_memory()) return OUT_OF_MEMORY;
     char* all = aligned_alloc(512, (bytes + 1023) / 512 * 512);
     memset(all + 512, 0xff, bytes);
     LOCKED(pieces = realloc(pieces, (n_pieces + 1) * sizeof(Piece)); pieces[n_pieces++] = (Piece){(Address)all + 512, bytes});
@@ -276,6 +282,7 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
     return 0;
 }
 int cuMemFree_v2(Address at) {
+    FAULT;
     if (n_captures) return UNSUPPORTED;
     int i;
     size_t bytes = 0;
@@ -301,19 +308,23 @@ static int ask_copy(Address to, Address from, size_t bytes, Stream* stream) {
     return current ? 0 : INVALID;
 }
 int cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) {
+    FAULT;
     if (!is_memory(to, bytes)) return INVALID;
     return stream->capture ? UNSUPPORTED : ask_copy(to, (Address)from, bytes, stream);
 }
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Stream* stream) {
+    FAULT;
     if (!is_memory(from, bytes)) return INVALID;
     return stream->capture ? UNSUPPORTED : ask_copy((Address)to, from, bytes, stream);
 }
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream) {
+    FAULT;
     return is_memory(to, bytes) && is_memory(from, bytes) ? ask_copy(to, from, bytes, stream) : INVALID;
 }
 typedef struct { Address at; size_t bytes; int value; } Fill;
 static void fill(void* data) { Fill* f = data; memset((void*)f->at, f->value, f->bytes); }
 int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* stream) {
+    FAULT;
     Fill f = {at, bytes, value};
     if (!is_memory(at, bytes)) return INVALID;
     ask(stream, fill, &f, sizeof f);
@@ -327,6 +338,7 @@ typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); cha
 typedef struct { void (*run)(const Packed* how); Packed how; } Emulated;
 static void emulated(void* data) { Emulated* e = data; e->run(&e->how); }
 int cuModuleLoadData(void** module, const void* code) {
+    FAULT;
     if (n_captures) return UNSUPPORTED;
     TELL("loaded %s\n", (const char*)code);
     const char* folder = getenv("STAND_IN_KERNELS");
@@ -430,6 +442,7 @@ typedef struct { unsigned x, y, z, threads, ty, tz, shared; Stream* stream; Attr
 static int launch(Function* of, const Config* how, void** args);
 // The attribute 6, programmatic stream serialization: in a capture an edge of its kind leads from kernel to kernel.
 int cuLaunchKernelEx(const Config* how, Function* of, void** args, void** extra) {
+    FAULT;
     if (how->n > 1 || how->n == 1 && (how->attributes->id != 6 || how->attributes->value.allowed != 1)) return INVALID;
     Capture* capture = how->stream->capture;
     if (capture && how->n) {
@@ -561,6 +574,8 @@ static void gemm(void* data) {
     clock_ms += takes_ms[g->algorithm];
     size_t k = g->product.first_transposed ? g->la.rows : g->la.columns;
     int is_bf16 = g->ld.type == BF16;
+    // As large as those whose rate is measured, which nobody reads.
+    if (g->ld.rows * g->ld.columns * k >= 1ull << 30) { usleep(3000); return; }
     for (size_t i = 0; i < g->ld.rows; i++)
         for (size_t j = 0; j < g->ld.columns; j++) {
             float sum = 0, from = widened(g->c, i + j * g->ld.stride, is_bf16);
@@ -573,6 +588,7 @@ static void gemm(void* data) {
 }
 int cublasLtMatmul(void* handle, Product* product, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
                    const float* beta, const void* c, Layout* lc, void* d, Layout* ld, Address* algorithm, void* workspace, size_t bytes, Stream* stream) {
+    if (failing()) return 13;
     if (c == d) TELL("product by algorithm %d\n", (int)*algorithm);
     int is_fp8 = la->type == 28; // whose operands have one form, sizes and scales
     if (is_fp8 && (lb->type != 28 || !product->first_transposed || product->second_transposed || la->rows % 16 || la->columns % 16 ||

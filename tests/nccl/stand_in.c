@@ -5,7 +5,7 @@
 // operations, so that ranks that do not launch the same graphs in the same order are seen; a group outlives its graphs; and sums are made
 // in the order that STAND_IN_SUMS says (rank or reverse).
 // Faults by the environment: STAND_IN_NCCL_VERSION=n, STAND_IN_FAIL=rank:n and STAND_IN_HANG=rank:n (after n operations of this rank
-// of the world).
+// of the world), STAND_IN_FAIL=rank:n:error (what fails there is the rank's GPU, with this error of the driver).
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -14,7 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
+enum { SUCCESS = 0, UNHANDLED_CUDA = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
 enum { F32 = 7, BF16 = 9 };
 enum { MOST_RANKS = 8, ROOM = 1 << 16, MOST_ITEMS = 64, BUSY_LOOKS = 3, HEAD = 32 };
 
@@ -64,6 +64,7 @@ typedef struct {
 
 void stand_in_enqueue(void* stream, void (*run)(void*), void* job, void (*forget)(void*));
 int stand_in_is_captured(void* stream);
+void stand_in_break(int error);
 
 static int parse(const char* name, int* n) {
     const char *text = getenv(name), *rank = getenv("OMPI_COMM_WORLD_RANK");
@@ -191,8 +192,12 @@ static _Atomic int n_started;
 static void run(void* whole) {
     Job* job = whole;
     Comm* comm = job->comm;
-    int n, number = n_started++;
-    if (parse("STAND_IN_FAIL", &n) && number >= n) comm->failed = REMOTE;
+    int n, error, number = n_started++;
+    if (parse("STAND_IN_FAIL", &n) && number >= n) {
+        int is_gpu = sscanf(getenv("STAND_IN_FAIL"), "%*d:%*d:%d", &error) == 1;
+        if (is_gpu) stand_in_break(error);
+        comm->failed = is_gpu ? UNHANDLED_CUDA : REMOTE;
+    }
     int hangs = parse("STAND_IN_HANG", &n) && number >= n;
     while (comm->failed || hangs) usleep(1000);
     for (int i = 0; i < job->n_items; i++) job->items[i].done = 0;

@@ -2,7 +2,7 @@
 //! as a program that waits for ever at its next look at the device.
 
 use super::library::{IN_PROGRESS, Library, SUCCESS, ncclComm_t};
-use crate::device::cuda::streams::UnderWay;
+use crate::device::cuda::streams::{CommunicationStream, UnderWay};
 use std::collections::VecDeque;
 use std::ffi::c_int;
 use std::fmt;
@@ -43,6 +43,7 @@ pub struct Group {
     /// Its library.
     pub library: &'static Library,
     comm: ncclComm_t,
+    stream: CommunicationStream,
     is_aborted: AtomicBool,
 }
 
@@ -53,9 +54,9 @@ unsafe impl Send for Group {}
 unsafe impl Sync for Group {}
 
 impl Group {
-    /// Owns a communicator.
-    pub fn new(library: &'static Library, comm: ncclComm_t) -> Group {
-        Group { library, comm, is_aborted: AtomicBool::new(false) }
+    /// Owns a communicator that works on this stream.
+    pub fn new(library: &'static Library, comm: ncclComm_t, stream: CommunicationStream) -> Group {
+        Group { library, comm, stream, is_aborted: AtomicBool::new(false) }
     }
 
     /// The library's handle.
@@ -89,6 +90,7 @@ impl Group {
 
     /// Ends what is under way in the group, and with it the job.
     fn give_up(&self, operation: &Operation, why: &str) -> ! {
+        self.stream.check();
         self.abort();
         panic!("{operation}: {why}");
     }

@@ -142,8 +142,11 @@ impl Blas {
         };
         // SAFETY: as promised by the caller.
         let fastest = unsafe { choice::fastest(&plan.proposals(self.handle, &product, Algorithms::Measured), run, on.stream) };
+        // Where none ran, as on a GPU that has failed, nothing was learnt.
+        if let Some(algorithm) = &fastest {
+            choice::keep(&self.machine, &product, algorithm);
+        }
         let algorithm = fastest.unwrap_or(plan.algorithm);
-        choice::keep(&self.machine, &product, &algorithm);
         self.plans.lock().expect("no panic while holding the plans").insert(product, Plan { algorithm, is_chosen: true, ..plan });
     }
 
@@ -156,15 +159,14 @@ impl Blas {
         })
     }
 
-    /// The product on a stream. Shapes agree; those of E4M3 are as [`fp8`] says.
+    /// The product on a stream. Shapes agree; those of E4M3 are as [`fp8`] says. Err when the library refuses it.
     ///
     /// # Safety
     /// Matrices, scales and the workspace are memory of the calling thread's context, which is the handle's; the stream is of it.
-    pub unsafe fn gemm(&self, asked: &Asked, on: On) {
+    pub unsafe fn gemm(&self, asked: &Asked, on: On) -> std::result::Result<(), result::CublasError> {
         let plan = self.plan(asked);
         // SAFETY: as promised by the caller.
-        let done = unsafe { self.multiply(&plan, asked, asked.out.address, on) };
-        done.unwrap_or_else(|error| panic!("{asked:?}: {error}"));
+        unsafe { self.multiply(&plan, asked, asked.out.address, on) }
     }
 
     /// `to` = product, or `out` + product.

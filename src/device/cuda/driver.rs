@@ -15,6 +15,7 @@ use super::compile;
 use super::tensor_map::TensorMaps;
 use crate::device::Gemm;
 use crate::error::{Error, Kind, Result};
+use crate::machine;
 use copies::Copies;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use graphs::Capture;
@@ -77,8 +78,10 @@ pub fn count() -> Result<usize> {
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::recipe("no NVIDIA driver: libcuda.so.1 was not found on this machine").remedy(WITHOUT_GPU));
     }
-    let found = CudaContext::device_count();
-    let n = found.map_err(|error| Error::recipe(format!("the NVIDIA driver finds no GPU: {}", described(error))).remedy(WITHOUT_GPU))?;
+    let n = CudaContext::device_count().map_err(|error| {
+        let wrong = format!("the NVIDIA driver finds no GPU: {}", described(error));
+        if is_of_the_machine(error) { machine::failed(wrong) } else { Error::recipe(wrong).remedy(WITHOUT_GPU) }
+    })?;
     if n == 0 {
         return Err(Error::recipe("the NVIDIA driver finds no GPU").remedy(WITHOUT_GPU));
     }
@@ -104,6 +107,35 @@ fn described(error: DriverError) -> String {
     }
 }
 
+/// Whether it tells of a broken or unready machine and not of what was asked of it: memory that has lost bits, links, a GPU that another
+/// process holds or that has gone from the bus. Faults of kernels (addresses, instructions) may be either, and are taken for ours.
+fn is_of_the_machine(error: DriverError) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        error.0,
+        CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUDA_ERROR_CONTAINED
+            | CUDA_ERROR_DEVICE_UNAVAILABLE
+            | CUDA_ERROR_SYSTEM_NOT_READY
+            | CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+            | CUDA_ERROR_UNKNOWN
+    )
+}
+
+/// As nvidia-smi prints it.
+fn uuid(identity: &[u8; 16]) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    format!(
+        "GPU-{}-{}-{}-{}-{}",
+        hex(&identity[..4]),
+        hex(&identity[4..6]),
+        hex(&identity[6..8]),
+        hex(&identity[8..10]),
+        hex(&identity[10..])
+    )
+}
+
 /// For `--gpu-architecture`: with the instructions of Hopper alone where it is one.
 fn architecture((major, minor): (i32, i32)) -> String {
     if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") }
@@ -119,6 +151,9 @@ impl Driver {
     pub fn open(ordinal: usize, algorithms: Algorithms) -> Result<Driver> {
         let failed = |error: DriverError| {
             let wrong = format!("GPU {ordinal} cannot be used: {}", described(error));
+            if is_of_the_machine(error) {
+                return machine::failed(wrong);
+            }
             Error::new(Kind::Other, wrong).remedy("look at it with nvidia-smi, or run with --device cpu")
         };
         let context = CudaContext::new(ordinal).map_err(failed)?;
@@ -159,10 +194,17 @@ impl Driver {
         })
     }
 
-    /// Makes the context current on this thread and panics with `what` when the driver refused something.
+    /// Makes the context current on this thread and panics with `what` when the driver refused something; with an [`Error`] of the
+    /// machine where that has failed, which ends the job with its exit code.
     fn call<T>(&self, what: &dyn Fn() -> String, call: impl FnOnce() -> std::result::Result<T, DriverError>) -> T {
         let done = self.context.bind_to_thread().and_then(|()| call());
-        done.unwrap_or_else(|error| panic!("{} on {}: {}", what(), self.name, described(error)))
+        done.unwrap_or_else(|error| {
+            if is_of_the_machine(error) {
+                let wrong = format!("{}: {} ({}) has failed: {}", what(), uuid(&self.identity), self.name, described(error));
+                std::panic::panic_any(machine::failed(wrong));
+            }
+            panic!("{} on {}: {}", what(), self.name, described(error))
+        })
     }
 
     /// Memory of the driver; `None` when it has none left.
@@ -191,7 +233,12 @@ impl Driver {
             }
         }
         // SAFETY: the caller's memory on the device, this context made current, this stream and its workspace.
-        unsafe { self.blas.gemm(asked, on) };
+        let done = unsafe { self.blas.gemm(asked, on) };
+        done.unwrap_or_else(|error| {
+            // The library does not say what has become of the GPU; the driver does.
+            self.call(&|| format!("{asked:?}"), || self.queues.synchronize());
+            panic!("{asked:?} on {}: {error}", self.name)
+        });
     }
 
     /// Gives memory that is not in use back to the driver. Returns how much there was.

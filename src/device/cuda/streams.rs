@@ -39,6 +39,13 @@ impl CommunicationStream {
         self.backend.handle(self.stream).expect("a device that has streams keeps them")
     }
 
+    /// Panics with what has become of the device when it has failed: what uses its memory may only say that something did.
+    pub fn check(&self) {
+        let now = self.backend.record(Stream::Compute);
+        self.backend.is_complete(now);
+        self.backend.release(now);
+    }
+
     /// Lets `ask` ask for work on the stream (given as `CUstream`, the device current on this thread), behind everything that was asked
     /// of the device before this call.
     pub fn start(&self, ask: impl FnOnce(u64)) -> UnderWay {
