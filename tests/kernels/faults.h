@@ -1,6 +1,6 @@
 // A GPU that fails, by the environment: with STAND_IN_GPU_FAULT=n:error the n-th call that looks at the device and all after it give
-// that error, as those of a broken GPU do, and cuBLASLt says that it failed; with STAND_IN_NO_MEMORY=n there is no memory at the n-th
-// allocation, and again at the next. Where either is set, the end tells how many calls and allocations there were.
+// that error, as those of a broken GPU do, and cuBLASLt says that it failed; with STAND_IN_NO_MEMORY=n the n-th allocation finds no
+// memory, and the next does. Where either is set, the end tells how many calls and allocations there were.
 // stand_in_break(error) has the same effect from there on.
 static int calls_made, allocations_made, broken_by;
 void stand_in_break(int error) { broken_by = error; }

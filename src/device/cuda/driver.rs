@@ -169,7 +169,9 @@ impl Driver {
         let queues = Queues::open().map_err(failed)?;
         let copies = Copies::new().map_err(failed)?;
         // SAFETY: the context is current; freed when the driver is dropped.
-        let workspace = unsafe { result::malloc_sync(blas::WORKSPACE_BYTES) }.map_err(failed)?;
+        let workspace = unsafe { result::malloc_sync(blas::WORKSPACE_BYTES) }.map_err(|error| {
+            failed(error).doing(format!("asking for {} bytes of device memory for matrix products", blas::WORKSPACE_BYTES))
+        })?;
         let blas = Blas::new(algorithms, &gpu)?;
         let architecture = architecture(capability);
         Ok(Driver {
