@@ -1,13 +1,16 @@
 // Attention over a KV cache (Device::attention_cached), two launches: the new keys and values go to the cache; each item attends over its
-// share of the keys (split-K, so that a decode fills the machine), and the last of a row's shares to be done combines them. Where shares
-// end depends on the position in the sequence only, and a share of which a row sees nothing adds exactly nothing: so a row has the same
-// bits whatever rows it was computed with.
-// append: grid (n new tokens), 128 threads. attend: grid (n_items, G), 128 threads; "deep" with four stages of keys in the place of two,
-// where blocks are so few that each has a processor for itself.
-// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu and a word: d64 153, d128 194, d192 229,
-// fma 120; deep d64 152, 82944 bytes; d128 195, 156672; d192 230, 230400; append 40, no shared memory. A decode fills only per_kv of the
-// 64 rows of a tile.
+// share of the keys (split-K, so that a decode fills the machine), and the last of a row's shares to be done combines them. A decode step
+// (Device::rope_attention_cached of one token a sequence) is one launch: each block rotates its queries itself, and the one in whose share
+// the new token is its key too. Where shares end depends on the position in the sequence only, and a share of which a row sees nothing adds
+// exactly nothing: so a row has the same bits whatever rows it was computed with.
+// append: grid (n new tokens), 128 threads. attend, and rope_attend of a decode step: grid (n_items, G), 128 threads; "deep" with four
+// stages of keys in the place of two, where blocks are so few that each has a processor for itself.
+// Registers (sm_90a, nvcc 13.0, no spills) and shared memory of attend as of attention_forward.cu and a word: d64 142, d128 182, d192 220,
+// fma 120; deep d64 157, 82944 bytes; d128 193, 156672; d192 234, 230400; append 40, no shared memory. rope_attend: d64 95, d128 117, d192
+// 127, and 119 where d128 is deep; 40 bytes of stack for angles past 2^31. A decode fills only per_kv of the 64 rows of a tile.
 #include "attention_tile.cuh"
+#include "rope.cuh"
+#include "rows.cuh"
 
 // tokens[n, 2]: the row of qkv and the row of the cache. keys and values: [n_pages * PAGE_TOKENS, G*D].
 template <class T>
@@ -103,12 +106,94 @@ __device__ __forceinline__ Attend<T> over_cache(T* out, float* partial, float* p
 }
 
 // Keys and values that a block reads, hinted at before its queries are there.
-template <int D> __device__ __forceinline__ void hint_at_keys(const Attend<bf16>& how, const Item& item) {
-    for (int key = item.key_begin + threadIdx.x; key < item.key_end; key += blockDim.x) {
+template <int D> __device__ __forceinline__ void hint_at_keys(const Attend<bf16>& how, const Item& item, int begin, int end) {
+    for (int key = begin + threadIdx.x; key < end; key += blockDim.x) {
         size_t at = tile_row(how, item, key) * how.stride;
         hint_at(how.keys + at, D * sizeof(bf16));
         hint_at(how.values + at, D * sizeof(bf16));
     }
+}
+
+// Zeros in 16 rows of Q.
+template <int D, int STAGES> __device__ __forceinline__ void clear_queries(Ring<D, STAGES> ring) {
+    load_tile<D, 128, 16>(ring.q, 0, [](int) { return (const bf16*)nullptr; });
+}
+
+// Of a sequence's one new token, out of its row of qkv, where `past` keys are in the cache: the query heads of this block's group, rotated,
+// to the first rows of Q; and where the token is in this block's share, its key, rotated, and its value to own[2, D] and to the cache.
+template <int D, int STAGES>
+__device__ __forceinline__ void bring_token(Ring<D, STAGES> ring, bf16* own, bf16* keys, bf16* values, const Attend<bf16>& how,
+                                            const Item& item, const float* cosines, int half) {
+    const bf16* heads = query_row(how, item, 0, D); // queries of the group, its key, its value
+    const float* sines = cosines + half;
+    bool is_here = item.key_begin <= item.past && item.past < item.key_end;
+    size_t to = is_here ? tile_row(how, item, item.past) * how.stride + (size_t)blockIdx.y * D : 0;
+    bool has_value = is_here && threadIdx.x < D / CHUNK;
+    uint4 value = {};
+    if (has_value) value = *(const uint4*)(heads + (how.per_kv + 1) * D + threadIdx.x * CHUNK);
+    // Chunks of the first half of what is rotated, each with its partner, then those of what is not.
+    int turned = half / CHUNK, chunks = D / CHUNK - turned;
+    for (int work = threadIdx.x; work < (how.per_kv + is_here) * chunks; work += 128) {
+        int head = work / chunks, chunk = work % chunks, at = chunk * CHUNK;
+        bool is_key = head == how.per_kv;
+        const bf16* from = heads + head * D;
+        bf16* row = is_key ? own : ring.q + head * ring.ROW;
+        if (chunk < turned) {
+            float x[CHUNK], y[CHUNK];
+            load_whole(x, from + at);
+            load_whole(y, from + half + at);
+            for (int i = 0; i < CHUNK; i++) turn_pair(x[i], y[i], cosines[at + i], sines[at + i]);
+            store_whole(row + at, x);
+            store_whole(row + half + at, y);
+            if (is_key) store_whole(keys + to + at, x);
+            if (is_key) store_whole(keys + to + half + at, y);
+        } else {
+            uint4 same = *(const uint4*)(from + half + at);
+            *(uint4*)(row + half + at) = same;
+            if (is_key) *(uint4*)(keys + to + half + at) = same;
+        }
+    }
+    if (has_value) {
+        *(uint4*)(own + D + threadIdx.x * CHUNK) = value;
+        *(uint4*)(values + to + threadIdx.x * CHUNK) = value;
+    }
+}
+
+// Rotation, new row of the cache and attention of an item of at most 16 rows, all of a sequence's one new token. half: a multiple of
+// CHUNK. Ahead of qkv a block fetches keys that were there before the step: recorded work writes the rows of its own tokens alone, which
+// follow them.
+template <int D, int STAGES>
+__device__ __forceinline__ void rope_attend(bf16* out, float* partial, float* partial_lse, const bf16* qkv, bf16* keys, bf16* values,
+                                            const int* pages, const Item* items, const Shares* shares, unsigned* counters, int n_partial,
+                                            int per_kv, int n_groups, const unsigned* positions, const double* frequencies, int half,
+                                            double factor, float scale) {
+    DYNAMIC_SHARED(memory);
+    let_successor_come();
+    Ring<D, STAGES> ring = {(bf16*)memory};
+    static_assert(ring.SPARE_BYTES >= D * sizeof(float) + 2 * D * sizeof(bf16), "no room for angles and own");
+    float* angles = ring.spare();
+    bf16* own = (bf16*)(angles + D);
+    Item item = items[blockIdx.x];
+    auto how = over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D);
+    int end = min(item.key_end, item.past), n_tiles = 0; // in the cache; of those that were asked for
+    auto fetch = [&](int first) { fetch_tiles(ring, how, item, first, end, own); };
+    for (; n_tiles < STAGES - 1 && item.key_begin + (n_tiles + 1) * 64 <= end; n_tiles++) {
+        fetch(item.key_begin + n_tiles * 64);
+        cp_async_commit();
+    }
+    hint_at_keys<D>(how, item, item.key_begin + n_tiles * 64, end);
+    clear_queries(ring);
+    make_angles(angles, positions[item.first_token], frequencies, half, factor, 1.0f);
+    wait_for_predecessors();
+    __syncthreads(); // angles and zeros are there
+    bring_token(ring, own, keys, values, how, item, angles, half);
+    __syncthreads(); // own is there
+    for (; n_tiles < STAGES - 1; n_tiles++) {
+        if (item.key_begin + n_tiles * 64 < item.key_end) fetch(item.key_begin + n_tiles * 64);
+        cp_async_commit();
+    }
+    attend_tiles<D, STAGES, true>(ring, how, item, per_kv, item.key_end, scale, fetch);
+    combine_by_the_last(how, item, shares[blockIdx.x], counters, D, 64);
 }
 
 #define CACHED_MMA(name, D, STAGES)                                                                                                  \
@@ -119,11 +204,19 @@ template <int D> __device__ __forceinline__ void hint_at_keys(const Attend<bf16>
         let_successor_come();                                                                                                        \
         Item item = items[blockIdx.x];                                                                                               \
         auto how = over_cache(out, partial, partial_lse, qkv, keys, values, pages, n_partial, per_kv, n_groups, D);                  \
-        hint_at_keys<D>(how, item);                                                                                                  \
+        hint_at_keys<D>(how, item, item.key_begin, item.key_end);                                                                    \
         wait_for_predecessors();                                                                                                     \
         if (item.n_tokens * per_kv - item.first_row <= 16) attend_mma<D, STAGES, true>(how, item, scale);                            \
         else attend_mma<D, STAGES, false>(how, item, scale);                                                                         \
         combine_by_the_last(how, item, shares[blockIdx.x], counters, D, 64);                                                         \
+    }                                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(128, STAGES == 2 ? 2 : 1)                                                           \
+        attention_rope_##name##_d##D##_bf16(bf16* out, float* partial, float* partial_lse, const bf16* qkv, bf16* keys,              \
+                                            bf16* values, const int* pages, const Item* items, const Shares* shares,                 \
+                                            unsigned* counters, int n_partial, int per_kv, int n_groups, const unsigned* positions,  \
+                                            const double* frequencies, int half, double factor, float scale) {                       \
+        rope_attend<D, STAGES>(out, partial, partial_lse, qkv, keys, values, pages, items, shares, counters, n_partial, per_kv,      \
+                               n_groups, positions, frequencies, half, factor, scale);                                               \
     }
 CACHED_MMA(cached, 64, 2)
 CACHED_MMA(cached, 128, 2)

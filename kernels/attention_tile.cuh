@@ -39,17 +39,17 @@ template <class T> struct Attend {
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
-// Rows [0, ROWS) of a tile [64, D] in shared memory, rows of D + 8 so that ldmatrix meets no bank twice; zeros past n_rows.
-// `row_at(i)` is the address of row i.
+// Rows [0, ROWS) of a tile [64, D] in shared memory, rows of D + 8 so that ldmatrix meets no bank twice; past n_rows zeros, but in row
+// `known` of them what `own`[D] holds. `row_at(i)` is the address of row i.
 template <int D, int THREADS, int ROWS = 64, class RowAt>
-__device__ __forceinline__ void load_tile(bf16* tile, int n_rows, RowAt row_at) {
+__device__ __forceinline__ void load_tile(bf16* tile, int n_rows, RowAt row_at, int known = -1, const bf16* own = nullptr) {
     for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
         int row = i / (D / 8), column = i % (D / 8) * 8;
         bf16* to = tile + row * (D + 8) + column;
         if (row < n_rows)
             cp_async_16(to, row_at(row) + column);
         else
-            *(uint4*)to = make_uint4(0, 0, 0, 0);
+            *(uint4*)to = row == known ? *(const uint4*)(own + column) : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -81,36 +81,48 @@ template <class T> __device__ __forceinline__ void put_lse(const Attend<T>& how,
         how.lse[head * how.n_tokens + item.first_token + row / how.per_kv] = lse;
 }
 
-// 64 rows by 4 warps of 16, over tiles of 64 keys of which all but one stage are under way. Shared: Q, then the stages of K and V:
-// (1 + 2 STAGES) * 64 * (D + 8) * 2 bytes. The bits do not depend on how many stages there are.
+// What a block has in shared memory: Q, then a ring of STAGES tiles of K and V: (1 + 2 STAGES) * 64 * (D + 8) * 2 bytes. Where Q has 16
+// rows there are, in the place of the others, the scores of 64 keys, 8 keys after 8, lane by lane, and room for the caller.
+template <int D, int STAGES> struct Ring {
+    static constexpr int ROW = D + 8, TILE = 64 * ROW;
+    bf16* q;
+    __device__ __forceinline__ bf16* keys(const Item& item, int first) const {
+        return q + TILE + ((first - item.key_begin) / 64 % STAGES) * 2 * TILE;
+    }
+    __device__ __forceinline__ float4* scores() const { return (float4*)(q + 16 * ROW); }
+    __device__ __forceinline__ float* spare() const { return (float*)(scores() + 8 * 32); }
+    static constexpr int SPARE_BYTES = 2 * (TILE - 16 * ROW) - 8 * 32 * 16;
+};
+
+// The tiles of K and V from key `first` on, not waited for; zeros from `key_end` on. With `own`, key `past` behind them and its value are
+// own[2, D].
+template <int D, int STAGES>
+__device__ __forceinline__ void fetch_tiles(Ring<D, STAGES> ring, const Attend<bf16>& how, const Item& item, int first, int key_end,
+                                            const bf16* own = nullptr) {
+    bf16* k = ring.keys(item, first);
+    size_t row = tile_row(how, item, first);
+    int known = own ? item.past - first : -1;
+    auto at = [&](const bf16* from) {
+        return [=](int i) { return from + (row + i) * how.stride; };
+    };
+    load_tile<D, 128>(k, key_end - first, at(how.keys), known, own);
+    load_tile<D, 128>(k + Ring<D, STAGES>::TILE, key_end - first, at(how.values), known, own ? own + D : nullptr);
+}
+
+// 64 rows by 4 warps of 16, over tiles of 64 keys up to key_end of which all but one stage are under way: fetched by `fetch(first)`, a
+// group of copies each, the first STAGES - 1 and Q by the caller. The bits do not depend on how many stages there are.
 // FEW: at most 16 rows, as in decode steps, which one warp would work on while three have none. Each warp scores 16 of a tile's keys,
 // hands its scores to the others through shared memory (in the place of Q's other rows), weighs all keys as the others do, and sums up a
 // quarter of the dims: the same sums in the same order, so the same bits.
-template <int D, int STAGES, bool FEW> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
-    constexpr int ROW = D + 8, TILE = 64 * ROW;
+template <int D, int STAGES, bool FEW, class Fetch>
+__device__ __forceinline__ void attend_tiles(Ring<D, STAGES> ring, const Attend<bf16>& how, const Item& item, int n_rows, int key_end,
+                                             float scale, Fetch fetch) {
+    constexpr int ROW = Ring<D, STAGES>::ROW, TILE = Ring<D, STAGES>::TILE;
     constexpr int OWN_KEYS = FEW ? 16 : 64, OWN_DIMS = FEW ? D / 4 : D;
-    DYNAMIC_SHARED(memory);
-    bf16* q = (bf16*)memory;
+    bf16* q = ring.q;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int warp_row = FEW ? 0 : warp * 16, first_key = FEW ? warp * OWN_KEYS : 0, first_dim = FEW ? warp * OWN_DIMS : 0;
-    float4* scores = (float4*)(q + 16 * ROW); // of 8 keys each, lane by lane
-    int n_rows = min(64, item.n_tokens * how.per_kv - item.first_row);
-    int last = item.past + (item.first_row + n_rows - 1) / how.per_kv + 1;
-    int key_end = min(item.key_end, last);
-    auto fetch = [&](int first) {
-        bf16* k = q + TILE + ((first - item.key_begin) / 64 % STAGES) * 2 * TILE;
-        size_t row = tile_row(how, item, first);
-        auto at = [&](const bf16* from) {
-            return [=](int i) { return from + (row + i) * how.stride; };
-        };
-        load_tile<D, 128>(k, key_end - first, at(how.keys));
-        load_tile<D, 128>(k + TILE, key_end - first, at(how.values));
-    };
-    load_tile<D, 128, FEW ? 16 : 64>(q, n_rows, [&](int i) { return query_row(how, item, item.first_row + i, D); });
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (item.key_begin + i * 64 < key_end) fetch(item.key_begin + i * 64);
-        cp_async_commit();
-    }
+    float4* scores = ring.scores();
 
     float o[OWN_DIMS / 8][4] = {}, most[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0, 0};
     int row[2], visible[2];
@@ -124,7 +136,7 @@ template <int D, int STAGES, bool FEW> __device__ __forceinline__ void attend_mm
         __syncthreads(); // this stage is here, and nobody reads the one before any more
         if (first + (STAGES - 1) * 64 < key_end) fetch(first + (STAGES - 1) * 64);
         cp_async_commit();
-        const bf16* k = q + TILE + ((first - item.key_begin) / 64 % STAGES) * 2 * TILE;
+        const bf16* k = ring.keys(item, first);
         float s[8][4] = {};
 #pragma unroll
         for (int c = 0; c < D; c += 16) {
@@ -202,6 +214,21 @@ template <int D, int STAGES, bool FEW> __device__ __forceinline__ void attend_mm
             for (int e = 0; e < 2; e++) put(how, item, row[h], D, first_dim + n * 8 + lane % 4 * 2 + e, o[n][2 * h + e] * inverse);
         if (lane % 4 == 0 && (!FEW || warp == 0)) put_lse(how, item, row[h], most[h] * scale + logf(total));
     }
+}
+
+// Of queries as they lie in qkv and keys that are all there.
+template <int D, int STAGES, bool FEW> __device__ __forceinline__ void attend_mma(const Attend<bf16>& how, const Item& item, float scale) {
+    DYNAMIC_SHARED(memory);
+    Ring<D, STAGES> ring = {(bf16*)memory};
+    int n_rows = min(64, item.n_tokens * how.per_kv - item.first_row);
+    int key_end = min(item.key_end, item.past + (item.first_row + n_rows - 1) / how.per_kv + 1);
+    auto fetch = [&](int first) { fetch_tiles(ring, how, item, first, key_end); };
+    load_tile<D, 128, FEW ? 16 : 64>(ring.q, n_rows, [&](int i) { return query_row(how, item, item.first_row + i, D); });
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (item.key_begin + i * 64 < key_end) fetch(item.key_begin + i * 64);
+        cp_async_commit();
+    }
+    attend_tiles<D, STAGES, FEW>(ring, how, item, n_rows, key_end, scale, fetch);
 }
 
 // 16 rows by 4 warps of 4; lanes are keys in the scores and dims in the sums. Any dim <= 256.

@@ -71,7 +71,8 @@ template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile(
 // are there, not when they have ended (programmatic dependent launch, sm_90). Every kernel of this folder may be launched so. The rule,
 // which tests/kernels/dependent.rs holds to:
 //   all threads of every kernel wait, once, before they read what recorded work writes and before they write anything at all;
-//   before that they may hint at memory, and read what no recorded work writes: tables of the host. Weights are hinted at only,
+//   before that they may hint at memory, and read what this recorded work does not write: tables of the host, and rows of a cache before
+//   those of a step's tokens (they are there since an earlier step, which has ended as a whole). Weights are hinted at only,
 //   because whoever records may have changed them.
 // A wait ends when the kernel before has ended and all it wrote is seen. That one has waited too before it ended, so all work before it
 // has ended as well: the rule holds for chains because no kernel is left out. And since a kernel lets the next one come before it waits

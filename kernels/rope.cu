@@ -5,24 +5,6 @@
 #include "rows.cuh"
 #include "rope.cuh"
 
-// Cos and sin of an angle.
-__device__ __forceinline__ float2 angle_of(unsigned position, double frequency, double factor, float sign) {
-    double angle = (double)position * frequency;
-    return make_float2((float)(factor * cos(angle)), sign * (float)(factor * sin(angle)));
-}
-
-// Those of the token's angles; positions and frequencies are tables of the host, so this may be done ahead. A __syncthreads goes
-// before their use.
-__device__ __forceinline__ void make_angles(float* cosines, unsigned position, const double* frequencies, int half, double factor,
-                                            float sign) {
-    float* sines = cosines + half;
-    for (int i = threadIdx.x; i < half; i += blockDim.x) {
-        float2 angle = angle_of(position, frequencies[i], factor, sign);
-        cosines[i] = angle.x;
-        sines[i] = angle.y;
-    }
-}
-
 // Rotates the queries and keys of a row; calls also(group, at, turned, n) with the chunks of each key head.
 template <class T, class Also>
 __device__ __forceinline__ void turn(T* row, const float* cosines, int per_kv, int n_kv, int dim, int half, Also also) {

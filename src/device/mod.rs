@@ -458,7 +458,7 @@ pub trait Device: Send + Sync {
     /// A hint that `attention_cached` comes soon with this cache and these spans. It changes no result.
     fn attention_comes(&self, _cache: &KvCache, _spans: &[CacheSpan]) {}
 
-    /// `rope` of qkv forward, then `attention_cached`: a pass over a cache.
+    /// `rope` of qkv forward, then `attention_cached`: a pass over a cache. What is in qkv afterwards is unspecified.
     #[allow(clippy::too_many_arguments)]
     fn rope_attention_cached(
         &self,

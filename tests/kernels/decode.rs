@@ -46,7 +46,7 @@ fn recorded_kernels_may_come_early() {
         let device = Cuda::with_backend(Arc::clone(backend) as Arc<dyn Backend>);
         let begun = backend.n_begun();
         decode_cases::check(&device, How { dtype: DType::BF16, order, head_dim, ..How::PLAIN }, |_| {});
-        assert!(backend.n_begun() - begun > 100, "{} kernels began ahead", backend.n_begun() - begun);
+        assert!(backend.n_begun() - begun > 90, "{} kernels began ahead", backend.n_begun() - begun);
     }
 }
 

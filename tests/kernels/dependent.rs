@@ -4,7 +4,7 @@
 use std::path::Path;
 
 /// Functions that wait on behalf of the kernels whose one statement is their call: they do something ahead.
-const WAITS: [&str; 3] = ["gemv", "rope_append", "multiply_all"];
+const WAITS: [&str; 4] = ["gemv", "rope_append", "rope_attend", "multiply_all"];
 
 fn without_comments(source: &str) -> String {
     source.lines().map(|line| line.split("//").next().expect("a line").trim_end_matches('\\')).collect::<Vec<_>>().join("\n")

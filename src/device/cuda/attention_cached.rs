@@ -4,6 +4,7 @@
 
 use super::attention::{Form, Item, THREADS, blocks, int};
 use super::backend::{Arg, Grid, Kernel};
+use super::rope::assert_rope;
 use super::{Cuda, Workspace, assert_rows};
 use crate::device::{CacheSpan, Direction, Heads, KvCache, PAGE_TOKENS, Rope};
 use crate::tensor::{DType, Tensor};
@@ -12,6 +13,8 @@ use std::sync::Arc;
 /// Keys of a share, whole tiles and pages. Shares end at multiples of it in every sequence, whatever else is computed: a row's bits follow
 /// from its keys alone. Smaller ones give a decode of few sequences more blocks to work in, larger ones leave less to combine.
 const SHARE: usize = 8 * PAGE_TOKENS;
+/// Most rows of a block that all of its warps work on together: `FEW` of kernels/attention_tile.cuh.
+const FEW_ROWS: usize = 16;
 /// Where each table begins.
 const ALIGNMENT: usize = 256;
 
@@ -248,10 +251,11 @@ impl Cuda {
         let sizes = [heads.queries_per_kv(), heads.kv, heads.dim].map(|n| Arg::Int(int(n)));
         let kernel = Kernel::of("attention_cached", "attention_append", qkv.dtype());
         self.backend.launch(&kernel, Grid::line(tables.sizes[0], THREADS), &[&args[..], &sizes].concat());
-        self.attend_to_cache(out, qkv, cache, &tables);
+        self.attend_to_cache(out, qkv, cache, &tables, None);
     }
 
-    /// See `Device::rope_attention_cached`: the rotation and the new rows of the cache are one launch.
+    /// See `Device::rope_attention_cached`: one launch for a decode step on tensor cores; else the rotation and the new rows of the cache
+    /// are one, and attention is one.
     pub(super) fn rope_attention_cached(
         &self,
         out: &mut Tensor,
@@ -267,28 +271,35 @@ impl Cuda {
             return self.attention_cached(out, qkv, cache, spans, heads);
         }
         let Some(tables) = self.checked_tables(out, qkv, cache, spans, heads) else { return };
+        let is_step = spans.iter().all(|span| span.rows.len() == 1);
+        if is_step && Form::of(qkv.dtype(), heads).is_mma() && heads.queries_per_kv() <= FEW_ROWS && how.rotary_dims % 16 == 0 {
+            assert_rope(qkv, positions, heads, how);
+            return self.attend_to_cache(out, qkv, cache, &tables, Some((positions, how)));
+        }
         self.rope_append(qkv, positions, cache, (tables.args()[2], tables.sizes[0]), heads, how);
-        self.attend_to_cache(out, qkv, cache, &tables);
+        self.attend_to_cache(out, qkv, cache, &tables, None);
     }
 
-    /// Attention over a cache that the new tokens are in.
-    fn attend_to_cache(&self, out: &mut Tensor, qkv: &Tensor, cache: &KvCache, tables: &Tables) {
+    /// Attention over a cache that the new tokens are in; or that they are put in with it, rotated `turned` (positions, how).
+    fn attend_to_cache(&self, out: &mut Tensor, qkv: &Tensor, cache: &mut KvCache, tables: &Tables, turned: Option<(&Tensor, Rope)>) {
         let heads = tables.call.heads;
         let [_, n_items, _, n_partial] = tables.sizes;
         let (file, form) = ("attention_cached", Form::of(qkv.dtype(), heads));
         let [partial, partial_lse, _, items, shares, counters, pages] = tables.args();
-        let (keys, values) = (Cuda::arg(&cache.keys), Cuda::arg(&cache.values));
+        let (keys, values) = (Cuda::arg_mut(&mut cache.keys), Cuda::arg_mut(&mut cache.values));
         let mut args = vec![Cuda::arg_mut(out), partial, partial_lse, Cuda::arg(qkv), keys, values, pages, items, shares, counters];
         args.extend([n_partial, heads.queries_per_kv(), heads.kv].map(|n| Arg::Int(int(n))));
+        if let Some((positions, how)) = turned {
+            args.extend([Cuda::arg(positions), self.rope_frequencies(how).arg()]);
+            args.extend([Arg::Int(int(how.rotary_dims / 2)), Arg::Double(how.attention_factor())]);
+        }
         args.extend(form.last_args());
         // Few blocks, each on a processor of its own, wait for memory less with more of it under way. The bits are the same.
-        let (operation, stages) = match n_items * heads.kv <= self.backend.processors() && form.is_mma() {
-            true => ("attention_cached_deep", 4),
-            false => ("attention_cached", 2),
-        };
+        let (deep, stages) = if n_items * heads.kv <= self.backend.processors() && form.is_mma() { ("_deep", 4) } else { ("", 2) };
+        let operation = format!("attention_{}cached{deep}", if turned.is_some() { "rope_" } else { "" });
         let shared_bytes = form.attend_bytes(stages) as u32;
         let grid = Grid { blocks: (blocks(n_items), blocks(heads.kv), 1), threads: THREADS, shared_bytes };
-        self.backend.launch(&form.kernel(file, operation), grid, &args);
+        self.backend.launch(&form.kernel(file, &operation), grid, &args);
     }
 }
 

@@ -7,7 +7,7 @@ use super::{Cuda, Workspace, assert_rows};
 use crate::device::{Direction, Heads, KvCache, Rope};
 use crate::tensor::{DType, Tensor};
 
-fn assert_rope(qkv: &Tensor, positions: &Tensor, heads: Heads, how: Rope) {
+pub(super) fn assert_rope(qkv: &Tensor, positions: &Tensor, heads: Heads, how: Rope) {
     assert_rows("rope", &[qkv], qkv.n_rows(), heads.qkv_columns());
     assert!(how.rotary_dims % 2 == 0 && how.rotary_dims <= heads.dim, "rope of {} dims of {heads:?}", how.rotary_dims);
     assert_eq!(positions.n_elements(), qkv.n_rows(), "rope of {qkv:?} with {positions:?}");
@@ -69,7 +69,7 @@ impl Cuda {
     }
 
     /// f64[rotary_dims / 2].
-    fn rope_frequencies(&self, how: Rope) -> Workspace {
+    pub(super) fn rope_frequencies(&self, how: Rope) -> Workspace {
         let mut tables = self.use_of_memory.rope_tables.lock().expect("no panic but in the first use of a table");
         if let Some((_, table)) = tables.iter().find(|(of, _)| of.turns_like(&how)) {
             return table.clone();
