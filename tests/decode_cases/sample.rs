@@ -51,7 +51,7 @@ fn every_way() -> Vec<Sampling> {
     all
 }
 
-/// Greedy, warm and cold, with top-k, top-p, min-p and several; ties, of which bf16 has many; rows that are hard to bin; padding.
+/// Few and many elements in a bin of the first histogram. Greedy, warm and cold, with top-k, top-p, min-p and several; ties, of which bf16 has many; rows that are hard to bin; padding.
 ///
 /// The device's weights are whole multiples of 2^-40 of the largest, so a running sum of V of them is off by at most V 2^-41, and a
 /// choice may differ only where the noise falls so close to a boundary: 2 V 2^-41 < 2e-9 for a draw here, 1e-6 for all of them.
@@ -76,6 +76,15 @@ pub fn check(cuda: &Cuda) {
     for row in hard {
         let logits = logits(cuda, DType::F32, vec![row; 45], 0);
         assert_same_choices(cuda, &logits, &every_way(), "hard rows");
+    }
+    // Rows that are no numbers give a token all the same, with a log-probability that says so.
+    for value in [f32::NAN, f32::NEG_INFINITY, f32::INFINITY] {
+        for n_valid in [5, 777] {
+            let logits = logits(cuda, DType::F32, vec![vec![value; n_valid]; every_way().len()], 3);
+            let draw = |sampling| Drawing { sampling, uniform: 0.5, prompt: &[], response: &[], n_top: 0 }.on_device().expect("it can");
+            let drawn = cuda.sample(&logits.device, n_valid, &every_way().into_iter().map(draw).collect::<Vec<Draw>>()).expect("it draws");
+            assert!(drawn.iter().all(|one| (one.token as usize) < n_valid && !one.logprob.is_finite()), "{value}: {drawn:?}");
+        }
     }
     assert_eq!(cuda.memory().live_bytes, 0);
 }

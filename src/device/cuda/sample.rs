@@ -2,14 +2,14 @@
 
 use super::Cuda;
 use super::backend::{Arg, Grid, Kernel};
-use super::grid::{int, rows};
+use super::grid::int;
 use crate::device::{Draw, Drawn};
 use crate::tensor::Tensor;
 
 /// Bins of a histogram in kernels/sample.cu.
 const BINS: usize = 2048;
-/// Columns of a part of a row, of which one block makes a histogram.
-const PART_COLUMNS: usize = 8192;
+/// Columns of a part of a row, of which one block makes a histogram: eight for each thread.
+const PART_COLUMNS: usize = 2048;
 /// Most columns whose weights a sum has room for.
 const MOST_COLUMNS: usize = 1 << 22;
 
@@ -48,26 +48,27 @@ impl Cuda {
         }
         let table: Vec<TableRow> = draws.iter().map(table_row).collect();
         let table = self.table(&table);
-        // Histograms first: they are aligned, and zeroed together.
+        // What has the largest elements first: they are aligned.
         let n_parts = n_valid.div_ceil(PART_COLUMNS);
         let sizes =
-            [n * BINS * size_of::<u64>(), n * BINS * size_of::<u32>(), n * n_parts * size_of::<f64>(), n * size_of::<Result>(), n * 4];
+            [n * BINS * size_of::<u64>(), n * n_parts * size_of::<f64>(), n * size_of::<Result>(), n * BINS * 4, n * n_parts * 4, n * 4];
         let memory = self.workspace(sizes.iter().sum());
         let mut at = 0;
-        let [weights, counts, partial, drawn, max] = sizes.map(|bytes| {
+        let [weights, partial, drawn, counts, maxima, first] = sizes.map(|bytes| {
             at += bytes;
             memory.arg_at(at - bytes)
         });
-        self.backend.zero(memory.address(), sizes[0] + sizes[1]);
-        let (dtype, sizes_of_rows) = (logits.dtype(), [int(columns), int(n_valid)]);
-        let args = [&[max, Cuda::arg(logits)], &sizes_of_rows[..]].concat();
-        self.backend.launch(&Kernel::of("cross_entropy", "cross_entropy_max", dtype), rows(n, columns), &args);
-        let bins = Grid { blocks: (n_parts as u32, u32::try_from(n).expect("few rows"), 1), threads: 256, shared_bytes: 0 };
-        let args = [&[weights, counts, partial, Cuda::arg(logits), max, table.arg()], &sizes_of_rows[..], &[int(PART_COLUMNS)]].concat();
-        self.backend.launch(&Kernel::of("sample", "sample_bins", dtype), bins, &args);
-        let inputs = [drawn, Cuda::arg(logits), max, table.arg(), weights, counts, partial, int(n_parts)];
-        let args = [&inputs, &sizes_of_rows[..]].concat();
-        self.backend.launch(&Kernel::of("sample", "sample_choose", dtype), Grid::line(n, 512), &args);
+        let (logits_at, table) = (Cuda::arg(logits), table.arg());
+        let (sizes_of_rows, part_columns) = ([int(columns), int(n_valid)], int(PART_COLUMNS));
+        let of_parts = Grid { blocks: (n_parts as u32, u32::try_from(n).expect("few rows"), 1), threads: 256, shared_bytes: 0 };
+        let launch = |name: &str, grid: Grid, first: &[Arg], last: &[Arg]| {
+            let args = [first, &sizes_of_rows, last].concat();
+            self.backend.launch(&Kernel::of("sample", name, logits.dtype()), grid, &args);
+        };
+        launch("sample_max", of_parts, &[maxima, weights, counts, first, logits_at], &[part_columns]);
+        launch("sample_bins", of_parts, &[weights, counts, first, partial, logits_at, maxima, table], &[part_columns]);
+        let of_rows = [drawn, logits_at, maxima, table, weights, counts, first, partial, int(n_parts)];
+        launch("sample_choose", Grid::line(n, 512), &of_rows, &[]);
         let mut results = vec![Result { logprob: 0.0, token: 0, unused: 0 }; n];
         let Arg::Address(drawn) = drawn else { unreachable!("memory has an address") };
         self.backend.download(drawn, bytemuck::cast_slice_mut(&mut results));
