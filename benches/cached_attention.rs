@@ -1,6 +1,7 @@
 //! Attention over the paged KV cache on the CPU, a layer a call as a model asks for it: decode steps in bytes of the cache a second over
-//! the rate at which all threads read memory, prompts in chunks in operations a second over a large matrix product's, each limit
-//! measured in turn with what it limits. Pages lie in random order, and the layers together in no cache of the processor.
+//! the rate at which all threads read memory (for as long as the calls, and in its best pass of a few milliseconds), prompts in chunks in
+//! operations a second over a large matrix product's, each limit measured in turn with what it limits. Pages lie in random order, and the
+//! layers together in no cache of the processor.
 //!
 //!     cargo bench --bench cached_attention [-- decode|prompts]
 
@@ -35,7 +36,8 @@ fn random(device: &Cpu, dims: &[usize], dtype: DType) -> Tensor {
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| ["decode", "prompts"].contains(&word.as_str())).collect();
     let device = Cpu::new();
-    println!("{}\n\n| heads | call | dtype | us a layer | rate | limit | share |\n|---|---|---|---:|---:|---:|---:|", device.name());
+    println!("{}\n\n| heads | call | dtype | us a layer | rate | limit | share | of the best pass |", device.name());
+    println!("|---|---|---|---:|---:|---:|---:|---:|");
     for (counts, dtype) in HEADS.iter().flat_map(|heads| [(heads, DType::BF16), (heads, DType::F32)]) {
         let heads = Heads { query: counts.0, kv: counts.1, dim: counts.2 };
         let side = [SIDE, SIDE];
@@ -77,7 +79,8 @@ fn main() {
             let amount = if is_decode { cache_bytes } else { 4 * pairs * heads.query * heads.dim } as f64;
             let (rate, unit) = (amount / best_s, if is_decode { "GB/s" } else { "GFLOP/s" });
             let call = format!("{n} x {new} after {past}");
-            let numbers = format!("{:.1} {unit} | {:.1} | {:.2}", rate / 1e9, limit / 1e9, rate / limit);
+            let of_best = if is_decode { format!("{:.2}", rate / reading.best_pass().0) } else { "-".into() };
+            let numbers = format!("{:.1} {unit} | {:.1} | {:.2} | {of_best}", rate / 1e9, limit / 1e9, rate / limit);
             println!("| {counts:?} | {call} | {} | {:.0} | {numbers} |", dtype.name(), 1e6 * best_s);
         }
     }

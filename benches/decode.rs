@@ -1,6 +1,9 @@
 //! Generation over what the machine allows, measured in the same run: decode steps over the memory's read bandwidth, prompts over the
 //! rate of a large matrix product. A step must read every weight once (of an embedding that is only looked up, the rows of its tokens)
 //! and the keys and values of every token before; a prompt of T tokens multiplies T rows with every weight of the blocks.
+//! Steps have three shares of reading. "of reading": the best run of steps over the best reading for as long, in turn with it. "of its best
+//! pass": the same run over the best single pass of reading, which takes a few milliseconds, where a run takes some twenty times as long:
+//! the strictest. "for as long": over that pass the best steps that together take as long as it, so either in its best moment.
 //!
 //!     cargo bench --bench decode [-- 30m|120m f32|bf16|int8 1|8|16|32|prompts]    Llama-shaped models on the CPU
 //!     cargo bench --bench decode -- 360m|1b ..     the shapes of SmolLM2-360M and Llama 3.2 1B, which take gigabytes, so by name alone
@@ -293,8 +296,10 @@ fn main() {
         println!("| model | weights | sequences | steps | ms of logits: least, median, mean | ms of choices: the same |");
         println!("|---|---|---:|---:|---:|---:|");
     } else {
-        println!("| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of the GEMM ceiling |");
-        println!("|---|---|---:|---:|---:|---:|---:|---:|");
+        println!(
+            "| model | weights | sequences | ms a step | tokens/s | GB/s | of reading | of its best pass | for as long | of the GEMM ceiling |"
+        );
+        println!("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|");
     }
     let all_sizes: Vec<&str> = sizes.iter().chain(&LARGER_SIZES).map(|size| size.name).collect();
     let larger = LARGER_SIZES.iter().filter(|size| !on_gpu && wanted.iter().any(|word| word == size.name));
@@ -355,17 +360,31 @@ fn kernels(subject: &mut Subject, size: &Size, profiler: &Profile) {
 fn steps(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n: usize) {
     let mut reading = Reading::new(subject.device);
     let mut seconds = subject.steps_s(n, size.past);
-    let (mut best_s, mut read) = (f64::INFINITY, 0.0f64);
+    let (mut best_s, mut read, mut runs) = (f64::INFINITY, 0.0f64, Vec::new());
     for _ in 0..STEPS_REPETITIONS {
         read = read.max(reading.bytes_per_s(seconds * STEPS as f64));
-        seconds = subject.steps_s(n, size.past);
+        let mut ends = vec![Instant::now()];
+        seconds = subject.steps_with(n, size.past, |_, _| ends.push(Instant::now()));
         best_s = best_s.min(seconds);
+        runs.push(ends);
     }
+    let (best_read, pass_s) = reading.best_pass();
+    let moment_s = runs.iter().flat_map(|ends| step_s_of_parts(ends, pass_s)).fold(best_s, f64::min);
     let gemm = ceiling::measure(subject.device, dtype).gemm_flops_per_s;
-    let rate = subject.bytes(n, size.past + STEPS) / best_s;
+    let n_bytes = subject.bytes(n, size.past + STEPS);
+    let (rate, of_moment) = (n_bytes / best_s, n_bytes / moment_s / best_read);
     let share = subject.flops(n, n, (size.past + STEPS) as f64) / best_s / gemm;
-    let (name, ms, tokens_per_s, of_read) = (size.name, 1e3 * best_s, n as f64 / best_s, rate / read);
-    println!("| {name} | {weights} | {n} | {ms:.3} | {tokens_per_s:.0} | {:.1} | {of_read:.2} | {share:.2} |", rate / 1e9);
+    let (name, ms, tokens_per_s) = (size.name, 1e3 * best_s, n as f64 / best_s);
+    let of_reading = format!("{:.2} | {:.2} | {of_moment:.2}", rate / read, rate / best_read);
+    println!("| {name} | {weights} | {n} | {ms:.3} | {tokens_per_s:.0} | {:.1} | {of_reading} | {share:.2} |", rate / 1e9);
+}
+
+/// Of steps that ended one after the other, the first having begun at the first of these: seconds a step from each step on, over as many as
+/// take so long together.
+fn step_s_of_parts(ends: &[Instant], least_s: f64) -> impl Iterator<Item = f64> {
+    let takes = move |first: usize, n: usize| (ends[first + n] - ends[first]).as_secs_f64();
+    (0..ends.len())
+        .filter_map(move |first| (1..ends.len() - first).find(|n| takes(first, *n) >= least_s).map(|n| takes(first, n) / n as f64))
 }
 
 /// One line of the table: a prompt.
@@ -373,7 +392,7 @@ fn prompt(subject: &mut Subject, (size, weights, dtype): (&Size, &str, DType), n
     let (best_s, gemm) = prompt_s(subject, dtype, n_tokens);
     let share = subject.flops(n_tokens, 1, (n_tokens + 1) as f64 / 2.0) / best_s / gemm;
     let (name, ms, tokens_per_s) = (size.name, 1e3 * best_s, n_tokens as f64 / best_s);
-    println!("| {name} | {weights} | prompt of {n_tokens} | {ms:.2} | {tokens_per_s:.0} | - | - | {share:.2} |");
+    println!("| {name} | {weights} | prompt of {n_tokens} | {ms:.2} | {tokens_per_s:.0} | - | - | - | - | {share:.2} |");
 }
 
 /// Least seconds of a prompt, and the rate of a large product.

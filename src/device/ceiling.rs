@@ -56,6 +56,8 @@ pub struct Reading<'a> {
     from: Tensor,
     /// [rows] f32.
     to: Tensor,
+    /// Seconds of the best pass so far.
+    best_s: f64,
 }
 
 impl<'a> Reading<'a> {
@@ -67,13 +69,13 @@ impl<'a> Reading<'a> {
         // Pages that nobody wrote are one page of zeros.
         device.copy(&mut from.rows_mut(0..rows / 2), &alloc(&[rows / 2, columns]));
         device.copy(&mut from.rows_mut(rows / 2..rows), &alloc(&[rows / 2, columns]));
-        Reading { device, from, to }
+        Reading { device, from, to, best_s: f64::INFINITY }
     }
 
     /// Bytes per second in the mean over so many seconds. Measure it in turn with what is compared with it, for as long: a machine that
     /// others use too is as fast as its best for moments only.
     pub fn bytes_per_s(&mut self, seconds: f64) -> f64 {
-        let Reading { device, from, to } = self;
+        let Reading { device, from, to, best_s } = self;
         let mut rate = 0.0;
         device.run_together(&mut || {
             let (begun, mut n, mut n_done) = (Instant::now(), 1, 0);
@@ -81,12 +83,20 @@ impl<'a> Reading<'a> {
                 let started = Instant::now();
                 (0..n).for_each(|_| device.cross_entropy_max(to, from, from.row_len()));
                 device.finish();
+                let seconds = started.elapsed().as_secs_f64();
+                *best_s = best_s.min(seconds / n as f64);
                 n_done += n;
-                n *= if started.elapsed().as_secs_f64() < TOGETHER_S { 2 } else { 1 };
+                n *= if seconds < TOGETHER_S { 2 } else { 1 };
             }
             rate = (n_done * from.n_bytes()) as f64 / begun.elapsed().as_secs_f64();
         });
         rate
+    }
+
+    /// The best pass of all that were measured so far: (bytes per second, seconds). What memory gives for so long at its best moment, and
+    /// so a stricter limit of what takes longer than that.
+    pub fn best_pass(&self) -> (f64, f64) {
+        (self.from.n_bytes() as f64 / self.best_s, self.best_s)
     }
 }
 
@@ -136,8 +146,13 @@ mod tests {
             assert!(ceiling.gemm_flops_per_s.is_finite() && ceiling.gemm_flops_per_s > 1e6, "{ceiling:?}");
             assert!(ceiling.copy_bytes_per_s.is_finite() && ceiling.copy_bytes_per_s > 1e6, "{ceiling:?}");
         }
-        let read = Reading::new(&cpu).bytes_per_s(0.01);
+        let mut reading = Reading::new(&cpu);
+        let read = reading.bytes_per_s(0.01);
         assert!(read.is_finite() && read > 1e6, "{read}");
+        // The mean of passes, with what is between them, is no more than the best of them.
+        let (best, pass_s) = reading.best_pass();
+        assert!(best.is_finite() && best >= read && pass_s > 0.0, "{best} at best, {read}");
+        drop(reading);
         assert_eq!(cpu.memory().live_bytes, 0);
         assert!(cpu.memory().peak_bytes >= 2 * 4 * COPY_ELEMENTS);
     }
