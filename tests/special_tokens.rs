@@ -60,7 +60,10 @@ impl Place {
         for name in ["config.json", "model.safetensors"] {
             std::fs::copy(golden.join(name), foreign.join(name)).unwrap();
         }
-        files.iter().for_each(|(name, bytes)| std::fs::write(foreign.join(name), bytes).unwrap());
+        for (name, bytes) in files {
+            std::fs::create_dir_all(foreign.join(name).parent().unwrap()).unwrap();
+            std::fs::write(foreign.join(name), bytes).unwrap();
+        }
         let mut import = Command::new(env!("CARGO_BIN_EXE_trireme-checkpoint"));
         run(import.arg("import").arg(&foreign).arg("--out").arg(place.path("checkpoint")));
         place
@@ -200,18 +203,54 @@ fn a_broken_template() {
     assert!(done.status.code() == Some(3) && said.contains("line 1") && said.contains("a chat template that cannot be read"), "{said}");
 }
 
-/// Messages that go on, parts of a content, and tools, for which the model has another template.
+/// Messages that go on, parts of a content, and tools, documents and a day, for which the model has other templates, in
+/// tokenizer_config.json or in files.
 #[test]
 fn conversations_to_continue_and_with_tools() {
-    let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
+    let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}{{ closing }}";
     let with_tools = "{% for t in tools %}{{ t.name }}{% endfor %}<|im_start|>{% for p in messages[0].content %}{{ p.text }}{% endfor %}";
-    let both = json!([{"name": "tool_use", "template": with_tools}, {"name": "default", "template": turns}]);
-    let config = config(json!({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": false, "chat_template": both}));
-    let place = Place::new(&[("tokenizer.model", model_file()), ("tokenizer_config.json", config)]);
-    let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b "}]);
-    let continued = json!({"messages": messages, "continue_final_message": true});
-    place.assert_same("continued", continued, &ids("<|im_start|>user\nhi<|im_end|><|im_start|>assistant\na b "), &[]);
-    let parts = json!([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]);
-    let asked = json!({"messages": [{"role": "user", "content": parts}], "tools": [{"name": "a"}, {"name": "b"}]});
-    place.assert_same("tools", asked, &ids("ab<|im_start|>hi"), &[]);
+    let with_documents = "{{ strftime_now('%b') | lower }}{% for d in documents %} {{ d.text }}{% endfor %}{{ messages[0].content }}";
+    let named = [("tool_use", with_tools), ("rag", with_documents), ("default", turns)];
+    let list = named.map(|(name, template)| json!({"name": name, "template": template}));
+    let of_list = [("tokenizer_config.json", config(json!({"chat_template": list})))];
+    let of_files = [
+        ("chat_template.jinja", turns.into()),
+        ("additional_chat_templates/tool_use.jinja", with_tools.into()),
+        ("additional_chat_templates/rag.jinja", with_documents.into()),
+        ("tokenizer_config.json", config(json!({}))),
+    ];
+    let more = json!({"tokenizer_class": "LlamaTokenizer", "add_prefix_space": false});
+    for files in [&of_list[..], &of_files[..]] {
+        let mut files = files.to_vec();
+        let config = &mut files.last_mut().unwrap().1;
+        let mut whole: Value = serde_json::from_slice(config).unwrap();
+        more.as_object().unwrap().iter().for_each(|(key, value)| whole[key] = value.clone());
+        *config = serde_json::to_vec(&whole).unwrap();
+        let place = Place::new(&[&[("tokenizer.model", model_file())], &files[..]].concat());
+        let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a b "}]);
+        let continued = json!({"messages": messages, "continue_final_message": true});
+        let said = "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\na b ";
+        place.assert_same("continued", continued, &ids(said), &[]);
+        let parts = json!([{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]);
+        let asked = json!({"messages": [{"role": "user", "content": parts}], "tools": [{"name": "a"}, {"name": "b"}]});
+        place.assert_same("tools", asked, &ids("ab<|im_start|>hi"), &[]);
+        let user = json!([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]);
+        let asked = json!({"messages": user, "chat_template_kwargs": {"closing": "<|im_end|>"}});
+        place.assert_same("variables", asked, &ids("<|im_start|>user\nhi<|im_end|><|im_end|>"), &[]);
+        let documents = json!({"messages": user, "documents": [{"text": "a"}, {"text": "b"}], "chat_template": "rag"});
+        place.assert_same("documents", documents.clone(), &ids("nov a bhi"), &["--today", "2026-11-26"]);
+        let elsewhere = json!({"messages": user, "chat_template": "rags"});
+        for (out, mut request, expected) in
+            [("no-day", documents, ["today's date", "--today"]), ("elsewhere", elsewhere, ["\"rags\"", "default, rag, tool_use"])]
+        {
+            (request["id"], request["max_new_tokens"]) = ("a".into(), 1.into());
+            let requests = place.path(&format!("{out}.jsonl"));
+            std::fs::write(&requests, request.to_string()).unwrap();
+            let mut generate = Command::new(env!("CARGO_BIN_EXE_trireme-generate"));
+            generate.arg("--checkpoint").arg(place.path("checkpoint")).arg("--requests").arg(requests).arg("--out").arg(place.path(out));
+            let done = generate.output().unwrap();
+            let said = String::from_utf8_lossy(&done.stderr);
+            assert!(done.status.code() == Some(3) && said.contains("line 1") && expected.iter().all(|part| said.contains(part)), "{said}");
+        }
+    }
 }

@@ -63,10 +63,13 @@ pub struct HashingFile {
 }
 
 impl HashingFile {
-    /// Creates `dir/name`, which must not exist.
+    /// Creates `dir/name`, which must not exist; the folder that a name may begin with is made where there is none.
     pub fn create(dir: &Path, name: &str) -> Result<HashingFile> {
         let path = dir.join(name);
         let open = || -> io::Result<StepFile> {
+            if let Some((folder, _)) = name.rsplit_once('/') {
+                fault::io("io.create").and_then(|_| fs::create_dir_all(dir.join(folder)))?;
+            }
             fault::io("io.create")?;
             Ok(StepFile(File::options().write(true).create_new(true).open(&path)?))
         };
@@ -89,6 +92,9 @@ impl HashingFile {
         self.file.flush().at(&self.path)?;
         // A failed fsync may have dropped the data it failed for: it is never tried again.
         fault::io("io.sync").and_then(|_| self.file.get_ref().0.sync_all()).at(&self.path)?;
+        if let (true, Some(folder)) = (self.name.contains('/'), self.path.parent()) {
+            sync_dir(folder)?;
+        }
         Ok(FileEntry { name: self.name, bytes: self.bytes, xxh3: format!("{:016x}", self.hash.digest()) })
     }
 }

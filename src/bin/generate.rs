@@ -22,7 +22,7 @@ use trireme::model::packed::WeightFormat;
 use trireme::recipe::Mode;
 use trireme::runtime::Runtime;
 use trireme::text::Tokenizer;
-use trireme::text::chat::NEMOTRON_TURN;
+use trireme::text::chat::{Date, NEMOTRON_TURN};
 
 /// Generate responses to a file of requests, in batch.
 ///
@@ -37,6 +37,9 @@ use trireme::text::chat::NEMOTRON_TURN;
 ///                         "reasoning_content", ..
 ///   tokens                [1, 523, ..], its token ids
 ///   tools                 beside messages: JSON schemas of functions, for templates that read them
+///   documents             beside messages: [{"title": "a", "text": "b"}, ..], for templates that read them
+///   chat_template         beside messages: the name of one of the model's templates; left out: "default", with tools "tool_use"
+///   chat_template_kwargs  beside messages: values that the template reads by name, {"enable_thinking": false}
 ///   continue_final_message  beside messages: true goes on with the last of them, which is no turn of its own then
 ///   max_new_tokens      the longest response; it also ends where the model's longest sequence does
 ///   temperature         1    0 takes the most likely token
@@ -101,6 +104,10 @@ struct Args {
     /// tokenizer.json asks for, and before empty ones. Never before tokens, and before messages as the chat template writes it
     #[arg(long, value_name = "auto|empty|always", default_value = "auto")]
     bos: BeginOfSequence,
+    /// The day that it is for chat templates that ask, as those of Llama 3.2 and gpt-oss do; left out: their requests are refused, since
+    /// the same request is to make the same prompt tomorrow
+    #[arg(long, value_name = "YYYY-MM-DD", value_parser = Date::read)]
+    today: Option<Date>,
     /// Order of sums: reproducible, the same bytes whatever runs together and under every layout; or fast, which on GPUs takes cuBLASLt's
     /// products and FP8 tensor cores. Left out: reproducible where it can be had
     #[arg(long, value_parser = cli::parse_numerics)]
@@ -200,16 +207,16 @@ fn prepare(args: &Args, n_ranks: usize) -> Result<Prepared> {
         return Err(Error::file(&args.model.checkpoint, wrong).remedy("use the checkpoint of a language model, or trireme-score rewards"));
     }
     let tokenizer = hf::tokenizer(&stored)?;
-    // One that cannot be read is in nobody's way who has no messages.
-    let template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose();
-    let template = template.map(Option::flatten).map_err(|error| error.to_string());
-    let template = template.as_ref().map_err(String::as_str);
+    let mut template = tokenizer.as_ref().map(|tokenizer| hf::chat_template(&stored, tokenizer)).transpose()?.flatten();
+    if let Some(template) = &mut template {
+        template.set_today(args.today);
+    }
     let start = Start::of(&stored, args.bos)?;
     let limits = Limits {
         vocab_size: model.vocab_size,
         max_tokens: model.max_tokens,
         tokenizer: tokenizer.as_ref(),
-        template: template.and_then(|template| template.as_ref().ok_or("the checkpoint has no chat template")),
+        template: template.as_ref(),
         start,
     };
     let file = read_requests(&args.requests, limits, args.on_bad_request)?;
@@ -227,6 +234,9 @@ fn begin(args: &Args, prepared: &Prepared) -> Result<Begin> {
     });
     if prepared.start.always.is_some() {
         recipe["bos"] = "always".into();
+    }
+    if let Some(today) = args.today {
+        recipe["today"] = today.to_string().into();
     }
     let inputs = vec![artifact::input("checkpoint", prepared.stored.dir())?, artifact::input("requests", &args.requests)?];
     ArtifactWriter::begin_or_continue(&args.out, "responses", recipe, inputs)

@@ -34,7 +34,7 @@ pub struct Meta {
     pub data_fingerprint: String,
     /// The SentencePiece model, byte for byte, when known.
     pub tokenizer: Option<Vec<u8>>,
-    /// Small files that imported weights came with, by name, byte for byte ([`super::hf::COMPANIONS`]); they stand in the
+    /// Small files that imported weights came with, by name, byte for byte ([`super::hf::is_companion`]); they stand in the
     /// checkpoint under the same names.
     pub companions: BTreeMap<String, Vec<u8>>,
     /// What the trainer that wrote it keeps for the one that goes on; null for imported weights.

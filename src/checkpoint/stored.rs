@@ -1,7 +1,7 @@
 //! Reading checkpoints: hyper-rectangles of whole tensors, assembled from the pieces, whatever layout wrote them. It knows
 //! nothing of HDF5: the table of pieces says at which byte of which shard each piece lies.
 
-use super::hf::COMPANIONS;
+use super::hf;
 use super::save::{Meta, Settings};
 use super::shard::{DAMAGED, ShardFile, ShardReader, StoredShard, StoredType, check_table};
 use super::{INDEX, KIND, PIECES};
@@ -319,8 +319,9 @@ fn read_meta(dir: &Path, manifest: &Manifest) -> Result<Meta> {
     };
     let tokenizer_file = text::file_of(manifest).map(|file| file.name.as_str());
     let mut companions = BTreeMap::new();
-    for name in COMPANIONS.into_iter().filter(|name| manifest.file(name).is_some() && Some(*name) != tokenizer_file) {
-        companions.insert(name.to_string(), fs::read(dir.join(name)).at(dir.join(name))?);
+    for name in manifest.files.iter().map(|file| &file.name).filter(|name| hf::is_companion(name) && Some(name.as_str()) != tokenizer_file)
+    {
+        companions.insert(name.clone(), fs::read(dir.join(name)).at(dir.join(name))?);
     }
     Ok(Meta {
         step: count("step")?,

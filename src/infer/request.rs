@@ -124,8 +124,8 @@ pub struct Limits<'a> {
     pub max_tokens: usize,
     /// Needed for text prompts and stop strings.
     pub tokenizer: Option<&'a Tokenizer>,
-    /// Needed for messages; or why there is none.
-    pub template: std::result::Result<&'a ChatTemplate, &'a str>,
+    /// Needed for messages.
+    pub template: Option<&'a ChatTemplate>,
     /// What begins the prompts that are texts; templates write it themselves.
     pub start: Start,
 }
@@ -212,13 +212,7 @@ fn once(request: Request, ids: &mut HashSet<String>) -> std::result::Result<Requ
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits {
-        vocab_size: 100,
-        max_tokens: 8,
-        tokenizer: None,
-        template: Err("the checkpoint has no chat template"),
-        start: Start::NOTHING,
-    };
+    const LIMITS: Limits = Limits { vocab_size: 100, max_tokens: 8, tokenizer: None, template: None, start: Start::NOTHING };
 
     fn read(text: &str, on_bad: OnBad) -> Result<RequestFile> {
         let dir = tempfile::tempdir().unwrap();
@@ -231,6 +225,7 @@ mod tests {
     #[test]
     fn wrong_requests_are_named() {
         let with = |more: &str| format!(r#"{{"id":"a","tokens":[1],"max_new_tokens":1,{more}}}"#);
+        let chat = |more: &str| format!(r#"{{"id":"a","messages":[{{"role":"user","content":"x"}}],"max_new_tokens":1,{more}}}"#);
         let cases: &[(String, &[&str])] = &[
             (with(r#""temprature":1"#), &["temprature", "did you mean temperature?"]),
             (with(r#""Top_K":1"#), &["Top_K", "did you mean top_k?"]),
@@ -300,6 +295,13 @@ mod tests {
                 &["tools is", "list"],
             ),
             (r#"{"id":"a","tokens":[1],"max_new_tokens":1,"tools":[]}"#.into(), &["has tools, but no messages"]),
+            (with(r#""documents":[{"text":"x"}]"#), &["has documents, but no messages"]),
+            (with(r#""chat_template":"rag""#), &["has chat_template, but no messages"]),
+            (with(r#""chat_template_kwargs":{"a":1}"#), &["has chat_template_kwargs, but no messages"]),
+            (chat(r#""documents":["x"]"#), &[r#"documents is ["x"]"#, "list of"]),
+            (chat(r#""chat_template":7"#), &["chat_template is 7", "name"]),
+            (chat(r#""chat_template_kwargs":[1]"#), &["chat_template_kwargs is [1]", "braces"]),
+            (chat(r#""chat_template_kwargs":{"tools":[]}"#), &["chat_template_kwargs has tools", "beside messages"]),
             (
                 r#"{"id":"a","tokens":[1],"max_new_tokens":1,"continue_final_message":false}"#.into(),
                 &["has continue_final_message, but no messages"],

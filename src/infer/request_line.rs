@@ -6,19 +6,22 @@ use super::request::{Limits, Request};
 use super::sampler::Sampling;
 use crate::error::wrong_json;
 use crate::recipe::nearest_key;
-use crate::text::chat::{Conversation, shown};
+use crate::text::chat::{Beside, Conversation, shown};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
 /// The keys of a request.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 19] = [
     "id",
     "prompt",
     "messages",
     "tokens",
     "continue_final_message",
     "tools",
+    "documents",
+    "chat_template",
+    "chat_template_kwargs",
     "max_new_tokens",
     "temperature",
     "top_p",
@@ -30,6 +33,8 @@ const KEYS: [&str; 16] = [
     "n",
     "logprobs",
 ];
+/// What stands beside messages alone.
+const BESIDE_MESSAGES: [&str; 5] = ["tools", "documents", "chat_template", "chat_template_kwargs", "continue_final_message"];
 /// Most samples of one request.
 const MOST_SAMPLES: u64 = 100_000;
 /// Most tokens whose log-probabilities stand beside a token.
@@ -94,11 +99,16 @@ fn request(mut fields: Fields, limits: Limits) -> Result<Request, String> {
 /// The prompt's tokens, however it is given.
 fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
     let tokenizer = || limits.tokenizer.ok_or("has text, but the checkpoint has no tokenizer: give its prompt as \"tokens\"");
-    let (tools, continues) = (fields.take("tools"), fields.truth("continue_final_message")?);
-    if !fields.has("messages") && (tools.is_some() || continues.is_some()) {
-        let key = if tools.is_some() { "tools" } else { "continue_final_message" };
+    if let Some(key) = BESIDE_MESSAGES.into_iter().find(|key| fields.has(key) && !fields.has("messages")) {
         return Err(format!("has {key}, but no messages, beside which it belongs"));
     }
+    let beside = Beside {
+        tools: fields.take("tools"),
+        documents: fields.take("documents"),
+        chat_template: fields.take("chat_template"),
+        chat_template_kwargs: fields.take("chat_template_kwargs"),
+        continues: fields.truth("continue_final_message")?.unwrap_or(false),
+    };
     let mut may_begin = None;
     let tokens = match (fields.take("prompt"), fields.take("messages"), fields.take("tokens")) {
         (None, None, Some(tokens)) => ids(tokens)?,
@@ -108,11 +118,10 @@ fn prompt(fields: &mut Fields, limits: Limits) -> Result<Vec<u32>, String> {
         }
         (Some(other), None, None) => return Err(unfit("prompt", Some(other), "a text in quotes")),
         (None, Some(messages), None) => {
-            let conversation = Conversation::read(messages, tools, continues.unwrap_or(false))?;
-            match limits.template {
-                Ok(template) => tokenizer()?.encode_named(&template.prompt(&conversation)?),
-                Err(why) => return Err(format!("has messages, but {why}: write them as a \"prompt\"")),
-            }
+            let conversation = Conversation::read(messages, beside)?;
+            let missing = "has messages, but the checkpoint has no chat template: write them as a \"prompt\"";
+            let text = limits.template.ok_or(missing)?.prompt(&conversation)?;
+            tokenizer()?.encode_named(&text)
         }
         _ => return Err("needs exactly one of \"prompt\", \"messages\" and \"tokens\"".into()),
     };

@@ -14,6 +14,7 @@ use trireme::parallel::layout::ParallelLayout;
 use trireme::parallel::slice::Slice;
 use trireme::rng::Random;
 use trireme::tensor::Tensor;
+use trireme::text::chat::{Beside, Conversation};
 
 /// Rows land where Megatron's interleave puts them (for each kv head its query heads, then k, then v), gate and up rows
 /// alternate, and the vocabulary is padded with zeros to a multiple of 128. Breaks when heads are shuffled, which training
@@ -304,6 +305,51 @@ fn companions_come_along() {
         };
         assert_eq!(kept(&first), kept(&second), "{name}");
     }
+}
+
+/// Of the templates that a directory holds, in files or by name in tokenizer_config.json, the one is taken that transformers takes
+/// (tests/goldens/chat.py), and all come along, byte for byte.
+#[test]
+fn chat_templates_come_along_and_are_chosen() {
+    let whole: serde_json::Value = serde_json::from_str(include_str!("../goldens/chat.json")).unwrap();
+    let tokenizer = whole["tokenizer"].as_str().unwrap();
+    let mut n_same = 0;
+    for directory in whole["directories"].as_array().unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        write_hf(&at("hf"), &NEMOTRON(), all_of("BF16"), 1);
+        std::fs::write(at("hf/tokenizer.json"), tokenizer).unwrap();
+        let files = directory["files"].as_object().unwrap();
+        for (name, text) in files {
+            let path = at("hf").join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text.as_str().unwrap()).unwrap();
+        }
+        hf::import(&at("hf"), &at("c")).unwrap();
+        hf::export(&at("c"), &at("e"), ExportType::AsStored).unwrap();
+        let stored = checkpoint::open(&at("c")).unwrap();
+        let template = hf::chat_template(&stored, &hf::tokenizer(&stored).unwrap().unwrap()).unwrap().unwrap();
+        for asked in directory["asked"].as_array().unwrap() {
+            let given = |key: &str| Some(asked[key].clone()).filter(|given| !given.is_null());
+            let (tools, documents, chat_template) = (given("tools"), given("documents"), given("chat_template"));
+            let beside = Beside { tools, documents, chat_template, ..Beside::default() };
+            let messages = serde_json::json!([{"role": "user", "content": " How large?"}]);
+            let ours = template.prompt(&Conversation::read(messages, beside).unwrap());
+            match (&ours, asked["said"].as_str()) {
+                (Ok(ours), Some(theirs)) => {
+                    assert_eq!(ours, theirs, "{files:?} {asked}");
+                    n_same += 1;
+                }
+                (Err(wrong), Some(_)) => assert!(wrong.contains("which the chat template does not read"), "{files:?} {asked} {wrong}"),
+                (ours, None) => assert!(ours.is_err(), "{files:?} {asked} {ours:?}"),
+            }
+        }
+        for (name, text) in files {
+            let left = name.ends_with(".txt") || name.contains("deep/");
+            assert_eq!(std::fs::read(at("e").join(name)).ok().as_deref(), (!left).then_some(text.as_str().unwrap().as_bytes()), "{name}");
+        }
+    }
+    assert!(n_same > 50, "{n_same}");
 }
 
 /// transformers loads what is exported, in one file or several, and computes the same bits from it as from the directory that it wrote

@@ -3,7 +3,7 @@
 
 use crate::checkpoint::stored::Stored;
 use crate::error::{Error, IoContext, Result};
-use crate::text::chat::{self, ChatTemplate, SpecialTokens};
+use crate::text::chat::{self, ChatTemplate, SPECIAL_TOKENS, SpecialTokens};
 use crate::text::{self, AddedToken, StretchSpace, Tokenizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// What `generate` of transformers goes by.
 pub(super) const GENERATION_CONFIG: &str = "generation_config.json";
 /// Which of the added tokens are special, in directories of transformers 4.
-const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+const SPECIAL_MAP: &str = "special_tokens_map.json";
 /// Tokens behind those of a SentencePiece model, in directories of transformers 4.
 const ADDED_TOKENS: &str = "added_tokens.json";
 /// Under these keys, there and in [`TOKENIZER_CONFIG`], stand tokens or lists of them.
@@ -28,21 +28,32 @@ const CHAT_TEMPLATE: &str = "chat_template";
 /// A larger file is none of these: the largest published tokenizer.json has 35 MB.
 const MOST_BYTES: u64 = 256 << 20;
 
-/// Files that are kept. A tokenizer file that is the checkpoint's tokenizer is not counted among them; config.json is kept for its ids,
-/// and written anew on export.
-pub const COMPANIONS: [&str; 9] = [
+/// Files that are kept, beside the chat templates in a folder of their own. A tokenizer file that is the checkpoint's tokenizer is not
+/// counted among them; config.json is kept for its ids, and written anew on export.
+const COMPANIONS: [&str; 9] = [
     config::FILE,
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     text::JSON_FILE,
-    SPECIAL_TOKENS,
+    SPECIAL_MAP,
     ADDED_TOKENS,
     "vocab.json",
     "merges.txt",
     chat::TEMPLATE_FILE,
 ];
 
-/// The tokenizer of a directory, and everything else of [`COMPANIONS`] in it.
+/// Whether a file of this name is kept.
+pub fn is_companion(name: &str) -> bool {
+    COMPANIONS.contains(&name) || template_name(name).is_some()
+}
+
+/// The name of a chat template in the folder of those that are not the default.
+fn template_name(file: &str) -> Option<&str> {
+    let name = file.strip_prefix(chat::TEMPLATE_DIR)?.strip_prefix('/')?.strip_suffix(".jinja")?;
+    Some(name).filter(|name| !name.is_empty() && !name.contains('/'))
+}
+
+/// The tokenizer of a directory, and what else is kept of it.
 pub(super) struct Found {
     pub tokenizer: Option<Vec<u8>>,
     pub companions: BTreeMap<String, Vec<u8>>,
@@ -56,6 +67,14 @@ impl Found {
         let mut companions = BTreeMap::new();
         for name in COMPANIONS.into_iter().filter(|name| Some(*name) != primary && hf_dir.join(name).is_file()) {
             companions.insert(name.to_string(), read(&hf_dir.join(name))?);
+        }
+        let folder = hf_dir.join(chat::TEMPLATE_DIR);
+        for entry in folder.is_dir().then(|| fs::read_dir(&folder).at(&folder)).transpose()?.into_iter().flatten() {
+            let path = entry.at(&folder)?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).map(|name| format!("{}/{name}", chat::TEMPLATE_DIR));
+            if let Some(name) = name.filter(|name| template_name(name).is_some() && path.is_file()) {
+                companions.insert(name, read(&path)?);
+            }
         }
         Ok(Found { tokenizer, companions })
     }
@@ -88,19 +107,22 @@ fn value(stored: &Stored, name: &str) -> Value {
     stored.meta().companions.get(name).map_or(Value::Null, |bytes| serde_json::from_slice(bytes).unwrap_or(Value::Null))
 }
 
-/// The template as a file of its own, as transformers 5 writes it, or in tokenizer_config.json as earlier ones did: one, or several by
-/// name, of which "default" counts, and "tool_use" where there are tools.
-fn template_text(stored: &Stored) -> Option<String> {
-    if let Some(own) = stored.meta().companions.get(chat::TEMPLATE_FILE) {
-        return Some(String::from_utf8_lossy(own).into_owned());
+/// The templates by name, as transformers 5 writes them, in files of their own; where there is none, in tokenizer_config.json as earlier
+/// ones did: one, or several with their names.
+fn templates(stored: &Stored) -> BTreeMap<String, String> {
+    let name_of = |file: &str| if file == chat::TEMPLATE_FILE { Some(chat::DEFAULT.into()) } else { template_name(file).map(String::from) };
+    // From the last name on: a default in the folder counts before the one beside it.
+    let files = stored.meta().companions.iter().rev();
+    let of_files: BTreeMap<String, String> =
+        files.filter_map(|(file, bytes)| Some((name_of(file)?, String::from_utf8_lossy(bytes).into_owned()))).collect();
+    if !of_files.is_empty() {
+        return of_files;
     }
-    let config = value(stored, TOKENIZER_CONFIG);
-    named_template(&config, "default").unwrap_or(&config[CHAT_TEMPLATE]).as_str().map(String::from)
-}
-
-/// One of several templates in tokenizer_config.json.
-fn named_template<'c>(config: &'c Value, name: &str) -> Option<&'c Value> {
-    config[CHAT_TEMPLATE].as_array()?.iter().find(|one| one["name"] == name).map(|one| &one["template"])
+    let named = |name: Option<&str>, text: &Value| Some((name?.to_string(), text.as_str()?.to_string()));
+    match &value(stored, TOKENIZER_CONFIG)[CHAT_TEMPLATE] {
+        Value::Array(several) => several.iter().filter_map(|one| named(one["name"].as_str(), &one["template"])).collect(),
+        one => named(Some(chat::DEFAULT), one).into_iter().collect(),
+    }
 }
 
 /// The tokenizer of a model's text: as in transformers its tokenizer.json where it has one, also beside a SentencePiece model, since only
@@ -133,7 +155,7 @@ fn stretch_space(stored: &Stored) -> StretchSpace {
 /// own, with the special ones in another; and pieces that it calls special.
 fn added_tokens(stored: &Stored, tokenizer: &Tokenizer) -> Vec<AddedToken> {
     let config = value(stored, TOKENIZER_CONFIG);
-    let map = value(stored, SPECIAL_TOKENS);
+    let map = value(stored, SPECIAL_MAP);
     let special: Vec<&Value> = SPECIAL_KEYS.iter().flat_map(|key| [&config[*key], &map[*key]]).flat_map(one_or_all).collect();
     let token = |text: &str, id: u64, flags: &Value, is_special: bool| {
         let takes_space = ["lstrip", "rstrip"].map(|side| flags[side] == true);
@@ -205,32 +227,31 @@ pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {
     Ok(ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect())
 }
 
-/// How conversations become text: the template that came with the model, or Nemotron's where the tokenizer has its pieces; else
-/// none. Err: a template that cannot be read.
+/// How conversations become text: the templates that came with the model, or Nemotron's where the tokenizer has its pieces; else none.
 pub fn chat_template(stored: &Stored, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
-    let Some(text) = template_text(stored) else {
+    let texts = templates(stored);
+    if texts.is_empty() {
         return Ok(tokenizer.id_of(chat::NEMOTRON_TURN).map(|_| ChatTemplate::nemotron()));
-    };
-    let ids = token_ids(stored)?;
-    let config = value(stored, TOKENIZER_CONFIG);
-    let map = value(stored, SPECIAL_TOKENS);
-    // By name, a text or an object with it; else the model's id, of several the first.
-    let named = |from: &Value, key: &str| text_of(&from[key]).map(String::from);
-    let by_id = |id: &Value| id.as_u64().or(id[0].as_u64()).and_then(|id| tokenizer.piece_text(id as u32));
-    let token = |key: &str, id: &Value| named(&config, key).or_else(|| named(&map, key)).or_else(|| by_id(id)).unwrap_or_default();
-    let special = SpecialTokens {
-        bos: token("bos_token", &ids.bos),
-        eos: token("eos_token", &ids.eos),
-        pad: token("pad_token", &ids.pad),
-        unk: token("unk_token", &json!(tokenizer.unk_id())),
-    };
-    let template = ChatTemplate::new(&text, special, stored.dir())?;
-    match named_template(&config, "tool_use").and_then(Value::as_str) {
-        Some(of_tools) if !stored.meta().companions.contains_key(chat::TEMPLATE_FILE) => {
-            template.with_tools(of_tools, stored.dir()).map(Some)
-        }
-        _ => Ok(Some(template)),
     }
+    let ids = token_ids(stored)?;
+    let files = [value(stored, TOKENIZER_CONFIG), value(stored, SPECIAL_MAP)];
+    // By name, a text or an object with it, null for a token that there is not; else the model's id, of several the first.
+    let by_id = |id: &Value| id.as_u64().or(id[0].as_u64()).and_then(|id| tokenizer.piece_text(id as u32));
+    let token = |key: &'static str| {
+        let text = match files.iter().find_map(|file| file.get(key)) {
+            Some(named) => text_of(named).map(String::from),
+            None => match key {
+                "bos_token" => by_id(&ids.bos),
+                "eos_token" => by_id(&ids.eos),
+                "pad_token" => by_id(&ids.pad),
+                "unk_token" => by_id(&json!(tokenizer.unk_id())),
+                _ => None,
+            },
+        };
+        Some((key, text?))
+    };
+    let special: SpecialTokens = SPECIAL_TOKENS.into_iter().filter_map(token).collect();
+    Ok(Some(ChatTemplate::several(texts.iter().map(|(name, text)| (name.as_str(), text.as_str())), special)))
 }
 
 /// The files of an export besides config.json and weights: the tokenizer, and what came along; a generation_config.json is made when

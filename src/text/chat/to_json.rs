@@ -1,6 +1,7 @@
 //! The filter `tojson` as transformers gives it to templates: Python's `json.dumps` with `ensure_ascii`, `indent`, `separators` and
 //! `sort_keys`.
 
+use super::python;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
@@ -40,7 +41,7 @@ impl Style {
             ValueKind::String => self.write_text(value.as_str().unwrap_or_default(), out),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number if value.is_integer() => out.push_str(&value.to_string()),
-            ValueKind::Number => out.push_str(&python_float(f64::try_from(value.clone())?)),
+            ValueKind::Number => out.push_str(&python::float(f64::try_from(value.clone())?)),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
                 self.enclose('[', ']', depth, &items, out, |item, out| self.write(item, depth + 1, out))?;
@@ -98,17 +99,5 @@ impl Style {
                 out.push(c);
             }
         }
-    }
-}
-
-/// `repr` of a float: the fewest digits, with an exponent of two digits below 1e-4 and from 1e16 up.
-pub(super) fn python_float(x: f64) -> String {
-    let text = format!("{x:?}");
-    match text.split_once('e') {
-        Some((digits, exponent)) => {
-            let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |exponent| ('-', exponent));
-            format!("{digits}e{sign}{exponent:0>2}")
-        }
-        None => text,
     }
 }
