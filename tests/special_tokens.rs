@@ -235,7 +235,7 @@ fn conversations_to_continue_and_with_tools() {
         let asked = json!({"messages": [{"role": "user", "content": parts}], "tools": [{"name": "a"}, {"name": "b"}]});
         place.assert_same("tools", asked, &ids("ab<|im_start|>hi"), &[]);
         let user = json!([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]);
-        let asked = json!({"messages": user, "chat_template_kwargs": {"closing": "<|im_end|>"}});
+        let asked = json!({"messages": user, "chat_template_kwargs": {"closing": "<|im_end|>"}, "stop": "qqq"});
         place.assert_same("variables", asked, &ids("<|im_start|>user\nhi<|im_end|><|im_end|>"), &[]);
         let documents = json!({"messages": user, "documents": [{"text": "a"}, {"text": "b"}], "chat_template": "rag"});
         place.assert_same("documents", documents.clone(), &ids("nov a bhi"), &["--today", "2026-11-26"]);

@@ -48,7 +48,7 @@ use trireme::text::chat::{Date, NEMOTRON_TURN};
 ///   min_p               0    draw from tokens with at least this part of the probability of the most likely one
 ///   repetition_penalty  1    divides positive and multiplies negative logits of tokens in prompt or response
 ///   seed                0    of the noise
-///   stop                []   texts of which the first that comes up ends the response, before it
+///   stop                []   texts of which the first that comes up ends the response, before it; or one text
 ///   n                   1    samples to make
 ///   logprobs            -    also give the log-probabilities of each token and of this many most likely ones
 ///

@@ -35,6 +35,33 @@ const KEYS: [&str; 19] = [
 ];
 /// What stands beside messages alone.
 const BESIDE_MESSAGES: [&str; 5] = ["tools", "documents", "chat_template", "chat_template_kwargs", "continue_final_message"];
+/// Keys of requests elsewhere (OpenAI's batch files, vLLM, transformers), and what to write here.
+const ELSEWHERE: [(&[&str], &str); 24] = [
+    (&["custom_id", "request_id"], "it is called id here"),
+    (&["body"], "its keys stand in the request itself here, beside id"),
+    (&["method", "url"], "there are no endpoints here: messages make a chat, prompt goes on with a text"),
+    (&["model"], "the model is --checkpoint"),
+    (&["max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict", "max_gen_toks"], "it is called max_new_tokens here"),
+    (&["max_length"], "the prompt is not counted here: max_new_tokens is the longest response"),
+    (&["input", "inputs", "text", "query"], "it is called prompt here"),
+    (&["input_ids", "prompt_token_ids", "token_ids"], "it is called tokens here"),
+    (&["conversation", "conversations"], "it is called messages here: a list of {\"role\": .., \"content\": ..}"),
+    (&["functions"], "it is called tools here: a list of {\"type\": \"function\", \"function\": ..}"),
+    (&["enable_thinking", "thinking", "reasoning_effort"], "it belongs into chat_template_kwargs here, for templates that read it"),
+    (&["add_generation_prompt"], "it is always so here, but for continue_final_message"),
+    (&["stop_sequences", "stop_strings", "stop_words", "until"], "it is called stop here"),
+    (&["stop_token_ids", "eos_token_id"], "the model's own tokens end a response here, and the texts of stop"),
+    (&["num_return_sequences", "num_samples"], "it is called n here"),
+    (&["best_of"], "it is not chosen here: make n samples and take the one with the greatest logprob"),
+    (&["top_logprobs", "num_logprobs"], "it is called logprobs here: a number"),
+    (&["prompt_logprobs", "echo"], "trireme-score logprobs scores texts"),
+    (&["do_sample"], "temperature 0 takes the most likely token here, any other draws"),
+    (&["frequency_penalty", "presence_penalty"], "it is not computed here, and repetition_penalty is another formula"),
+    (&["num_beams", "length_penalty", "early_stopping", "use_beam_search"], "there is no beam search here"),
+    (&["logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "ignore_eos", "typical_p"], "it is not computed here"),
+    (&["response_format", "guided_json", "guided_regex", "guided_choice", "structured_outputs", "tool_choice"], "answers are free here"),
+    (&["stream", "stream_options", "user", "store", "metadata", "skip_special_tokens", "priority"], "it has no meaning here: leave it out"),
+];
 /// Most samples of one request.
 const MOST_SAMPLES: u64 = 100_000;
 /// Most tokens whose log-probabilities stand beside a token.
@@ -61,6 +88,9 @@ pub(super) fn check(line: &[u8], limits: Limits) -> Result<Request, Wrong> {
     let wrong = |what: String, remedy: String| Wrong { id: id.clone(), what, remedy };
     for (i, (key, _)) in whole.0.iter().enumerate() {
         if !KEYS.contains(&key.as_str()) {
+            if let Some((_, instead)) = ELSEWHERE.iter().find(|(names, _)| names.contains(&key.as_str())) {
+                return Err(wrong(format!("{key} is no key of a request here: {instead}"), format!("the keys are {}", KEYS.join(", "))));
+            }
             let name = nearest_key(key, &KEYS).expect("there are keys");
             return Err(wrong(format!("{key} is an unknown key"), format!("did you mean {name}? the keys are {}", KEYS.join(", "))));
         }
@@ -185,7 +215,12 @@ impl Fields {
 
     fn stop(&mut self, limits: Limits) -> Result<Vec<String>, String> {
         let Some(value) = self.take("stop") else { return Ok(Vec::new()) };
-        let Ok(stop) = Vec::<String>::deserialize(&value) else { return Err(unfit("stop", Some(value), "a list of texts in quotes")) };
+        let stop = match &value {
+            Value::String(text) => vec![text.clone()],
+            list => {
+                Vec::<String>::deserialize(list).map_err(|_| unfit("stop", Some(value.clone()), "a text in quotes or a list of them"))?
+            }
+        };
         if stop.iter().any(String::is_empty) {
             return Err("stop has an empty text, which every response begins with".into());
         }
