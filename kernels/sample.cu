@@ -1,9 +1,10 @@
 // One token a row of logits by inverse transform on the truncated distribution (infer::sampler): temperature, top-k, top-p, min-p, and
 // noise that the launcher gives. Nothing is sorted: a wanted place in descending order is found digit by digit, in histograms of the
-// elements that agree in the digits before (radix selection). Weights are fixed-point numbers, exp((logit - max) / temperature) in units
-// of 2^-40, so that sums of them are exact and atomics on them give the same bits in any order.
+// elements that agree in the digits before (radix selection), until few are left, which are compared with each other. Weights are
+// fixed-point numbers, exp((logit - max) / temperature) in units of 2^-40, so that sums of them are exact and atomics on them give the
+// same bits in any order.
 // Three launches. sample_max and sample_bins: grid (parts of a row, rows), 256 threads; the second 24 KiB of static shared memory.
-// sample_choose: grid (rows), 512 threads, 39 KiB. Limited by exponentials in f64 (sample_bins, two an element) and by one multiprocessor's
+// sample_choose: grid (rows), 512 threads, 35 KiB. Limited by exponentials in f64 (sample_bins, two an element) and by one multiprocessor's
 // reads of the row (sample_choose): one for a draw and one for each of top-k, top-p and min-p, where few elements are as large as the one
 // that is looked for; up to four in the place of one where many are.
 #include "rows.cuh"
