@@ -2,9 +2,9 @@
 //! tensor-parallel ranks), bf16, over ceilings of the same GPU measured in turn with each: a large matrix product on random data, and
 //! a copy of 1 GiB. On a Hopper GPU attention, and canonical products of 15 billion parameters, are measured with the kernels for every
 //! GPU too ("portable"); and PyTorch's attention, when TRIREME_TORCH_PYTHON names a Python that has it
-//! (benches/peers/torch_attention.py). Products of the library (gemm) have those of
-//! kernels/matmul_hopper.cu or matmul.cu, which add in a canonical order, below them (gemm_in_pairs, gemm_in_turn; "of gemm": over the
-//! library's rate at the same shape). Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
+//! (benches/peers/torch_attention.py). Products by whoever is fastest (gemm), the library or kernels/matmul_hopper.cu, have those of
+//! kernels/matmul_hopper.cu or matmul.cu that add in a canonical order below them (gemm_in_pairs, gemm_in_turn; "of gemm": over that
+//! rate at the same shape); a table at the end says who was the fastest. Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the lines whose model, operation and shape contain one of the
 //! words, or none of them).
@@ -64,8 +64,9 @@ fn products(model: &Model) -> Vec<Case> {
         list.push(cases::gemm(Gemm::TN.accumulate(), (out, inner, T), Kind::F32));
         list.push(cases::gemm_in_turn(Gemm::TN.accumulate(), (out, inner, T), 1));
     }
-    list.push(cases::gemm_activated((T, f, h)));
-    list.push(cases::gemm_activation_backward((T, f, h)));
+    list.push(cases::activated::gemm_and_activation(Activation::SquaredRelu, (T, f, h)));
+    list.push(cases::activated::gemm_activation_backward(Activation::SquaredRelu, (T, f, h)));
+    list.extend(cases::activated::canonical((T, f, h)));
     for starts in [vec![0, T], (0..=8).map(|i| i * T / 8).collect()] {
         list.push(cases::attention(starts.clone(), model.heads));
         list.push(cases::attention_backward(starts.clone(), model.heads));
@@ -239,8 +240,8 @@ fn main() {
     let (mut ceiling, noise) = (Ceiling::new(&cuda), Noise::new());
     for (work, unit, scale) in [(Work::Flops, "TFLOP/s", 1e12), (Work::Bytes, "GB/s", 1e9)] {
         let mut is_begun = false;
-        // Of the library: shape and rate of its last product.
-        let mut of_library: Option<(String, f64)> = None;
+        // Shape and rate of the last product by whoever is fastest.
+        let mut of_fastest: Option<(String, f64)> = None;
         for model in &MODELS {
             for case in if work == Work::Flops { products(model) } else { passes(model) } {
                 if !is_wanted(&format!("{} {} {}", model.name, case.operation, case.shape)) {
@@ -259,20 +260,20 @@ fn main() {
                 for (device, kernels) in devices {
                     let (rate, limit) = measure(device, &case, noise.tensors(device, &case), &mut ceiling, work);
                     let (name, operation, shape) = (model.name, case.operation, &case.shape);
-                    let library = match (operation, &of_library) {
+                    let fastest = match (operation, &of_fastest) {
                         ("gemm", _) => None,
                         (_, Some((product, rate))) if shape.starts_with(product) => Some(*rate),
                         _ => None,
                     };
                     if operation == "gemm" {
-                        of_library = Some((shape.clone(), rate));
+                        of_fastest = Some((shape.clone(), rate));
                     }
                     println!(
                         "| {name}{kernels} | {operation} | {shape} | {:.1} | {:.1} | {:.2} | {} |",
                         rate / scale,
                         limit / scale,
                         rate / limit,
-                        library.map_or("-".into(), |library| format!("{:.2}", rate / library))
+                        fastest.map_or("-".into(), |fastest| format!("{:.2}", rate / fastest))
                     );
                 }
             }
@@ -282,6 +283,7 @@ fn main() {
         }
         println!();
     }
+    println!("{}", cuda.contest_table());
 }
 
 /// Rows of PyTorch's attention at the shapes of the models, measured now.

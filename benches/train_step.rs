@@ -7,7 +7,8 @@
 //!     TRIREME_TORCH_PYTHON=/path/to/python cargo bench --bench train_step -- cuda [1b] [fp8]
 //!
 //! With `fp8` the linear layers of the blocks multiply E4M3 (`numerics.linear = "fp8"`); the ceiling and PyTorch stay in bf16. On a GPU
-//! a step after those that are measured is taken down call by call: what ran on the device, how long, and how long it waited. `alone`
+//! a step after those that are measured is taken down call by call: what ran on the device, how long, and how long it waited; and which
+//! products cuBLASLt made and which a kernel of ours, with the times that decided it. `alone`
 //! leaves PyTorch out; TRIREME_HOPPER_KERNELS=0 leaves out the kernels that only a Hopper GPU has.
 
 #[path = "../tests/common/mod.rs"]
@@ -96,9 +97,11 @@ fn ours((device, profile): &Opened, size: &Size, numbers: (Precision, Linear)) -
             let of_peak = mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
             eprintln!("{} {}: {tokens_per_s:.0} tokens/s, {share:.3} of the GEMM ceiling{of_peak}", size.name, name_of(numbers));
             measured.set(Some((tokens_per_s, share, mfu)));
-            profile.iter().for_each(|profile| profile.begin());
+            profile.iter().for_each(|(_, profile)| profile.begin());
         } else if rows.len() > PROFILED && !is_profiled.replace(true) {
-            profile.iter().for_each(|profile| eprintln!("One step of {}:\n{}", size.name, profile.end()));
+            profile.iter().for_each(|(cuda, profile)| {
+                eprintln!("One step of {}:\n{}\nWho made products:\n{}", size.name, profile.end(), cuda.contest_table());
+            });
         }
         false
     };
@@ -132,8 +135,8 @@ fn name_of((precision, linear): (Precision, Linear)) -> String {
     format!("{storage}{products}{}", if is_portable { ", kernels for every GPU" } else { "" })
 }
 
-/// A device, and what takes down where its time goes.
-type Opened = (Box<dyn Device>, Option<Arc<Profile>>);
+/// A device, and on a GPU the same once more with what takes down where its time goes.
+type Opened = (Box<dyn Device>, Option<(Cuda, Arc<Profile>)>);
 
 /// The peer's tokens/s, eager and compiled, or None without a Python that has PyTorch.
 fn peer(device: &str, size: &Size, dtype: &str, compile: bool) -> Option<f64> {
@@ -166,7 +169,7 @@ fn main() {
             return (Box::new(Cpu::new()), None);
         }
         match Cuda::open_profiled(0) {
-            Ok((cuda, profile)) => (Box::new(cuda), Some(profile)),
+            Ok((cuda, profile)) => (Box::new(cuda.sharing_memory()), Some((cuda, profile))),
             Err(error) => {
                 println!("not run: {error}");
                 std::process::exit(2);

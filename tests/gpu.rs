@@ -171,6 +171,18 @@ mod operations {
         }
     }
 
+    /// As above, for those of a train step in fast numerics and for products that fill the GPU, by whoever is faster.
+    #[test]
+    fn products_by_the_fastest_match_the_oracle() {
+        let Some(cuda) = gpu() else { return };
+        let (shape, kind) = ((2047, 2048, 264), Activation::SquaredRelu);
+        let mut list = vec![cases::activated::gemm_and_activation(kind, shape), cases::activated::gemm_activation_backward(kind, shape)];
+        list.extend([Gemm::NT, Gemm::NN].map(|how| cases::gemm(how, shape, Kind::Float)));
+        list.extend([Gemm::TN, Gemm::TN.accumulate()].map(|how| cases::gemm(how, (2048, 1032, 777), Kind::F32)));
+        check_on(&cuda, &list, &[DType::BF16]);
+        println!("{}", cuda.contest_table());
+    }
+
     /// As above, for everything that works on rows, and rows of every form of the norms' kernels.
     #[test]
     fn row_operations_match_the_oracle() {

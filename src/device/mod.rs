@@ -482,6 +482,12 @@ pub trait Device: Send + Sync {
         self.gemm(raised, x, w, Gemm::NT);
         self.activation(out, raised, kind);
     }
+    /// raised[T, F * inputs_per_output] = x[T,H] w^T and out[T,F] = activation(raised), both assigned: `gemm`, then `activation`, in one pass
+    /// where that takes less time. Then the product is summed in another order.
+    fn gemm_and_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
+        self.gemm(raised, x, w, Gemm::NT);
+        self.activation(out, raised, kind);
+    }
     /// Whether `add_norm_gemm` is less work than what it stands for, of so many rows x[T,H] and this w.
     fn takes_norms(&self, _x: &Tensor, _w: &Tensor) -> bool {
         false
@@ -508,6 +514,21 @@ pub trait Device: Send + Sync {
     }
     /// dx assigned from dout[T,F]; x is the input of the activation.
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation);
+
+    /// draised assigned = `activation_backward` of dout[T,F] = dy[T,H] w[H,F], rounded to its dtype, where raised was the activation's input:
+    /// as `gemm_and_activation`. dout is room for the product; what is in it afterwards is unspecified.
+    fn gemm_activation_backward(
+        &self,
+        draised: &mut Tensor,
+        dout: &mut Tensor,
+        dy: &Tensor,
+        w: &Tensor,
+        raised: &Tensor,
+        kind: Activation,
+    ) {
+        self.gemm(dout, dy, w, Gemm::NN);
+        self.activation_backward(draised, dout, raised, kind);
+    }
 
     /// max[T] f32 = largest of the first n_valid columns of logits[T, V/tp] float (-inf when n_valid = 0).
     fn cross_entropy_max(&self, max: &mut Tensor, logits: &Tensor, n_valid: usize);

@@ -55,9 +55,13 @@ impl ColumnParallelLinear {
     pub fn forward_and_activated(&self, ctx: &Ctx, x: &Tensor, kind: Activation) -> [ScratchTensor; 2] {
         let (x, weight) = (ctx.gather_rows(x), &self.weight); // tp: [T', I] -> [T, I]
         let [mut raised, mut y] = [1, kind.inputs_per_output()].map(|n| ctx.take(&[x.n_rows(), weight.slice.shape[0] / n], x.dtype()));
-        if !activated_in_one_pass(ctx, (&mut y, &mut raised), &x, weight, kind) {
-            multiply(ctx, &mut raised, &x, weight, Inner::Whole);
-            ctx.device.activation(&mut y, &raised, kind);
+        match ctx.numerics {
+            Numerics::Fast if is_plain(weight) => ctx.device.gemm_and_activation(&mut y, &mut raised, &x, &weight.weight(), kind),
+            _ if activated_in_one_pass(ctx, (&mut y, &mut raised), &x, weight, kind) => {}
+            _ => {
+                multiply(ctx, &mut raised, &x, weight, Inner::Whole);
+                ctx.device.activation(&mut y, &raised, kind);
+            }
         }
         [raised, y]
     }
@@ -250,6 +254,11 @@ fn input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor) -> ScratchTensor {
 fn activated_input_gradient(ctx: &Ctx, weight: &Param, dy: &Tensor, raised: &Tensor, kind: Activation) -> ScratchTensor {
     let mut draised = ctx.take(raised.dims(), raised.dtype());
     let at_once = match ctx.numerics {
+        Numerics::Fast if is_plain(weight) => {
+            let mut dactivated = ctx.take(&[dy.n_rows(), weight.slice.shape[1]], dy.dtype());
+            ctx.device.gemm_activation_backward(&mut draised, &mut dactivated, dy, &weight.weight(), raised, kind);
+            true
+        }
         Numerics::Reproducible(canonical) if is_plain(weight) => {
             canonical.sums.gemm_activation_backward(&mut draised, dy, &weight.weight(), raised, kind)
         }

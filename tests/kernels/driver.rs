@@ -71,7 +71,7 @@ pub fn stand_ins(folder: &Path) -> Option<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernels/stand_in.c");
     // The first names that are looked for, so that the real ones are not found before.
     let library = folder.join("libcuda.so");
-    let made = Command::new("gcc").args(["-shared", "-fPIC", "-w", "-o"]).arg(&library).arg(source).output();
+    let made = Command::new("gcc").args(["-shared", "-fPIC", "-w", "-O2", "-o"]).arg(&library).arg(source).output();
     let Ok(made) = made else {
         println!("skipped: gcc does not start");
         return None;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 /// Threads of a block that sm_90 accepts: those of a kernel that names no bound.
 const MOST_THREADS: u32 = 1024;
@@ -85,6 +86,9 @@ pub fn library_of(file: &str) -> (PathBuf, Vec<(String, u32)>) {
         .join("\0");
     let hash = xxhash_rust::xxh3::xxh3_64([&*text, &*seen, wrapper, &headers].join("\0").as_bytes());
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated-{file}-{hash:016x}.so"));
+    // Tests beside each other may want the same one.
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let _one = COMPILING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if !path.is_file() {
         compile(file, &text, &path);
     }

@@ -31,9 +31,11 @@ int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 __attribute__((destructor)) static void at_the_end(void) {
     if (is_used) TELL("end with %d pieces of memory\n", live), tell_calls();
 }
-// Processors, and compute capability 9.0; any other property is there.
+// Processors (as many as STAND_IN_PROCESSORS says), compute capability 9.0, bytes of L2; any other property is there.
+enum { CACHE_BYTES = 4096 };
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : 1;
+    const char* processors = getenv("STAND_IN_PROCESSORS");
+    *value = attribute == 16 ? processors ? atoi(processors) : 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 38 ? CACHE_BYTES : 1;
     return 0;
 }
 // Of each process alone, unless STAND_IN_ONE_GPU says that all share one.
@@ -87,7 +89,10 @@ struct Capture {
     long n_of[MOST_STREAMS], seen[MOST_STREAMS][MOST_STREAMS];
     Stream replayed[MOST_STREAMS]; // the streams of a launch but for the one it is launched into
 };
+// What is timed takes no time where its operands lie in the cache, which a fill of twice its size empties.
 static float clock_ms;
+static int is_evicted;
+static void take(float ms) { clock_ms += is_evicted ? ms : 0, is_evicted = 0; }
 static Stream streams[MOST_STREAMS];
 static int n_streams, n_blocked, n_captures, n_launched, is_refused;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -322,7 +327,11 @@ int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Stream* stream)
     return is_memory(to, bytes) && is_memory(from, bytes) ? ask_copy(to, from, bytes, stream) : INVALID;
 }
 typedef struct { Address at; size_t bytes; int value; } Fill;
-static void fill(void* data) { Fill* f = data; memset((void*)f->at, f->value, f->bytes); }
+static void fill(void* data) {
+    Fill* f = data;
+    memset((void*)f->at, f->value, f->bytes);
+    is_evicted |= f->bytes >= 2 * CACHE_BYTES;
+}
 int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* stream) {
     FAULT;
     Fill f = {at, bytes, value};
@@ -335,8 +344,24 @@ int cuMemsetD8Async(Address at, unsigned char value, size_t bytes, Stream* strea
 // A kernel of an emulated library, as wrapper.h has it; no functions where there is none.
 typedef struct { int blocks[3], threads; long long shared_bytes; void* args; } Packed;
 typedef struct { void* (*pack)(void** args); void (*run)(const Packed* how); char name[80]; int shared_bytes; } Function;
-typedef struct { void (*run)(const Packed* how); Packed how; } Emulated;
-static void emulated(void* data) { Emulated* e = data; e->run(&e->how); }
+typedef struct { void (*run)(const Packed* how); Packed how; float ms; int is_product; } Emulated;
+static void emulated(void* data) {
+    Emulated* e = data;
+    e->run(&e->how);
+    if (e->is_product) take(e->ms);
+    else clock_ms += e->ms;
+}
+// Milliseconds of an emulated kernel: of the first name in STAND_IN_MS that its name begins with ("name=ms name=ms"), which is told;
+// else a product of ours takes longer than any of the library's, and all others no time.
+static float ms_of(const char* name) {
+    for (const char* at = getenv("STAND_IN_MS"); at && *at; at = strchr(at, ' ') ? strchr(at, ' ') + 1 : 0) {
+        size_t n = strcspn(at, "=");
+        if (strncmp(name, at, n)) continue;
+        TELL("kernel %s\n", name);
+        return atof(at + n + 1);
+    }
+    return strncmp(name, "matmul_", 7) ? 0 : 99;
+}
 int cuModuleLoadData(void** module, const void* code) {
     FAULT;
     if (n_captures) return UNSUPPORTED;
@@ -459,7 +484,7 @@ static int launch(Function* of, const Config* how, void** args) {
     const char* function = of->name;
     if (!is_accepted(of, x, y, z, threads, shared)) return INVALID;
     if (of->run) {
-        Emulated e = {of->run, {{x, y, z}, threads, shared, of->pack(args)}};
+        Emulated e = {of->run, {{x, y, z}, threads, shared, of->pack(args)}, ms_of(function), !strncmp(function, "matmul_", 7)};
         ask(stream, emulated, &e, sizeof e);
         return 0;
     }
@@ -536,8 +561,10 @@ int cublasLtMatmulPreferenceSetAttribute(Preference* preference, int attribute, 
 }
 int cublasLtMatmulPreferenceDestroy(Preference* preference) { free(preference); return 0; }
 size_t cublasLtGetVersion(void) { const char* version = getenv("STAND_IN_VERSION"); return version ? atoi(version) : 130000; }
-// Algorithms 1, 2 and 3 take so long; 2 adds up parts.
-static const float takes_ms[] = {0, 7, 3, 5};
+// Algorithms 1, 2 and 3 take so long, the first products longer, for the GPU wakes; 2 adds up parts.
+static const float takes_ms[] = {0, 7, 3, 5}, wakes_ms = 20;
+enum { WAKING = 5 };
+static int n_products;
 typedef struct { Address algorithm[8]; size_t workspace; int status; float waves; int reserved[4]; } Result;
 int cublasLtMatmulAlgoGetHeuristic(void* handle, Product* product, Layout* a, Layout* b, Layout* c, Layout* d, Preference* preference,
                                    int wanted, Result* result, int* n) {
@@ -571,7 +598,7 @@ typedef struct {
 } Gemm;
 static void gemm(void* data) {
     Gemm* g = data;
-    clock_ms += takes_ms[g->algorithm];
+    take(takes_ms[g->algorithm] + (n_products++ < WAKING ? wakes_ms : 0));
     size_t k = g->product.first_transposed ? g->la.rows : g->la.columns;
     int is_bf16 = g->ld.type == BF16;
     // As large as those whose rate is measured, which nobody reads.

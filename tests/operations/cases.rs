@@ -1,5 +1,6 @@
 //! The table of operations: how to call each, with what arguments, and what must come out. Drives the tests and the bench.
 
+pub mod activated;
 pub mod attention;
 pub mod fp8;
 mod vocabulary;
@@ -186,40 +187,6 @@ pub fn gemm_in_pairs(how: Gemm, shape: (usize, usize, usize), out: Kind, n_piece
         device.canonical().expect("sums in canonical order").gemm_in_pairs(out, a, b, how, n_pieces);
     };
     Case { operation: "gemm_in_pairs", shape: format!("{}, {n_pieces} pieces", case.shape), run: Box::new(run), ..case }
-}
-
-/// An up projection in canonical order and squared ReLU, at once where the device can. Its bits are those of the two
-/// (decode_cases/fused.rs), each of which has an oracle.
-pub fn gemm_activated(shape: (usize, usize, usize)) -> Case {
-    let mut case = gemm(Gemm::NT, shape, Kind::Float);
-    case.args.push(assigned(&[shape.0, shape.1], Kind::Float));
-    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
-        let [raised, x, w, activated] = tensors else { unreachable!() };
-        let sums = device.canonical().expect("sums in canonical order");
-        if !sums.gemm_activated(activated, raised, x, w, Activation::SquaredRelu) {
-            sums.gemm_in_pairs(raised, x, w, Gemm::NT, 1);
-            device.activation(activated, raised, Activation::SquaredRelu);
-        }
-    };
-    let oracle = |_: &[Vec<f64>], _: &dyn Fn(f64) -> f64| unreachable!("it is for benches");
-    Case { operation: "gemm_activated", run: Box::new(run), oracle: Box::new(oracle), ..case }
-}
-
-/// The input gradient of a down projection in canonical order through squared ReLU before it, likewise.
-pub fn gemm_activation_backward(shape: (usize, usize, usize)) -> Case {
-    let mut case = gemm(Gemm::NN, shape, Kind::Float);
-    let like_out = [shape.0, shape.1];
-    case.args.extend([input(&like_out, 1.0), arg(&like_out, Kind::Float, Role::Room, Init::Random(1.0))]);
-    let run = move |device: &dyn Device, tensors: &mut [Tensor]| {
-        let [draised, dy, w, raised, dactivated] = tensors else { unreachable!() };
-        let sums = device.canonical().expect("sums in canonical order");
-        if !sums.gemm_activation_backward(draised, dy, w, raised, Activation::SquaredRelu) {
-            sums.gemm_in_pairs(dactivated, dy, w, Gemm::NN, 1);
-            device.activation_backward(draised, dactivated, raised, Activation::SquaredRelu);
-        }
-    };
-    let oracle = |_: &[Vec<f64>], _: &dyn Fn(f64) -> f64| unreachable!("it is for benches");
-    Case { operation: "gemm_activation_backward", run: Box::new(run), oracle: Box::new(oracle), ..case }
 }
 
 /// A weight gradient, its k in pieces of unequal length that are added in turn.

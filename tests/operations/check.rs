@@ -52,6 +52,12 @@ pub fn gemm_cases() -> Vec<Case> {
         (4, 3, 0),
     ];
     let mut cases = few_row_gemm_cases();
+    for kind in [Activation::SquaredRelu, Activation::Swiglu] {
+        for shape in [(0, 4, 3), (1, 8, 16), (5, 7, 3), (33, 40, 264), (130, 256, 72)] {
+            cases.push(cases::activated::gemm_and_activation(kind, shape));
+            cases.push(cases::activated::gemm_activation_backward(kind, shape));
+        }
+    }
     for shape in shapes {
         for how in [Gemm::NN, Gemm::NT, Gemm::TN, tt] {
             for how in [how, how.accumulate()] {

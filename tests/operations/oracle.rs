@@ -365,3 +365,12 @@ pub fn activation_backward(dout: &[f64], x: &[f64], gated: bool) -> Vec<Near> {
     };
     x.chunks_exact(2).zip(dout).flat_map(pair).collect()
 }
+
+/// The same of gradients that were stored with this unit roundoff before: what they are off by comes through as they do, linearly.
+pub fn activation_backward_of_rounded(dout: &[Near], x: &[f64], gated: bool, unit: f64) -> Vec<Near> {
+    let values: Vec<f64> = dout.iter().map(|d| d.value).collect();
+    let off: Vec<f64> = dout.iter().map(|d| d.bound + unit * (d.value.abs() + d.bound)).collect();
+    let through = activation_backward(&off, x, gated);
+    let all = activation_backward(&values, x, gated).into_iter().zip(through);
+    all.map(|(y, through)| near(y.value, 1.01 * (y.bound + through.value.abs() + through.bound))).collect()
+}

@@ -119,12 +119,21 @@ pub struct Event(pub u64);
 /// How the algorithm of a matrix product is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Algorithms {
-    /// The fastest of the library's proposals, timed at the first use of a shape and kept on disk. Two machines, or two first starts, may
-    /// add in another order.
+    /// The fastest of the library's proposals, and of kernels of ours where there are such, timed at the first use of a shape and kept on
+    /// disk. Two machines, or two first starts, may add in another order.
     Measured,
     /// The library's first proposal that adds each element in one run over k, without parts (no split-K); never timed. The same for the
     /// same GPU, library and shape.
     Fixed,
+}
+
+/// A machine on which the fastest of several ways to make the same is found by timing them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Timed {
+    /// GPU, libraries and kernels: what was found holds for machines of the same name.
+    pub name: String,
+    /// Of the cache before its memory.
+    pub cache_bytes: usize,
 }
 
 /// Work that was recorded, as its backend names it. Made by `end_recording`, ended by `forget`.
@@ -152,6 +161,10 @@ pub trait Backend: Send + Sync {
     fn is_hopper(&self) -> bool;
     /// Compute capability, major and minor.
     fn capability(&self) -> (i32, i32);
+    /// `None` where times decide nothing: algorithms are fixed, or nothing tells what a GPU would take.
+    fn timed(&self) -> Option<Timed> {
+        None
+    }
     /// Memory, aligned to 256, contents unspecified; used before perhaps, but by no work that is asked for after this call. `None`
     /// when there is none left.
     fn alloc(&self, bytes: usize) -> Option<u64>;
@@ -166,7 +179,7 @@ pub trait Backend: Send + Sync {
     fn zero(&self, at: u64, bytes: usize);
     /// Runs a kernel. Panics with its name when it cannot be launched.
     fn launch(&self, kernel: &Kernel, grid: Grid, args: &[Arg]);
-    /// out = or += op(a) op(b), accumulated in f32; shapes agree.
+    /// out = or += op(a) op(b) by the library, accumulated in f32; shapes agree.
     fn gemm(&self, out: Matrix, a: Matrix, b: Matrix, how: Gemm);
     /// out[m,n] = a[m,k] b[n,k]^T of E4M3, times the f32 scales at these addresses, accumulated in f32.
     fn gemm_fp8(&self, out: Matrix, a: Matrix, b: Matrix, scales: ScalesAt);

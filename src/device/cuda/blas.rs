@@ -130,24 +130,44 @@ impl Blas {
         self.algorithms == Algorithms::Measured && !self.plan(asked).is_chosen
     }
 
-    /// Times the library's proposals for a product, writing to `spare` (as large as `out`) in the place of `out`, and keeps the fastest.
+    /// Takes the fastest of the library's proposals for a product and keeps it: `fastest` is given how many there are and what runs one of
+    /// them, false where it does not run, writing to `spare` (as large as `out`) in the place of `out`.
     ///
     /// # Safety
     /// As of [`Blas::gemm`]; the stream is not being captured.
-    pub unsafe fn measure(&self, asked: &Asked, spare: u64, on: On) {
+    pub unsafe fn measure(
+        &self,
+        asked: &Asked,
+        spare: u64,
+        on: On,
+        fastest: impl FnOnce(usize, &mut dyn FnMut(usize) -> bool) -> Option<usize>,
+    ) {
         let (product, plan) = (Product::of(asked), self.plan(asked));
-        let run = |algorithm: &sys::cublasLtMatmulAlgo_t| {
+        let proposals = plan.proposals(self.handle, &product, Algorithms::Measured);
+        let mut run = |which: usize| {
             // SAFETY: as promised by the caller.
-            unsafe { self.multiply(&Plan { algorithm: *algorithm, ..plan }, asked, spare, on) }
+            unsafe { self.multiply(&Plan { algorithm: proposals[which], ..plan }, asked, spare, on) }.is_ok()
         };
-        // SAFETY: as promised by the caller.
-        let fastest = unsafe { choice::fastest(&plan.proposals(self.handle, &product, Algorithms::Measured), run, on.stream) };
+        let fastest = fastest(proposals.len(), &mut run).map(|which| proposals[which]);
         // Where none ran, as on a GPU that has failed, nothing was learnt.
         if let Some(algorithm) = &fastest {
             choice::keep(&self.machine, &product, algorithm);
         }
-        let algorithm = fastest.unwrap_or(plan.algorithm);
-        self.plans.lock().expect("no panic while holding the plans").insert(product, Plan { algorithm, is_chosen: true, ..plan });
+        self.choose(product, Plan { algorithm: fastest.unwrap_or(plan.algorithm), ..plan });
+    }
+
+    /// Stays with the library's first proposal for a product, until the next start.
+    pub fn take_first(&self, asked: &Asked) {
+        self.choose(Product::of(asked), self.plan(asked));
+    }
+
+    fn choose(&self, product: Product, plan: Plan) {
+        self.plans.lock().expect("no panic while holding the plans").insert(product, Plan { is_chosen: true, ..plan });
+    }
+
+    /// GPU and library, of which a choice by time holds; None where algorithms are fixed.
+    pub fn machine(&self) -> Option<&str> {
+        (self.algorithms == Algorithms::Measured).then_some(&*self.machine)
     }
 
     fn plan(&self, asked: &Asked) -> Plan {

@@ -4,7 +4,7 @@
 
 use super::backend::{Grid, Kernel};
 use super::grid::{CHUNK, int, long};
-use super::matmul::{self, Terms, Together};
+use super::matmul::{self, Terms, Together, Way};
 use super::{Cuda, assert_rows};
 use crate::device::canonical::CanonicalSums;
 use crate::device::{Activation, Gemm, Store};
@@ -40,13 +40,13 @@ impl CanonicalSums for Cuda {
         assert_same_size("gemm_activated", activated, raised, kind);
         let to = Cuda::address(activated);
         activated.assert_not_lent();
-        self.multiply_activated((raised, to), (x, w), Gemm::NT, (kind, ""))
+        self.multiply_activated((raised, to), (x, w), Gemm::NT, (kind, Way::Forward))
     }
 
     fn gemm_activation_backward(&self, draised: &mut Tensor, dy: &Tensor, w: &Tensor, raised: &Tensor, kind: Activation) -> bool {
         let fits = draised.dims() == raised.dims() && draised.dtype() == raised.dtype();
         assert!(fits, "gemm_activation_backward of {raised:?} to {draised:?}");
-        kind.inputs_per_output() == 1 && self.multiply_activated((draised, Cuda::address(raised)), (dy, w), Gemm::NN, (kind, "_backward"))
+        kind.inputs_per_output() == 1 && self.multiply_activated((draised, Cuda::address(raised)), (dy, w), Gemm::NN, (kind, Way::Backward))
     }
 
     fn cross_entropy_sum_in_pairs(

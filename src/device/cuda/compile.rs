@@ -100,6 +100,13 @@ fn hash_of(source: &str, architecture: &str) -> u64 {
     xxh3_64(format!("{all}{major}.{minor}").as_bytes())
 }
 
+/// Of the text of all kernels.
+pub fn hash_of_all() -> u64 {
+    let mut all = String::new();
+    SOURCES.iter().chain(HEADERS).for_each(|(name, text)| all.push_str(&format!("{name}\0{text}\0")));
+    xxh3_64(all.as_bytes())
+}
+
 /// Where results are kept from one start to the next; `None` where there is no place.
 pub(super) fn cache_folder() -> Option<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);

@@ -1,16 +1,20 @@
-//! Matrix products: shapes are checked here. In the shortest way the backend multiplies (`gemm`), but for few rows, whose time is that of
-//! reading the weights once (`few_rows`); in a canonical order of additions the kernels of kernels/matmul.cu do (`multiply_pieces`),
-//! on a Hopper GPU those of kernels/matmul_hopper.cu for bf16 (`hopper`).
+//! Matrix products: shapes are checked here. In the shortest way the backend's library multiplies (`gemm`), or on a Hopper GPU the kernels
+//! of kernels/matmul_hopper.cu where they take less time, but for few rows, whose time is that of reading the weights once (`few_rows`); in
+//! a canonical order of additions the kernels of kernels/matmul.cu do (`multiply_pieces`), on a Hopper GPU those of
+//! kernels/matmul_hopper.cu for bf16 (`hopper`).
 
+mod activated;
 mod few_rows;
 mod hopper;
 
 use super::backend::{Arg, Grid, Kernel, Matrix};
+use super::contest::{Contest, Maker};
 use super::grid::{CHUNK, int, long};
-use super::{Cuda, Workspace, activation};
-use crate::device::{Activation, Gemm, Store};
+use super::{Cuda, Workspace};
+use crate::device::{Gemm, Store};
 use crate::parallel::pieces::pieces;
 use crate::tensor::{DType, Tensor};
+pub(super) use activated::Way;
 use few_rows::is_of_few_rows;
 
 /// A tensor as a matrix: its rows by all of its other dims.
@@ -41,10 +45,29 @@ impl Cuda {
             let name = format!("gemv_{m}_{}", c.dtype.name());
             self.multiply_few_rows(&name, [c, a, b].map(|x| Arg::Address(x.address)), n, k);
         } else if k > 0 {
-            self.backend.gemm(c, a, b, how);
+            self.multiply_soonest(Product { c, a, b, how, m, n, k });
         } else if how.out == Store::Assign {
             self.backend.zero(c.address, out.n_bytes());
         }
+    }
+
+    /// By the library, or on Hopper by the kernels of products in canonical order where they take less time.
+    fn multiply_soonest(&self, product: Product) {
+        let Product { c, a, b, how, .. } = product;
+        let together = match (how.trans_a, how.out) {
+            (false, Store::Assign) => Some(Together::InPairs),
+            (true, _) if !how.trans_b && c.dtype == DType::F32 => Some(Together::InTurn),
+            _ => None,
+        };
+        let Some(together) = together.filter(|_| self.hopper && product.is_copyable()) else { return self.backend.gemm(c, a, b, how) };
+        let n_bytes = c.rows * c.columns * c.dtype.bytes();
+        self.contest(product.contest(""), n_bytes, &mut |maker, to| {
+            let c = Matrix { address: to.unwrap_or(c.address), ..c };
+            match maker {
+                Maker::Library => self.backend.gemm(c, a, b, how),
+                Maker::Own => self.multiply_on_hopper(Product { c, ..product }, Terms::Equal(1), together),
+            }
+        });
     }
 }
 
@@ -140,6 +163,20 @@ struct Product {
     k: usize,
 }
 
+impl Product {
+    /// After checking that shapes and types fit.
+    fn of(c: Matrix, (a, b): (Matrix, Matrix), how: Gemm) -> Product {
+        let (m, n, k) = sizes_of((&c, &a, &b), how);
+        Product { c, a, b, how, m, n, k }
+    }
+
+    /// What is measured of it, with what its kernel ends in.
+    fn contest(&self, end: &'static str) -> Contest {
+        let Product { c, how, m, n, k, .. } = *self;
+        Contest { layout: layout_name(how), m, n, k, out: c.dtype, adds: how.out == Store::Accumulate, end }
+    }
+}
+
 fn layout_name(how: Gemm) -> &'static str {
     match (how.trans_a, how.trans_b) {
         (false, true) => "nt",
@@ -150,22 +187,6 @@ fn layout_name(how: Gemm) -> &'static str {
 }
 
 impl Cuda {
-    /// A product in canonical order of one piece that ends in an activation, forward (its input to `out`, itself to `other`) or backward
-    /// (`other` was its input); see `CanonicalSums::gemm_activated` and `gemm_activation_backward`.
-    pub(super) fn multiply_activated(
-        &self,
-        (out, other): (&mut Tensor, u64),
-        (a, b): (&Tensor, &Tensor),
-        how: Gemm,
-        (kind, suffix): (Activation, &str),
-    ) -> bool {
-        let (c, a, b) = (matrix(out), matrix(a), matrix(b));
-        let (m, n, k) = sizes_of((&c, &a, &b), how);
-        let is_made = self.hopper && c.dtype == DType::BF16 && kind == Activation::SquaredRelu && m > 0 && n > 0 && k > 0;
-        let name = format!("{}{suffix}", activation::name(kind));
-        is_made && self.multiply_activated_on_hopper(Product { c, a, b, how, m, n, k }, &name, other)
-    }
-
     /// out = (or, in turn, +=) the pieces of op(a) op(b) added as `together` says; see `CanonicalSums`.
     pub(super) fn multiply_pieces(&self, out: &mut Tensor, (a, b): (&Tensor, &Tensor), how: Gemm, terms: Terms, together: Together) {
         let (c, a, b) = (matrix(out), matrix(a), matrix(b));

@@ -12,10 +12,12 @@ pub mod backend;
 mod blas;
 mod canonical;
 mod compile;
+mod contest;
 mod cross_entropy;
 mod driver;
 mod elementwise;
 mod embedding;
+mod fastest;
 mod fp8;
 mod grid;
 mod matmul;
@@ -34,10 +36,12 @@ use crate::error::Result;
 use crate::tensor::{ForeignMemory, Tensor};
 use attention_cached::Tables;
 use backend::{Algorithms, Arg, Backend};
+use contest::{Contest, Outcome};
 pub(crate) use ordered::{MOST_PAIRED, Pieces};
 use profile::Profile;
 pub(crate) use recording::OnReplay;
 use recording::Tape;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -63,6 +67,8 @@ struct Use {
     tape: Mutex<Option<Tape>>,
     /// Frequencies of every way to turn that was asked for.
     rope_tables: Mutex<Vec<(Rope, Workspace)>>,
+    /// Of the products that two could make so far; None where that was not measured.
+    contests: Mutex<HashMap<Contest, Option<Outcome>>>,
 }
 
 /// Memory of a tensor; goes back to the backend with the tensor's last view.

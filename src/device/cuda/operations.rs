@@ -224,6 +224,10 @@ impl Device for Cuda {
         self.gemm_activation(out, raised, x, w, kind);
     }
 
+    fn gemm_and_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
+        self.gemm_and_activation(out, raised, x, w, kind);
+    }
+
     fn takes_norms(&self, x: &Tensor, w: &Tensor) -> bool {
         self.takes_norms(x, w)
     }
@@ -234,6 +238,18 @@ impl Device for Cuda {
 
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation) {
         self.activation_backward(dx, dout, x, kind);
+    }
+
+    fn gemm_activation_backward(
+        &self,
+        draised: &mut Tensor,
+        dout: &mut Tensor,
+        dy: &Tensor,
+        w: &Tensor,
+        raised: &Tensor,
+        kind: Activation,
+    ) {
+        self.gemm_activation_backward(draised, dout, (dy, w), raised, kind);
     }
 
     fn cross_entropy_max(&self, max: &mut Tensor, logits: &Tensor, n_valid: usize) {

@@ -2,7 +2,7 @@
 //! clock read before and after each kernel, product and zeroing, and the host's around everything that waits. Outside of that it costs
 //! nothing. Work is not recorded (CUDA graphs) by it, so that a decode step shows its kernels too.
 
-use super::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream};
+use super::backend::{Arg, Backend, Event, Graph, Grid, Kernel, Matrix, ScalesAt, Stream, Timed};
 use crate::device::{Gemm, Store};
 use std::collections::HashMap;
 use std::fmt;
@@ -193,6 +193,10 @@ impl Backend for Profile {
 
     fn capability(&self) -> (i32, i32) {
         self.below.capability()
+    }
+
+    fn timed(&self) -> Option<Timed> {
+        self.below.timed()
     }
 
     fn identity(&self) -> [u8; 16] {

@@ -1,21 +1,14 @@
-//! Which algorithm a product gets: proposals of the library, their times, and the choices of earlier starts, a sealed file each beside
-//! the compiled kernels. A file says of which GPU, library and product it is, so that one of another kind under the same name, or a
-//! torn one, is as good as none.
+//! Which algorithms a product may get, by the library, and which it got in an earlier start.
 
 use super::{Plan, Product, WORKSPACE_BYTES};
 use crate::device::cuda::backend::Algorithms;
-use crate::device::cuda::compile::{cache_folder, read_sealed, write_sealed};
+use crate::device::cuda::fastest::Kept;
 use cudarc::cublaslt::{result, sys};
-use cudarc::driver;
 use std::ffi::{c_int, c_void};
 use std::mem::MaybeUninit;
-use std::path::PathBuf;
-use xxhash_rust::xxh3::xxh3_64;
 
 /// Most proposals that are timed.
 const MOST_PROPOSALS: usize = 8;
-/// Calls that are timed together, after one that is not.
-const TIMED_CALLS: usize = 4;
 
 type Algorithm = sys::cublasLtMatmulAlgo_t;
 
@@ -102,48 +95,13 @@ impl Plan {
     }
 }
 
-/// The proposal with which `run` takes the least time on the stream; those that do not run are passed over.
-///
-/// # Safety
-/// `run` asks for work on the stream, which is of the calling thread's context and not being captured.
-pub(super) unsafe fn fastest(
-    proposals: &[Algorithm],
-    run: impl Fn(&Algorithm) -> std::result::Result<(), result::CublasError>,
-    stream: sys::cudaStream_t,
-) -> Option<Algorithm> {
-    let event = || driver::result::event::create(driver::sys::CUevent_flags::CU_EVENT_DEFAULT).expect("an event");
-    let (start, end) = (event(), event());
-    let time = |algorithm: &Algorithm| -> Option<f32> {
-        run(algorithm).ok()?;
-        // SAFETY: live events; the stream as promised.
-        unsafe {
-            driver::result::event::record(start, stream.cast()).ok()?;
-            (0..TIMED_CALLS).try_for_each(|_| run(algorithm)).ok()?;
-            driver::result::event::record(end, stream.cast()).ok()?;
-            driver::result::event::synchronize(end).ok()?;
-            driver::result::event::elapsed(start, end).ok()
-        }
-    };
-    let times: Vec<(f32, &Algorithm)> = proposals.iter().filter_map(|algorithm| Some((time(algorithm)?, algorithm))).collect();
-    for event in [start, end] {
-        // SAFETY: made above, destroyed once; a failure costs an event.
-        let _ = unsafe { driver::result::event::destroy(event) };
-    }
-    times.into_iter().min_by(|(a, _), (b, _)| a.total_cmp(b)).map(|(_, algorithm)| *algorithm)
-}
-
-/// What a choice is of, and where it is kept.
-fn key_and_path(machine: &str, of: &Product) -> (Vec<u8>, Option<PathBuf>) {
-    let key = format!("{machine}, {of:?}\0").into_bytes();
-    let path = cache_folder().map(|folder| folder.join(format!("product-{:016x}.algorithm", xxh3_64(&key))));
-    (key, path)
+fn place(machine: &str, of: &Product) -> Kept {
+    Kept::of("algorithm", machine, of)
 }
 
 /// The choice of an earlier start for this product on such a machine.
 pub(super) fn kept(machine: &str, of: &Product) -> Option<Algorithm> {
-    let (key, path) = key_and_path(machine, of);
-    let bytes = read_sealed(&path?)?;
-    let words = bytes.strip_prefix(&*key)?;
+    let words = place(machine, of).read()?;
     let mut data = [0u64; 8];
     if words.len() != size_of_val(&data) {
         return None;
@@ -152,13 +110,7 @@ pub(super) fn kept(machine: &str, of: &Product) -> Option<Algorithm> {
     Some(Algorithm { data })
 }
 
-/// Keeps a choice for later starts. Without a place every start measures for itself.
+/// Keeps a choice for later starts.
 pub(super) fn keep(machine: &str, of: &Product, algorithm: &Algorithm) {
-    let (mut bytes, path) = key_and_path(machine, of);
-    bytes.extend(algorithm.data.iter().flat_map(|word| word.to_le_bytes()));
-    if let Some(path) = path
-        && let Err(error) = write_sealed(&path, &bytes)
-    {
-        log::debug!("{}: not kept for the next start: {error}", path.display());
-    }
+    place(machine, of).write(&algorithm.data.map(u64::to_le_bytes).concat());
 }

@@ -154,6 +154,13 @@ impl Table {
     }
 }
 
+impl Product {
+    /// Whether the copy engine takes its operands, of bf16, as they lie, all terms as one piece.
+    pub(super) fn is_copyable(&self) -> bool {
+        [&self.a, &self.b].iter().all(|x| x.dtype == DType::BF16 && x.address % UNIT_BYTES == 0 && x.columns % CHUNK == 0)
+    }
+}
+
 impl Cuda {
     /// A product of bf16 with terms, on a Hopper GPU; see `multiply_pieces`.
     pub(super) fn multiply_on_hopper(&self, product: Product, terms: Terms, together: Together) {
@@ -186,15 +193,18 @@ impl Cuda {
         }
     }
 
-    /// A product of bf16, not transposed on its first side, whose kernel ends in squared ReLU of this name, to or from `other` [m, n].
-    /// False, and nothing is done, where that is not the fastest form, or its tiles do not fit the columns.
-    pub(super) fn multiply_activated_on_hopper(&self, product: Product, name: &str, other: u64) -> bool {
-        let (Product { c, a, b, how, m, n, k }, processors) = (product, self.backend.processors());
-        let form = Form::of(Together::InPairs, (m, n), how.trans_a, 1, processors);
-        let aligned = [&c, &a, &b].iter().all(|x| x.address % UNIT_BYTES == 0 && x.columns % CHUNK == 0) && other % UNIT_BYTES == 0;
-        if form != LARGE || n % form.columns != 0 || !aligned {
-            return false;
-        }
+    /// Whether `multiply_activated_on_hopper` takes it: the form of its kernels is the fastest, and their tiles fit the columns.
+    pub(super) fn ends_in_activation_on_hopper(&self, product: &Product, other: u64) -> bool {
+        let Product { c, how, m, n, .. } = *product;
+        let form = Form::of(Together::InPairs, (m, n), how.trans_a, 1, self.backend.processors());
+        let whole = |x: &Matrix| x.address % UNIT_BYTES == 0 && x.columns % CHUNK == 0;
+        form == LARGE && n % form.columns == 0 && whole(&c) && product.is_copyable() && other % UNIT_BYTES == 0
+    }
+
+    /// A product of bf16, not transposed on its first side, whose kernel ends in what this name says of squared ReLU, to or from `other`
+    /// [m, n].
+    pub(super) fn multiply_activated_on_hopper(&self, product: &Product, name: &str, other: u64) {
+        let (Product { c, a, b, how, m, n, k }, form) = (*product, LARGE);
         let map = |x: Matrix, lines: usize| {
             Arg::Map(TensorMap { address: x.address, dim: x.columns, heads: 1, tokens: x.rows, box_tokens: lines as u32 })
         };
@@ -202,9 +212,9 @@ impl Cuda {
         let lines = if how.trans_b { form.columns / form.cluster } else { DEPTH };
         let args = [Arg::Address(c.address), Arg::Address(other), map(a, form.rows()), map(b, lines), int(m), int(n), int(k)];
         let kernel = Kernel::of("matmul_hopper", &format!("matmul_hopper_whole_{}_{name}", layout_name(how)), DType::BF16);
-        let line = Grid::line(form.tiles((m, n)).min(form.most_blocks(processors)), ((form.consumers + 1) * WARPGROUP) as u32);
+        let n_blocks = form.tiles((m, n)).min(form.most_blocks(self.backend.processors()));
+        let line = Grid::line(n_blocks, ((form.consumers + 1) * WARPGROUP) as u32);
         self.backend.launch(&kernel, Grid { shared_bytes: form.shared_bytes() as u32, ..line }, &args);
-        true
     }
 
     /// The operand as it is, or a copy with its pieces spaced and its rows filled up.
