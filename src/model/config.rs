@@ -119,6 +119,8 @@ pub struct ParamSpec {
 
 /// Rows of a block of outputs are a multiple of this, where there are as many: what tensor cores and vectors take at once.
 const OUTPUT_STEP: usize = 16;
+/// A model of more layers is a mistyped one, and the table of its parameters would fill the memory before anything else is found wrong.
+const MOST_LAYERS: usize = 10_000;
 
 impl ParamSpec {
     /// The same for passes without gradients over `tp` ranks: see [`Split::Outputs`].
@@ -287,6 +289,11 @@ impl ModelConfig {
             if value == 0 {
                 return Err(Error::recipe(format!("model.{key} is 0")).remedy("give a positive number"));
             }
+        }
+        if self.n_layers > MOST_LAYERS {
+            return Err(
+                Error::recipe(format!("model.n_layers = {}, at most {MOST_LAYERS} are possible", self.n_layers)).remedy("correct it")
+            );
         }
         if self.head == HeadKind::Reward(0) {
             return Err(Error::recipe("model.head has 0 reward attributes").remedy("give a positive number"));

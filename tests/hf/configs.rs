@@ -190,6 +190,8 @@ fn configs_that_cannot_be_computed_are_refused() {
         ("rope_percent", json!(0.25), "partial_rotary_factor = 0.5 but rope_percent = 0.25"),
         ("hidden_size", json!(-4), "-4"),
         ("hidden_size", json!(u64::MAX), "expected a positive count"),
+        // As large a table of parameters would fill the memory before the files are looked at.
+        ("num_hidden_layers", json!(i32::MAX), "model.n_layers = 2147483647, at most 10000"),
         ("num_key_value_heads", json!(4), "does not divide"),
         ("vocab_size", Value::Null, "vocab_size"),
         ("norm_eps", json!("small"), "small"),

@@ -127,6 +127,7 @@ fn mismatches_offer_values_that_work() {
             8,
             "pretraining predicts tokens, a reward head reads 5 attributes; set model.head = \"vocabulary\"",
         ),
+        (|r| r.model.n_layers = 2_000_000_000, 8, "model.n_layers = 2000000000, at most 10000 are possible"),
         (|r| r.model.head = HeadKind::Reward(0), 8, "model.head has 0 reward attributes"),
         (
             |r| (r.numerics.mode, r.parallel.schedule) = (Mode::Reproducible, ScheduleKind::GPipe),
