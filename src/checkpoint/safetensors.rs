@@ -25,6 +25,8 @@ const MOST_HEADER_BYTES: u64 = 8_000_000;
 /// Bytes handed on at a time.
 const PORTION_BYTES: usize = 1 << 20;
 const AGAIN: &str = "download or convert it again";
+/// How a file begins that stands for one that git has not fetched.
+const GIT_LFS: &[u8; 8] = b"version ";
 
 /// Element types that are understood.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -227,6 +229,9 @@ fn read_header(path: &Path, file: &File) -> Result<(Metadata, u64)> {
         return Err(Error::file(path, format!("{size} bytes are no safetensors file")).remedy(AGAIN));
     }
     file.read_exact_at(&mut length, 0).at(path)?;
+    if &length == GIT_LFS {
+        return Err(Error::file(path, format!("{size} bytes of text that stand for the weights (git-lfs)")).remedy("run git lfs pull"));
+    }
     let length = u64::from_le_bytes(length);
     if length > MOST_HEADER_BYTES || length > size - 8 {
         let wrong = format!("says that its header has {length} bytes, in a file of {size} (at most {MOST_HEADER_BYTES})");

@@ -56,7 +56,9 @@ pub struct Wanted<'a> {
 
 /// Opens a checkpoint, or of a run the newest one that is whole. Skipping a damaged one is told as a warning.
 pub fn open(path: &Path) -> Result<Stored> {
-    if path.join("config.json").is_file() && !path.join(MANIFEST).exists() {
+    // A checkpoint that was imported has a config.json too: of one whose manifest is missing, another line says so.
+    let has_ours = [MANIFEST, INDEX, PIECES].iter().any(|name| path.join(name).exists());
+    if path.join("config.json").is_file() && !has_ours {
         let wrong = "a model in Hugging Face's form, not a checkpoint";
         return Err(Error::file(path, wrong).remedy("turn it into one: trireme-checkpoint import HF_DIR --out CHECKPOINT"));
     }

@@ -46,6 +46,10 @@ fn damaged_weights_are_refused() {
         ("are no safetensors file", edit(|bytes| bytes.truncate(5))),
         ("says that its header has", edit(|bytes| bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes()))),
         ("says that its header has", edit(|bytes| bytes[..8].copy_from_slice(&90_000_000u64.to_le_bytes()))),
+        (
+            "that stand for the weights (git-lfs); run git lfs pull",
+            Box::new(|dir| std::fs::write(dir.join("model.safetensors"), "version https://git-lfs.github.com/spec/v1\nsize 9\n").unwrap()),
+        ),
         ("bad header", edit(|bytes| bytes[8] = b'[')),
         ("bad header", edit(|bytes| bytes[9] = 0xff)),
         ("no tensor model.layers.1.self_attn.v_proj.weight", rewrite(|t| t.retain(|(name, ..)| !name.contains("1.self_attn.v_")))),
@@ -163,6 +167,28 @@ fn unheard_of_keys_are_told() {
     };
     assert_eq!(said("plain"), "");
     assert!(said("odd").trim_end().ends_with("odd/config.json: not known here and not used: hyper_connections"));
+}
+
+/// Ends of responses that are no tokens of the model are told, each by its value and its file: nothing else would show why responses
+/// only end by their length. Ends that are tokens are no reason for a word.
+#[test]
+fn ends_that_are_no_tokens_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |name: &str, of_model: Value, of_generation: Value| {
+        let mut config = NEMOTRON();
+        config["eos_token_id"] = of_model;
+        write_hf(&dir.path().join(name), &config, all_of("BF16"), 1);
+        std::fs::write(dir.path().join(name).join("generation_config.json"), json!({"eos_token_id": of_generation}).to_string()).unwrap();
+        let output = checkpoint_program(dir.path(), &format!("import {name} --out {name}-c"));
+        assert_eq!(output.status.code(), Some(0));
+        let lines = String::from_utf8(output.stderr).unwrap();
+        lines.lines().map(|line| line.rsplit('/').next().unwrap().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(said("plain", json!([36, 0]), Value::Null), [""; 0]);
+    assert_eq!(said("overruled", json!("2"), json!(36)), [""; 0]);
+    let end = |file: &str, id: &str| format!("{file}: eos_token_id {id} is no token id below 37: no response will end by it");
+    assert_eq!(said("text", json!("2"), Value::Null), [end("config.json", "\"2\"")]);
+    assert_eq!(said("several", json!(2), json!([37, 2, -1])), ["37", "-1"].map(|id| end("generation_config.json", id)));
 }
 
 /// A second output layer in a file with tied embeddings is ignored only when it is the embedding; else somebody's model is another one.
@@ -309,5 +335,9 @@ fn exit_codes_and_lines() {
     assert!(out.lines().any(|line| line.starts_with("DAMAGED") && line.ends_with("shard-00000.h5")), "{out}");
     assert!(err.contains("shard-00000.h5"), "{err}");
     assert!(run("export c --out f", 3).1.contains("shard-00000.h5"));
+    // A checkpoint without its manifest is unfinished, with a config.json that came along too; a directory of Hugging Face is none.
+    std::fs::remove_file(dir.path().join("c/manifest.json")).unwrap();
+    assert!(run("export c --out f", 3).1.contains("c: not a finished checkpoint: it has no manifest.json"));
+    assert!(run("export hf --out f", 3).1.contains("hf: a model in Hugging Face's form, not a checkpoint"));
     assert!(!dir.path().join("f").exists());
 }

@@ -87,6 +87,21 @@ impl Found {
             log::warn!("the tokenizer comes along but cannot be used: {error}");
         }
     }
+
+    /// An end of responses that the model cannot say is kept as it came, but then responses only end by their length.
+    pub fn tell_ends_that_are_no_tokens(&self, hf_dir: &Path, vocab_size: usize) {
+        let of = |name: &str| -> Value {
+            let parsed = self.companions.get(name).and_then(|bytes| serde_json::from_slice(bytes).ok());
+            parsed.map_or(Value::Null, |config: Value| config["eos_token_id"].clone())
+        };
+        let of_generation = of(GENERATION_CONFIG);
+        let (name, eos) = if of_generation.is_null() { (config::FILE, of(config::FILE)) } else { (GENERATION_CONFIG, of_generation) };
+        let is_token = |id: &Value| id.as_u64().is_some_and(|id| id < vocab_size as u64);
+        for id in one_or_all(&eos).filter(|id| !id.is_null() && !is_token(id)) {
+            let path = hf_dir.join(name);
+            log::warn!("{}: eos_token_id {id} is no token id below {vocab_size}: no response will end by it", path.display());
+        }
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -201,9 +216,9 @@ pub(super) fn token_ids(stored: &Stored) -> Result<TokenIds> {
 
 /// The token that begins a text, by the config.json that the model came with, else by its tokenizer; none when nobody knows.
 pub fn bos_id(stored: &Stored) -> Result<Option<u32>> {
-    match token_ids(stored)?.bos.as_u64() {
-        Some(id) => Ok(Some(id as u32)),
-        None => Ok(tokenizer(stored)?.and_then(|tokenizer| tokenizer.bos_id())),
+    match token_ids(stored)?.bos.as_u64().map(u32::try_from) {
+        Some(Ok(id)) => Ok(Some(id)),
+        _ => Ok(tokenizer(stored)?.and_then(|tokenizer| tokenizer.bos_id())),
     }
 }
 
@@ -224,7 +239,7 @@ pub fn eos_ids(stored: &Stored) -> Result<Vec<u32>> {
     let of_generation = value(stored, GENERATION_CONFIG)["eos_token_id"].clone();
     let eos = if of_generation.is_null() { token_ids(stored)?.eos } else { of_generation };
     let ids = eos.as_array().cloned().unwrap_or_else(|| vec![eos]);
-    Ok(ids.iter().filter_map(Value::as_u64).map(|id| id as u32).collect())
+    Ok(ids.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()).collect())
 }
 
 /// How conversations become text: the templates that came with the model, or Nemotron's where the tokenizer has its pieces; else none.

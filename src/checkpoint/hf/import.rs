@@ -180,6 +180,7 @@ fn import_weights(hf_dir: &Path, out: &Path) -> Result<Manifest> {
     }
     let found = Found::read(hf_dir)?;
     found.tell_unreadable(hf_dir);
+    found.tell_ends_that_are_no_tokens(hf_dir, source.model.vocab_size);
     let Found { tokenizer, companions } = found;
     for name in companions.keys().filter(|name| *name != config::FILE) {
         inputs.push(artifact::input("hf-companion", &hf_dir.join(name))?);
