@@ -351,6 +351,7 @@ fn choices_have_the_likelihoods_of_their_tokens() {
     }
     assert!(scored[2]["choices"][0]["n_cut"].as_u64().unwrap() > 0 && expected.iter().any(|(_, _, n)| *n > 1));
     let (joined, logprobs) = (place.path("joined.jsonl"), place.path("logprobs"));
+    whole.push(json!({"id": "alone", "tokens": [383]}));
     write_lines(&joined, &whole);
     assert!(score("logprobs", &model, &joined, &logprobs, &["--format", "jsonl"]).status.success());
     for (line, (sum, of_choice, n)) in lines(&logprobs.join("logprobs.jsonl")).iter().step_by(2).zip(&expected) {
@@ -359,6 +360,9 @@ fn choices_have_the_likelihoods_of_their_tokens() {
         let total: f64 = all[all.len() - n..].iter().map(|x| f64::from(x.as_f64().unwrap() as f32)).sum();
         assert_eq!(total, *sum);
     }
+    // A token alone has nothing before it: a sum of no terms is 0.0, not the -0.0 that adding up floats begins with.
+    let alone = lines(&logprobs.join("logprobs.jsonl")).pop().unwrap();
+    assert_eq!((alone["logprobs"].to_string(), alone["sum"].to_string()), ("[null]".into(), "0.0".into()), "{alone}");
     check_greedy(&place, &model);
     check_files(&place, &model, &input, &out);
 }

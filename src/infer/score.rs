@@ -106,7 +106,8 @@ pub fn rated(sequences: &[Sequence], attributes: Vec<Vec<f32>>) -> Vec<Rated> {
 
 fn scored_one(sequence: &Sequence, logprobs: &[f32]) -> Scored {
     assert_eq!(logprobs.len() + 1, sequence.tokens.len());
-    let sum = logprobs.iter().map(|&x| f64::from(x)).sum::<f64>();
+    // From 0.0: the empty `sum` of floats is -0.0, which would stand so in the files.
+    let sum = logprobs.iter().fold(0.0, |sum, &x| sum + f64::from(x));
     let logprobs = std::iter::once(None).chain(logprobs.iter().map(|&x| Some(x))).collect();
     Scored { id: sequence.id.clone(), tokens: sequence.tokens.clone(), logprobs, sum }
 }
