@@ -25,7 +25,7 @@ use trireme::text::corpus::{self, Corpus};
 ///
 /// Examples:
 ///   trireme-tokenize --input corpus.jsonl.zst --tokenizer runs/tokenizer --out runs/tokens
-///   mpirun -n 8 trireme-tokenize --input corpus/ --tokenizer runs/tokenizer --validation-share 0.002 --out runs/tokens
+///   mpirun -n 8 trireme-tokenize --input corpus/ --tokenizer runs/tokenizer --validation-share 0.002 --out runs/corpus-tokens
 #[derive(Parser)]
 #[command(name = "trireme-tokenize", version, verbatim_doc_comment)]
 struct Arguments {

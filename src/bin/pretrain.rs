@@ -24,7 +24,7 @@ use trireme::train::pretrain::{self, Ended, Job};
 /// work for memory: "none", "selective", "full", or ranges of layers. parallel.overlap = false waits for each exchange at once.
 ///
 /// Examples:
-///   trireme-pretrain --recipe slurm/recipes/quickstart.toml --out runs/first
+///   mpirun -n 2 trireme-pretrain --recipe slurm/recipes/quickstart.toml --out runs/first
 ///   mpirun -n 4 trireme-pretrain --recipe r.toml --set parallel.tp=2 --set optimizer.lr=3e-4 --out runs/tp2dp2
 #[derive(Parser)]
 #[command(name = "trireme-pretrain", version, verbatim_doc_comment)]
