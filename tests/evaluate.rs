@@ -294,8 +294,9 @@ fn wrong_files_are_named() {
         assert!(!out.exists(), "{task} {file}");
         std::fs::write(&path, text).unwrap();
     }
-    let usage: [(&[&str], &[&str]); 4] = [
+    let usage: [(&[&str], &[&str]); 5] = [
         (&["--task", "alchemy"], &["alchemy", "arc_challenge"]),
+        (&["--task", "gsm8k="], &["gsm8k=", "has no path after the ="]),
         (&["--task", "mmlu", "--task", "mmlu"], &["mmlu stands twice"]),
         (&["--task", "bbh", "--shots", "bbh=1"], &["published prompts"]),
         (&["--task", "gsm8k", "--tp", "3"], &["--tp 3"]),

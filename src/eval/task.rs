@@ -42,6 +42,9 @@ impl std::str::FromStr for Asked {
     fn from_str(text: &str) -> std::result::Result<Asked, String> {
         let (name, path) = text.split_once('=').map_or((text, None), |(name, path)| (name, Some(PathBuf::from(path))));
         found(name)?;
+        if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+            return Err(format!("{text:?} has no path after the =: give one, or leave out the ="));
+        }
         Ok(Asked { name: name.into(), path })
     }
 }

@@ -241,6 +241,7 @@ mod tests {
             (r#"{"id":"a","tokens":[1,1,1,1,1,1,1,1],"max_new_tokens":1}"#.into(), &["8 tokens", "is 8"]),
             (with(r#""temperature":-1"#), &["temperature is -1", "from 0 up"]),
             (with(r#""temperature":"warm""#), &[r#"temperature is "warm""#, "number"]),
+            (with(r#""seed":18446744073709551616"#), &["seed is 1.8446744073709552e+19", "below 2^64"]),
             (with(r#""top_p":0"#), &["top_p is 0", "above 0"]),
             (with(r#""top_p":1.5"#), &["top_p is 1.5", "to 1"]),
             (with(r#""top_k":-1"#), &["top_k is -1", "from 0 up"]),

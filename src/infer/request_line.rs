@@ -62,6 +62,8 @@ const ELSEWHERE: [(&[&str], &str); 24] = [
     (&["response_format", "guided_json", "guided_regex", "guided_choice", "structured_outputs", "tool_choice"], "answers are free here"),
     (&["stream", "stream_options", "user", "store", "metadata", "skip_special_tokens", "priority"], "it has no meaning here: leave it out"),
 ];
+/// What seeds and lengths may be.
+const WHOLE: &str = "a whole number from 0 up, below 2^64";
 /// Most samples of one request.
 const MOST_SAMPLES: u64 = 100_000;
 /// Most tokens whose log-probabilities stand beside a token.
@@ -109,16 +111,16 @@ fn request(mut fields: Fields, limits: Limits) -> Result<Request, String> {
     let max_new_tokens = match fields.take("max_new_tokens") {
         // More than the model can make is as good as no limit, and sums of lengths stay small.
         Some(value) if value.is_u64() => value.as_u64().expect("seen").min(limits.max_tokens as u64) as usize,
-        other => return Err(unfit("max_new_tokens", other, "a whole number from 0 up")),
+        other => return Err(unfit("max_new_tokens", other, WHOLE)),
     };
     let sampling = Sampling {
         temperature: fields.number("temperature", 1.0, "a number from 0 up", |x| x >= 0.0)?,
         top_p: fields.number("top_p", 1.0, "a number above 0, up to 1", |x| x > 0.0 && x <= 1.0)?,
-        top_k: fields.count("top_k", 0, "a whole number from 0 up (0: all)", |_| true)? as usize,
+        top_k: fields.count("top_k", 0, &format!("{WHOLE} (0: all)"), |_| true)? as usize,
         min_p: fields.number("min_p", 0.0, "a number from 0 to 1", |x| (0.0..=1.0).contains(&x))?,
         repetition_penalty: fields.number("repetition_penalty", 1.0, "a number above 0", |x| x > 0.0)?,
     };
-    let seed = fields.count("seed", 0, "a whole number from 0 up", |_| true)?;
+    let seed = fields.count("seed", 0, WHOLE, |_| true)?;
     let n = fields.count("n", 1, &format!("a whole number from 1 to {MOST_SAMPLES}"), |n| (1..=MOST_SAMPLES).contains(&n))? as usize;
     let logprobs = fields.logprobs(limits.vocab_size as u64)?;
     let stop = fields.stop(limits)?;
