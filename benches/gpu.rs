@@ -4,7 +4,8 @@
 //! GPU too ("portable"); and PyTorch's attention, when TRIREME_TORCH_PYTHON names a Python that has it
 //! (benches/peers/torch_attention.py). Products by whoever is fastest (gemm), the library or kernels/matmul_hopper.cu, have those of
 //! kernels/matmul_hopper.cu or matmul.cu that add in a canonical order below them (gemm_in_pairs, gemm_in_turn; "of gemm": over that
-//! rate at the same shape); a table at the end says who was the fastest. Without a GPU it says so and ends, with exit code 2 when TRIREME_NEEDS_GPU is set.
+//! rate at the same shape); a table at the end says who was the fastest. Without a GPU it says so and ends, with exit code 2 when
+//! TRIREME_NEEDS_GPU is set.
 //!
 //! `cargo bench --bench gpu [-- [but] WORD..]` prints a markdown table (of the lines whose model, operation and shape contain one of the
 //! words, or none of them).

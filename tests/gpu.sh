@@ -114,8 +114,8 @@ numbers() {
       if (!of_flops && $3 !~ /gemm/) { n_bytes++; if ($7 + 0 >= 0.85) n_good++; else slow[++n_slow] = sprintf("%s: %s of copying", key, $7) }
       if (!of_flops && $3 ~ /^gemm(_activation)?$/) few[++n_few] = sprintf("%s: %s GB/s, %s of copying", key, $5, $7)
     }
-    # model, weights, sequences, ms a step, tokens/s, GB/s, of reading
-    NF == 10 && $4 ~ /^[0-9]+$/ && $5 ~ /^[0-9.]+$/ {
+    # model, weights, sequences, ms a step, tokens/s, GB/s, of reading, and three more
+    NF == 12 && $4 ~ /^[0-9]+$/ && $5 ~ /^[0-9.]+$/ {
       line = sprintf("decode %s, %s, %s sequences: %s ms a step, %s of reading", $2, order, $4, $5, $8)
       if (!(line in seen)) decode[++n_decode] = line
       seen[line] = 1

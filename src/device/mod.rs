@@ -482,8 +482,8 @@ pub trait Device: Send + Sync {
         self.gemm(raised, x, w, Gemm::NT);
         self.activation(out, raised, kind);
     }
-    /// raised[T, F * inputs_per_output] = x[T,H] w^T and out[T,F] = activation(raised), both assigned: `gemm`, then `activation`, in one pass
-    /// where that takes less time. Then the product is summed in another order.
+    /// raised[T, F * inputs_per_output] = x[T,H] w^T and out[T,F] = activation(raised), both assigned: `gemm`, then `activation`, in one
+    /// pass where that takes less time. Then the product is summed in another order.
     fn gemm_and_activation(&self, out: &mut Tensor, raised: &mut Tensor, x: &Tensor, w: &Tensor, kind: Activation) {
         self.gemm(raised, x, w, Gemm::NT);
         self.activation(out, raised, kind);
@@ -515,8 +515,8 @@ pub trait Device: Send + Sync {
     /// dx assigned from dout[T,F]; x is the input of the activation.
     fn activation_backward(&self, dx: &mut Tensor, dout: &Tensor, x: &Tensor, kind: Activation);
 
-    /// draised assigned = `activation_backward` of dout[T,F] = dy[T,H] w[H,F], rounded to its dtype, where raised was the activation's input:
-    /// as `gemm_and_activation`. dout is room for the product; what is in it afterwards is unspecified.
+    /// draised assigned = `activation_backward` of dout[T,F] = dy[T,H] w[H,F], rounded to its dtype, where raised was the activation's
+    /// input: as `gemm_and_activation`. dout is room for the product; what is in it afterwards is unspecified.
     fn gemm_activation_backward(
         &self,
         draised: &mut Tensor,

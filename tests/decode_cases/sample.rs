@@ -51,7 +51,8 @@ fn every_way() -> Vec<Sampling> {
     all
 }
 
-/// Few and many elements in a bin of the first histogram. Greedy, warm and cold, with top-k, top-p, min-p and several; ties, of which bf16 has many; rows that are hard to bin; padding.
+/// Few and many elements in a bin of the first histogram. Greedy, warm and cold, with top-k, top-p, min-p and several; ties, of which bf16
+/// has many; rows that are hard to bin; padding.
 ///
 /// The device's weights are whole multiples of 2^-40 of the largest, so a running sum of V of them is off by at most V 2^-41, and a
 /// choice may differ only where the noise falls so close to a boundary: 2 V 2^-41 < 2e-9 for a draw here, 1e-6 for all of them.

@@ -1,6 +1,6 @@
 //! Which of several ways to make the same takes the least time on the machine at hand: how they are timed, and the files, beside the
-//! compiled kernels, that say it to later starts. A file says of which machine and what it is and how that was timed, so that one of another
-//! kind under the same name, a torn one, or one of another program is as good as none.
+//! compiled kernels, that say it to later starts. A file says of which machine and what it is and how that was timed, so that one of
+//! another kind under the same name, a torn one, or one of another program is as good as none.
 //!
 //! Nothing here is agreed on between ranks: one that finds no file measures for itself. So what is chosen may be told by the last bits of
 //! sums, and numerics whose bits must be those of all ranks and runs do not choose by time.
