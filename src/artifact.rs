@@ -16,7 +16,8 @@ mod manifest;
 mod records;
 
 pub use file::{
-    FileEntry, HashingFile, available_bytes, checksum, checksum_as, remove_dir_all, rename, sync_dir, verify_file, write_atomically,
+    FileEntry, HashingFile, available_bytes, checksum, checksum_as, open_plain, remove_dir_all, rename, sync_dir, verify_file,
+    write_atomically,
 };
 pub use lines::{LineWriter, sealed_line, whole_lines};
 pub use lock::{RunLock, host_name, job_id};

@@ -137,6 +137,29 @@ fn wrong_checkpoints() {
     assert_eq!(generate().status.code(), Some(0), "the undamaged checkpoint works");
 }
 
+/// What is no plain file is refused in a line and at once; a pipe that nobody writes to would be waited for, deaf to signals.
+#[test]
+fn input_that_is_no_file() {
+    let place = Place::new();
+    let (run, out, pipe) = (place.path("run"), place.path("out"), place.path("pipe"));
+    train(&tiny_recipe(&place.path("shards")), &run, Some(1)).unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let wrong = [
+        (pipe.as_path(), "is a pipe or a device, expected a file"),
+        (Path::new("/dev/null"), "is a pipe or a device, expected a file"),
+        (run.as_path(), "is a folder, expected a file"),
+    ];
+    for (input, fragment) in wrong {
+        let generate = [env!("CARGO_BIN_EXE_trireme-generate"), "--requests"];
+        for program in [&generate[..], &[env!("CARGO_BIN_EXE_trireme-score"), "logprobs", "--input"]] {
+            let mut command = Command::new(program[0]);
+            command.args(&program[1..]).arg(input).arg("--checkpoint").arg(&run).arg("--out").arg(&out);
+            assert_refused(&command.output().unwrap(), 3, &[input.to_str().unwrap(), fragment], &out);
+            assert!(!out.exists());
+        }
+    }
+}
+
 /// Weights in 8 bits are refused by name, both values, where there is no such form or tensor cores cannot multiply the weights; where
 /// they can, both programs do their work and its manifest says with what weights.
 #[test]

@@ -31,6 +31,19 @@ pub fn verify_file(artifact: &Path, file: &FileEntry) -> Result<()> {
     Ok(())
 }
 
+/// Opens a file that is read more than once: for its checksum and for what is in it. A pipe gives its bytes once, and waits for them, so
+/// it is refused, as is whatever else is no plain file.
+pub fn open_plain(path: &Path) -> Result<File> {
+    let kind = fs::metadata(path).at(path)?.file_type();
+    if kind.is_dir() {
+        return Err(Error::file(path, "is a folder, expected a file").remedy("name the file"));
+    }
+    if !kind.is_file() {
+        return Err(Error::file(path, "is a pipe or a device, expected a file").remedy("write what comes out of it to a file first"));
+    }
+    File::open(path).at(path)
+}
+
 /// Size and checksum of a file on disk; `name` is its path as given.
 pub fn checksum(path: &Path) -> Result<FileEntry> {
     let mut file = File::open(path).at(path)?;

@@ -3,6 +3,7 @@
 use super::choices::Start;
 use super::request_line::{self, Wrong};
 use super::sampler::{Drawing, Sampling};
+use crate::artifact::open_plain;
 use crate::error::{Error, IoContext, Result, without_mark};
 use crate::rng::Random;
 use crate::text::Tokenizer;
@@ -168,7 +169,7 @@ impl Refused {
 
 /// Reads and checks a request file; blank lines are skipped. With [`OnBad::Refuse`] the first wrong line is an error that names it.
 pub fn read_requests(path: &Path, limits: Limits, on_bad: OnBad) -> Result<RequestFile> {
-    let mut lines = std::io::BufReader::with_capacity(1 << 20, std::fs::File::open(path).at(path)?).split(b'\n').enumerate();
+    let mut lines = std::io::BufReader::with_capacity(1 << 20, open_plain(path)?).split(b'\n').enumerate();
     let mut found = RequestFile { requests: Vec::new(), refused: Vec::new() };
     let mut ids = HashSet::new();
     loop {

@@ -1,6 +1,7 @@
 //! The input files of trireme-score: one JSON object a line, read one after the other.
 
-use crate::error::{Error, IoContext, Result, without_mark, wrong_json};
+use crate::artifact::open_plain;
+use crate::error::{Error, Result, without_mark, wrong_json};
 use serde::de::DeserializeOwned;
 use std::io::BufRead;
 use std::path::Path;
@@ -14,7 +15,7 @@ pub(super) struct Wrong {
 /// Every line of a file, parsed and then made into something by `make`; blank lines are skipped. `shape` says what a line should be.
 /// Err: the first line for which that fails, by its number; or no line at all.
 pub(super) fn read<L: DeserializeOwned, T>(path: &Path, shape: &str, make: impl Fn(L) -> std::result::Result<T, Wrong>) -> Result<Vec<T>> {
-    let file = std::fs::File::open(path).at(path)?;
+    let file = open_plain(path)?;
     let mut made = Vec::new();
     for (i, line) in std::io::BufReader::new(file).lines().enumerate() {
         let wrong = |what: String, remedy: &str| Error::file(path, format!("line {}: {what}", i + 1)).remedy(remedy);
