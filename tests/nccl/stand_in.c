@@ -5,7 +5,8 @@
 // operations, so that ranks that do not launch the same graphs in the same order are seen; a group outlives its graphs; and sums are made
 // in the order that STAND_IN_SUMS says (rank or reverse).
 // Faults by the environment: STAND_IN_NCCL_VERSION=n, STAND_IN_FAIL=rank:n and STAND_IN_HANG=rank:n (after n operations of this rank
-// of the world), STAND_IN_FAIL=rank:n:error (what fails there is the rank's GPU, with this error of the driver).
+// of the world), STAND_IN_FAIL=rank:n:error (what fails, in the n-th call, is the rank's GPU, with this error of the
+// driver).
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -188,16 +189,17 @@ static void put(char* at, size_t i, int type, float x) {
     ((unsigned short*)at)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-static _Atomic int n_started;
+// With which the driver fails from the call that STAND_IN_FAIL names on; 0: what fails there is the network.
+static int gpu_error(void) {
+    int error;
+    return sscanf(getenv("STAND_IN_FAIL"), "%*d:%*d:%d", &error) == 1 ? error : 0;
+}
+static _Atomic int n_started, n_asked;
 static void run(void* whole) {
     Job* job = whole;
     Comm* comm = job->comm;
-    int n, error, number = n_started++;
-    if (parse("STAND_IN_FAIL", &n) && number >= n) {
-        int is_gpu = sscanf(getenv("STAND_IN_FAIL"), "%*d:%*d:%d", &error) == 1;
-        if (is_gpu) stand_in_break(error);
-        comm->failed = is_gpu ? UNHANDLED_CUDA : REMOTE;
-    }
+    int n, number = n_started++;
+    if (parse("STAND_IN_FAIL", &n) && !gpu_error() && number >= n) comm->failed = REMOTE;
     int hangs = parse("STAND_IN_HANG", &n) && number >= n;
     while (comm->failed || hangs) usleep(1000);
     for (int i = 0; i < job->n_items; i++) job->items[i].done = 0;
@@ -238,6 +240,11 @@ static void forget(void* whole) {
 }
 
 static int call(Comm* comm) {
+    int n, number = n_asked++;
+    if (parse("STAND_IN_FAIL", &n) && gpu_error() && number >= n) {
+        stand_in_break(gpu_error());
+        return comm->failed = UNHANDLED_CUDA;
+    }
     if (comm->busy || comm->failed || comm->shared->arrived < comm->size) return INVALID_USAGE;
     return SUCCESS;
 }
