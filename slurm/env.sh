@@ -60,7 +60,10 @@ requeue_elsewhere() {
   excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2 | sed 's/^(null)$//' || true)
   excluded=${excluded:+$excluded,}$(machine_faults | cut -d' ' -f1 | sort -u | paste -sd,)
   trap '' TERM # with which SLURM ends this script
-  scontrol requeuehold "$SLURM_JOB_ID"
+  if ! scontrol requeuehold "$SLURM_JOB_ID"; then
+    echo "job $SLURM_JOB_ID: not requeued: SLURM refuses; a machine has failed, submit it again with --exclude=$excluded" >&2
+    exit 71
+  fi
   for try in 1 2 3 4 5; do
     if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"; then
       scontrol release "$SLURM_JOB_ID"
