@@ -4,6 +4,7 @@
 # TRIREME_HOME    the repository (default: where this file lies)
 # TRIREME_BIN     the binaries (default: TRIREME_HOME/target/release)
 # MAX_RESTARTS    how often a job may send itself back to the queue (default 100)
+# MAX_FAILED_NODES   how many nodes may fail under a job that has nothing new to show before it is taken for the job's own fault (default 5)
 # TRIREME_MACHINE_FAULTS   where ranks tell which machine has failed under them (a GPU whose memory has lost bits, ..), for the job to go on
 #                 without it; the nodes of a job must see it (default: beside the job's log)
 
@@ -50,15 +51,22 @@ mark_progress() {
 }
 
 # requeue_elsewhere: the job goes back to the queue and stays away from the nodes that failed, and from those it stayed away from before.
-# That can be asked of a waiting job alone: so it is held until it was, and stays held where SLURM refuses.
+# That can be asked of a waiting job alone: so it is held until it was, and stays held where SLURM refuses. What fails on one node
+# after another without anything new in the marked directory is no machine's fault.
 requeue_elsewhere() {
-  local excluded try restarts=${SLURM_RESTART_COUNT:-0}
+  local excluded failed try restarts=${SLURM_RESTART_COUNT:-0}
+  failed=$(machine_faults | cut -d' ' -f1 | sort -u)
+  if [ "$(wc -w <<<"$failed")" -gt "${MAX_FAILED_NODES:-5}" ] &&
+    { [ -z "${progress_dir:-}" ] || [ "$(finished_in "$progress_dir")" = "$progress_before" ]; }; then
+    echo "job $SLURM_JOB_ID: not requeued: it failed on ${failed//$'\n'/, } (MAX_FAILED_NODES): see $TRIREME_MACHINE_FAULTS" >&2
+    exit 71
+  fi
   if [ "$restarts" -ge "${MAX_RESTARTS:-100}" ]; then
     echo "job $SLURM_JOB_ID: not requeued: restarted $restarts times already (MAX_RESTARTS)" >&2
     exit 71
   fi
   excluded=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2 | sed 's/^(null)$//' || true)
-  excluded=${excluded:+$excluded,}$(machine_faults | cut -d' ' -f1 | sort -u | paste -sd,)
+  excluded=${excluded:+$excluded,}$(paste -sd, <<<"$failed")
   trap '' TERM # with which SLURM ends this script
   if ! scontrol requeuehold "$SLURM_JOB_ID"; then
     echo "job $SLURM_JOB_ID: not requeued: SLURM refuses; a machine has failed, submit it again with --exclude=$excluded" >&2

@@ -6,7 +6,7 @@
 # - a job that gets USR1 saves, leaves with 75, is requeued, goes on where it was and counts every step exactly once;
 # - a wrong recipe ends a job with 2, a damaged shard with 3, and the job that depends on it never runs;
 # - when one rank of two is killed, the job ends instead of waiting for ever;
-# - when the machine of a rank fails, the job is requeued, stays away from it, and goes on on the other node;
+# - when the machine of a rank fails, the job is requeued, stays away from it, and goes on on the other node; one that has failed on too many ends;
 # - a job whose environment does not say when its time is up asks squeue, and leaves with 75 before;
 # - a proof of the recipe on both nodes against one rank ends well;
 # - scores of given text are made on both nodes; an evaluation that gets USR1 leaves with 75, is requeued, goes on with what it had and
@@ -240,21 +240,30 @@ rank_killed() {
   check "a job one of whose ranks is killed ends as killed, in seconds" ended_as "$job" "FAILED 137:0"
 }
 
+failing_job() { # NAME
+  RECIPE=$WORK/recipe.toml OUT=$WORK/$1 ARGS="--set checkpoint.every_steps=2" TRIREME_MACHINE_FAULTS=$WORK/$1-faults.log \
+    sbatch --parsable --requeue --open-mode=append --nodes=1 --ntasks-per-node=2 --cpus-per-task=1 --time=20 \
+    --output="$WORK/$1.log" "$WORK/failing.sbatch"
+}
+
 # Both ranks on one node, the first time alone on a machine that fails at the third save.
 machine_begin() {
-  printf '%s\n' '#!/usr/bin/env bash' '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export TRIREME_FAULT="machine at=save.begin n=3 rank=1"' \
+  printf '%s\n' '#!/usr/bin/env bash' '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export TRIREME_FAULT="machine rank=1 at=$FAULT_AT"' \
     'source slurm/pretrain.sbatch' >"$WORK/failing.sbatch"
-  failing=$(RECIPE=$WORK/recipe.toml OUT=$WORK/failing ARGS="--set checkpoint.every_steps=2" TRIREME_MACHINE_FAULTS=$WORK/faults.log \
-    sbatch --parsable --requeue --open-mode=append --nodes=1 --ntasks-per-node=2 --cpus-per-task=1 --time=20 \
-    --output="$WORK/failing.log" "$WORK/failing.sbatch")
+  failing=$(FAULT_AT="save.begin n=3" failing_job failing)
+  # Another that fails on more nodes than it may, here on one.
+  hopeless=$(FAULT_AT=init MAX_FAILED_NODES=0 failing_job hopeless)
 }
 
 machine_end() {
   local node other
+  wait_for 60 is_over "$hopeless" || scancel "$hopeless"
+  check "a job that has failed on too many nodes ends with 71" ended_as "$hopeless" "FAILED 71:0"
+  check "and says on which" contains "$WORK/hopeless.log" "not requeued: it failed on $(cut -d' ' -f1 "$WORK/hopeless-faults.log")"
   check "a job whose machine fails is requeued and starts again" wait_for 60 restarted "$failing"
   wait_for 60 is_over "$failing" || scancel "$failing"
   check "and finishes" ended_as "$failing" "COMPLETED 0:0"
-  node=$(cut -d' ' -f1 "$WORK/faults.log" | sort -u)
+  node=$(cut -d' ' -f1 "$WORK/failing-faults.log" | sort -u)
   case $node in n0) other=n1 ;; *) other=n0 ;; esac
   check "it was told which one" contains "$WORK/failing.log" "requeued without $node, where a machine has failed"
   check "and went on on the other" is "$(field "$failing" NodeList) $(field "$failing" ExcNodeList)" "$other $node"

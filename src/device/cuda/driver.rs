@@ -110,20 +110,17 @@ fn described(error: DriverError) -> String {
     }
 }
 
-/// Whether it tells of a broken or unready machine and not of what was asked of it: memory that has lost bits, links, a GPU that another
-/// process holds or that has gone from the bus. Faults of kernels (addresses, instructions) may be either, and are taken for ours.
+/// Whether it tells of a broken machine and not of what was asked of it: memory or links that have lost bits, a fabric that is not up. What
+/// a job may bring about on every machine it comes to counts as the job's: more ranks than an exclusive GPU takes, a container without
+/// the driver's devices, faults of kernels (addresses, instructions).
 fn is_of_the_machine(error: DriverError) -> bool {
     use sys::CUresult::*;
-    matches!(
-        error.0,
-        CUDA_ERROR_ECC_UNCORRECTABLE
-            | CUDA_ERROR_NVLINK_UNCORRECTABLE
-            | CUDA_ERROR_CONTAINED
-            | CUDA_ERROR_DEVICE_UNAVAILABLE
-            | CUDA_ERROR_SYSTEM_NOT_READY
-            | CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
-            | CUDA_ERROR_UNKNOWN
-    )
+    matches!(error.0, CUDA_ERROR_ECC_UNCORRECTABLE | CUDA_ERROR_NVLINK_UNCORRECTABLE | CUDA_ERROR_CONTAINED | CUDA_ERROR_SYSTEM_NOT_READY)
+}
+
+/// The same of a GPU that has worked: then what the driver does not know is one that has gone from the bus.
+fn has_broken(error: DriverError) -> bool {
+    is_of_the_machine(error) || error.0 == sys::CUresult::CUDA_ERROR_UNKNOWN
 }
 
 /// As nvidia-smi prints it.
@@ -206,7 +203,7 @@ impl Driver {
     fn call<T>(&self, what: &dyn Fn() -> String, call: impl FnOnce() -> std::result::Result<T, DriverError>) -> T {
         let done = self.context.bind_to_thread().and_then(|()| call());
         done.unwrap_or_else(|error| {
-            if is_of_the_machine(error) {
+            if has_broken(error) {
                 let wrong = format!("{}: {} ({}) has failed: {}", what(), uuid(&self.identity), self.name, described(error));
                 std::panic::panic_any(machine::failed(wrong));
             }
