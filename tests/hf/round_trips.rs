@@ -261,7 +261,7 @@ fn f32_exports_hold_master_weights() {
 }
 
 /// What stands beside the weights comes out as it went in, byte for byte, whether the tokenizer is SentencePiece's, Hugging Face's, or
-/// both; what ends an answer is what generation_config.json says, as in transformers.
+/// both; what ends an answer is what generation_config.json says, as in transformers, and an id past 32 bits is none, not its last 32.
 #[test]
 fn companions_come_along() {
     let both: &[(&str, &str)] = &[
@@ -270,7 +270,7 @@ fn companions_come_along() {
         ("tokenizer_config.json", "{\"chat_template\": [{\"name\": \"default\", \"template\": \"{{ bos_token }}x\"}]}"),
         ("special_tokens_map.json", "{\"bos_token\":\"<s>\"}"),
         ("added_tokens.json", "{}"),
-        ("generation_config.json", "{\"eos_token_id\": [7, 9], \"temperature\": 0.6}\n"),
+        ("generation_config.json", "{\"eos_token_id\": [7, 9, 4294967299], \"temperature\": 0.6}\n"),
         ("chat_template.jinja", "{{ messages[0].content }}\n"),
     ];
     let json_only: &[(&str, &str)] = &[("tokenizer.json", "{}"), ("vocab.json", "{ }"), ("merges.txt", "a b\n"), ("README.md", "left")];
